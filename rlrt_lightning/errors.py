@@ -1,0 +1,6 @@
+"""The one error that the user can mend: a wrong setting or a wrong input."""
+
+
+class ConfigError(ValueError):
+    """A setting or an input is wrong. The message names it and says what to do; the command line prints it as one
+    line and ends with exit code 2."""

@@ -1,0 +1,74 @@
+"""The clipped surrogate: from token advantages to a loss."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean"]
+
+
+class Surrogate(NamedTuple):
+    """What `clipped_surrogate` returns.
+
+    Args:
+        loss: The loss to minimise, a scalar.
+        clip_fraction: Share of the response tokens on which the clip cuts the gradient, a scalar.
+    """
+
+    loss: Tensor
+    clip_fraction: Tensor
+
+
+def clipped_surrogate(
+    logp_new: Tensor,
+    logp_old: Tensor,
+    token_advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    aggregation: Aggregation = "token-mean",
+) -> Surrogate:
+    """-mean min(rho A_t, clip(rho, 1 - clip_low, 1 + clip_high) A_t) with rho = P_new / P_old (PPO's surrogate,
+    arXiv:1707.06347, with DAPO's asymmetric clip and token mean, arXiv:2503.14476).
+
+    Args:
+        logp_new: log-probs under the policy that is trained, nats, [N, T]; the gradient flows through them alone.
+        logp_old: log-probs under the policy that made the roll-outs, nats, [N, T].
+        token_advantages: A_t, [N, T].
+        mask: True at response tokens, [N, T].
+        clip_low: rho may fall to 1 - clip_low before the gradient stops.
+        clip_high: rho may rise to 1 + clip_high before the gradient stops.
+        dual_clip: Bounds the loss of tokens with A_t < 0 at dual_clip * |A_t| (arXiv:1912.09729); above 1, or None for
+            no bound.
+        aggregation: "token-mean" gives all tokens of the batch the same weight; "seq-mean-token-mean" averages within
+            each roll-out first.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(f"aggregation is {aggregation!r}; it has to be one of {', '.join(get_args(Aggregation))}")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1, or None")
+    mask = mask.bool()
+    advantages = token_advantages.detach()
+    ratio = torch.where(mask, logp_new - logp_old.detach(), 0.0).exp()
+    free, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    objective = torch.minimum(free, bounded)
+    cut = bounded < free
+    if dual_clip is not None:
+        floor = dual_clip * advantages
+        objective = torch.where((advantages < 0) & (objective < floor), floor, objective)
+    objective = torch.where(mask, objective, 0.0)
+
+    tokens = mask.sum(-1).to(objective.dtype)
+    if aggregation == "token-mean":
+        loss = -objective.sum() / tokens.sum().clamp(min=1)
+    else:
+        loss = -(objective.sum(-1) / tokens.clamp(min=1)).sum() / max(len(tokens), 1)
+    clip_fraction = (cut & mask).sum() / tokens.sum().clamp(min=1)
+    return Surrogate(loss, clip_fraction)

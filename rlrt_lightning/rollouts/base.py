@@ -1,0 +1,94 @@
+"""Roll-outs, and what an engine that makes them has to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks.base import Verdict
+
+if TYPE_CHECKING:
+    from rlrt_lightning.policy import Policy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn from the policy.
+
+    Args:
+        max_new_tokens: Longest response, in tokens; one that reaches it without an end counts as truncated.
+        temperature: Divides the logits; 0 takes the likeliest token (for evaluation only).
+        top_p: Keep the likeliest tokens that together have this probability; 1 keeps all.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        min_p: Drop tokens less likely than this share of the likeliest one; 0 keeps all.
+        stop: Strings that end a response; the tokens that complete one stay in it.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "min_p": (0 <= self.min_p < 1, "from 0 to below 1"),
+        }
+        for name, (good, range_) in limits.items():
+            if not good:
+                raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it has to be {range_}")
+
+
+@dataclass
+class Rollout:
+    """One response of the policy to one prompt.
+
+    Args:
+        group: Index of the prompt in the batch that was asked for; the K roll-outs of a prompt share it.
+        index: Which of the group's K roll-outs this is, 0 to K-1.
+        prompt_ids: Tokens of the prompt, [P].
+        response_ids: Tokens of the response exactly as they were sampled, the end token included, [T].
+        logp: Log-probability (nats) of each response token under the policy at the sampling temperature, before
+            top-p, top-k and min-p cut the distribution, float32 [T].
+        entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
+        truncated: True where the response was cut at `max_new_tokens`.
+        text: The response as text, special tokens removed.
+        verdict: What the verifier said, once it has spoken.
+    """
+
+    group: int
+    index: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logp: Tensor
+    truncated: bool
+    text: str
+    entropy: Tensor | None = None
+    verdict: Verdict | None = None
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Draws roll-outs from the policy. Implementations hold settings until `sync` gives them the weights."""
+
+    def sync(self, policy: Policy) -> None:
+        """Takes the policy's current weights; called before each round of roll-outs."""
+
+    def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> Iterator[Rollout]:
+        """Yields `n` roll-outs for each prompt, in the order in which they finish.
+
+        Args:
+            prompts: Token ids of each prompt.
+            n: Roll-outs for each prompt.
+            sampling: How tokens are drawn.
+            seed: The same seed gives the same roll-outs for the same weights.
+        """
