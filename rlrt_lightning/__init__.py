@@ -1,1 +1,90 @@
-"""RLRT."""
+"""RLRT (RLVR with Reversed Teacher, arXiv:2605.10781) and its relatives on PyTorch Lightning.
+
+Everything public can be imported from here; nothing is loaded before it is used, so that worker processes and
+`--help` start quickly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "rlrt_lightning.objective": [
+        "Credit",
+        "GRPO",
+        "Method",
+        "RLRT",
+        "RLSD",
+        "clipped_surrogate",
+        "group_advantages",
+        "pass_at_k",
+    ],
+    "rlrt_lightning.metrics": ["AvgAtK", "PassAtK"],
+    "rlrt_lightning.policy": ["Policy"],
+    "rlrt_lightning.teacher": ["Teacher"],
+    "rlrt_lightning.rollouts": ["Rollout", "RolloutEngine", "Sampling", "TransformersEngine"],
+    "rlrt_lightning.tasks": [
+        "DatasetTask",
+        "ExactMatch",
+        "MathReward",
+        "Problem",
+        "ReasoningGym",
+        "StrategySum",
+        "Task",
+        "Verdict",
+    ],
+    "rlrt_lightning.datamodule": ["Benchmark", "RolloutDataModule"],
+    "rlrt_lightning.module": ["RLRTModule"],
+    "rlrt_lightning.errors": ["ConfigError"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from rlrt_lightning.datamodule import Benchmark, RolloutDataModule
+    from rlrt_lightning.errors import ConfigError
+    from rlrt_lightning.metrics import AvgAtK, PassAtK
+    from rlrt_lightning.module import RLRTModule
+    from rlrt_lightning.objective import (
+        GRPO,
+        RLRT,
+        RLSD,
+        Credit,
+        Method,
+        clipped_surrogate,
+        group_advantages,
+        pass_at_k,
+    )
+    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
+    from rlrt_lightning.tasks import (
+        DatasetTask,
+        ExactMatch,
+        MathReward,
+        Problem,
+        ReasoningGym,
+        StrategySum,
+        Task,
+        Verdict,
+    )
+    from rlrt_lightning.teacher import Teacher
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+# In a clone callbacks/ stands beside this package; the installed package has it inside (see pyproject.toml).
+_beside = Path(__file__).resolve().parent.parent
+if not (Path(__file__).parent / "callbacks").exists() and (_beside / "callbacks" / "teacher_refresh.py").exists():
+    __path__.append(str(_beside))

@@ -45,9 +45,7 @@ def test_golden_credit(case: dict[str, Any]) -> None:
 
     advantages = group_advantages(t["rewards"], t["groups"].long(), p["normalize_std"], p["eps_std"])
     close(advantages, expect["advantage"])
-    credit = method(
-        advantages, t["rewards"], t["logp_student"], t["logp_teacher"], mask, t["has_context"].bool()
-    )
+    credit = method(advantages, t["rewards"], t["logp_student"], t["logp_teacher"], mask, t["has_context"].bool())
     close(credit.asymmetry, expect["asymmetry"])
     close(credit.weights, expect["weight"])
     close(credit.advantages, expect["token_advantage"])
@@ -113,7 +111,9 @@ def test_lam_zero_is_grpo(seed: int) -> None:
 @batches
 def test_without_context_the_weight_is_one(method: Any, seed: int) -> None:
     batch = Batch(seed)
-    out = batch.credit(method, has_context=torch.zeros(12, dtype=torch.bool), logp_teacher=torch.full((12, 6), torch.nan))
+    out = batch.credit(
+        method, has_context=torch.zeros(12, dtype=torch.bool), logp_teacher=torch.full((12, 6), torch.nan)
+    )
     assert torch.equal(out.weights, batch.mask.double())
     assert not out.asymmetry.any()
 

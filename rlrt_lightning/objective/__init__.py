@@ -9,12 +9,13 @@ Shapes: N roll-outs, T the longest response of the batch; a mask [N, T] is true 
 from rlrt_lightning.objective.advantages import group_advantages
 from rlrt_lightning.objective.estimators import pass_at_k
 from rlrt_lightning.objective.methods import GRPO, RLRT, RLSD, Credit, Method
-from rlrt_lightning.objective.surrogate import Surrogate, clipped_surrogate
+from rlrt_lightning.objective.surrogate import Aggregation, Surrogate, clipped_surrogate
 
 __all__ = [
     "GRPO",
     "RLRT",
     "RLSD",
+    "Aggregation",
     "Credit",
     "Method",
     "Surrogate",

@@ -176,7 +176,8 @@ class RLRT(_TeacherWeighted):
     student went against the teacher get more credit.
 
     Args:
-        lam: Strength of the token weight, within 0 and 1; 0 is GRPO. A token's advantage changes by at most lam * eps_w.
+        lam: Strength of the token weight, within 0 and 1; 0 is GRPO. A token's advantage A changes by at most
+            lam * eps_w * |A|.
         eps_w: The weight is clipped to 1 - eps_w .. 1 + eps_w. The paper: 1.0 for base models, 0.5 for
             instruction-tuned, 0.2 for thinking-tuned ones.
         gated: Act on successful roll-outs only. Off is the paper's RLRT-all, which it found to collapse.

@@ -83,12 +83,15 @@ class RolloutEngine(Protocol):
     def sync(self, policy: Policy) -> None:
         """Takes the policy's current weights; called before each round of roll-outs."""
 
-    def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> Iterator[Rollout]:
+    def generate(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[Rollout]:
         """Yields `n` roll-outs for each prompt, in the order in which they finish.
 
         Args:
             prompts: Token ids of each prompt.
             n: Roll-outs for each prompt.
             sampling: How tokens are drawn.
-            seed: The same seed gives the same roll-outs for the same weights.
+            seeds: A seed for each prompt: with the same weights it gives the same roll-outs, whatever the other
+                prompts of the call are.
         """

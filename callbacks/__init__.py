@@ -1,0 +1,8 @@
+"""Lightning callbacks, imported as `rlrt_lightning.callbacks`."""
+
+from rlrt_lightning.callbacks.evaluation import Evaluation
+from rlrt_lightning.callbacks.hf_export import HFExport
+from rlrt_lightning.callbacks.reversed_signal import ReversedSignalLogger
+from rlrt_lightning.callbacks.teacher_refresh import TeacherRefresh
+
+__all__ = ["Evaluation", "HFExport", "ReversedSignalLogger", "TeacherRefresh"]

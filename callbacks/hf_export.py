@@ -1,0 +1,32 @@
+"""The trained policy as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+if TYPE_CHECKING:
+    from rlrt_lightning.module import RLRTModule
+
+
+class HFExport(Callback):
+    """Writes the policy and its tokenizer, when training ends, into a folder that transformers and vLLM load.
+
+    Args:
+        path: The folder; null is `export` in the run's folder. What it holds of an earlier export is overwritten.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the folder."""
+        folder = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+        policy = cast("RLRTModule", pl_module).policy
+        if trainer.is_global_zero:
+            policy.model.save_pretrained(folder)
+            policy.tokenizer.save_pretrained(folder)
+            rank_zero_info(f"exported the policy to {folder}")

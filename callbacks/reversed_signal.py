@@ -1,0 +1,134 @@
+"""What the reversed teacher says: the asymmetry D_t in figures, histograms and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from rlrt_lightning.batch import EpochBatch
+from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_page
+from rlrt_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlrt_lightning.datamodule import RolloutDataModule
+    from rlrt_lightning.module import RLRTModule
+
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+class ReversedSignalLogger(Callback):
+    """Logs D_t = log P_S - log P_T of each epoch's scored roll-outs under `signal/`, and shows it token by token.
+
+    Args:
+        picture_every_n_epochs: Every so many epochs, the first among them, a few correct roll-outs are drawn with each
+            token coloured by D_t: as an image in TensorBoard, and as `signal/epoch-N.html` in the run's folder. 0 never.
+        rollouts: Roll-outs in a picture.
+    """
+
+    def __init__(self, picture_every_n_epochs: int = 10, rollouts: int = 6) -> None:
+        if picture_every_n_epochs < 0:
+            raise ConfigError(f"reversed_signal.picture_every_n_epochs is {picture_every_n_epochs}; it has to be 0 or more")
+        if rollouts < 1:
+            raise ConfigError(f"reversed_signal.rollouts is {rollouts}; it has to be at least 1")
+        self.picture_every_n_epochs = picture_every_n_epochs
+        self.rollouts = rollouts
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the epoch's signal before it is trained on."""
+        epoch = cast("RolloutDataModule", cast(Any, trainer).datamodule).epoch
+        module = cast("RLRTModule", pl_module)
+        if epoch is None or module.method.context == "none":
+            return
+        eps_w = getattr(module.method, "eps_w", None)
+        pl_module.log_dict(signal_statistics(epoch, eps_w), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        if not trainer.is_global_zero or not epoch.has_context.any():
+            return
+        scored = epoch.mask & epoch.has_context[:, None]
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_histogram"):
+                logger.experiment.add_histogram(
+                    "signal/asymmetry", epoch.credit.asymmetry[scored].numpy(), trainer.global_step
+                )
+        if self.picture_every_n_epochs and trainer.current_epoch % self.picture_every_n_epochs == 0:
+            self._picture(trainer, module, epoch)
+
+    def _picture(self, trainer: Trainer, module: RLRTModule, epoch: EpochBatch) -> None:
+        shown = (epoch.has_context & epoch.correct).nonzero()[:, 0].tolist()
+        # One of each problem, the most divided ones first: that is where the student went its own way.
+        shown.sort(key=lambda i: -float(epoch.credit.asymmetry[i].abs().max()))
+        of_problem: dict[int, int] = {}
+        for i in shown:
+            of_problem.setdefault(epoch.rollouts[i].group, i)
+        scored = [describe(module, epoch, i) for i in list(of_problem.values())[: self.rollouts]]
+        if not scored:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "signal"
+        folder.mkdir(parents=True, exist_ok=True)
+        title = f"Epoch {trainer.current_epoch}"
+        (folder / f"epoch-{trainer.current_epoch}.html").write_text(html_page(title, scored), encoding="utf-8")
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                picture = draw(title, scored)
+                logger.experiment.add_image("signal/rollouts", picture, trainer.global_step, dataformats="HWC")
+
+
+def signal_statistics(epoch: EpochBatch, eps_w: float | None) -> dict[str, float]:
+    """D_t and the weights of an epoch in figures, by tag. Shares of tokens are shares of the scored ones.
+
+    Args:
+        epoch: The epoch's roll-outs with their credit.
+        eps_w: Where the method clips its weights; None if it does not.
+    """
+    credit, context, correct = epoch.credit, epoch.has_context, epoch.correct
+    solved = max(int(correct.sum()), 1)
+    stats = {
+        "signal/context": float(context.float().mean()),
+        "signal/context_of_correct": float((context & correct).sum()) / solved,
+    }
+    for name, rows in (("correct", context & correct), ("wrong", context & ~correct)):
+        values = credit.asymmetry[epoch.mask & rows[:, None]]
+        if len(values):
+            stats[f"signal/asymmetry_{name}"] = float(values.mean())
+            cuts = torch.tensor(QUANTILES)
+            for q, value in zip(QUANTILES, _quantiles(values, cuts).tolist(), strict=True):
+                stats[f"signal/asymmetry_{name}_p{round(100 * q):02d}"] = value
+    scored = epoch.mask & context[:, None]
+    weights = credit.weights[scored]
+    if len(weights):
+        advantages = epoch.advantages[:, None].expand_as(epoch.mask)[scored].abs().mean()
+        stats["signal/up_weighted"] = float((weights > 1).float().mean())
+        stats["signal/down_weighted"] = float((weights < 1).float().mean())
+        # Near 1, or the method changes the size of the step besides its direction.
+        stats["signal/effective_advantage"] = float(credit.advantages[scored].abs().mean() / advantages)
+        if eps_w is not None:
+            clipped = weights.clamp(1 - eps_w, 1 + eps_w)
+            stats["signal/weight_mean"] = float(clipped.mean())
+            stats["signal/clipped"] = float((clipped != weights).float().mean())
+    return stats
+
+
+def _quantiles(values: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
+    ranked = values.sort().values  # torch.quantile refuses more than 2^24 values
+    return ranked[(cuts * (len(ranked) - 1)).round().long()]
+
+
+def describe(module: RLRTModule, epoch: EpochBatch, row: int) -> Scored:
+    """A scored roll-out, token by token, for a picture."""
+    rollout, policy = epoch.rollouts[row], module.policy
+    problem = epoch.problems[rollout.group]
+    prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    tokens = [
+        Token(
+            text=policy.tokenizer.decode([token], clean_up_tokenization_spaces=False),
+            asymmetry=float(epoch.credit.asymmetry[row, t]),
+            logp_student=float(epoch.logp_old[row, t]),
+            logp_teacher=float(epoch.logp_teacher[row, t]),
+            weight=float(epoch.credit.weights[row, t]),
+            advantage=float(epoch.credit.advantages[row, t]),
+        )
+        for t, token in enumerate(rollout.response_ids)
+    ]
+    return Scored(problem.id, prompt, epoch.contexts[row] or "", float(epoch.advantages[row]), tokens)

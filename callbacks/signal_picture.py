@@ -1,0 +1,148 @@
+"""Roll-outs with each token coloured by D_t: as a self-contained HTML page, and as an image."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FULL_COLOUR = 2.0
+"""|D_t| in nats at which a colour is at its strongest."""
+
+# Ends of a diverging scale that colour-blind readers can tell apart: against the teacher orange, with it blue.
+AGAINST, WITH = (230, 120, 20), (50, 120, 200)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A response token and what student and teacher thought of it (log-probs in nats)."""
+
+    text: str
+    asymmetry: float
+    logp_student: float
+    logp_teacher: float
+    weight: float
+    advantage: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A roll-out that the teacher scored."""
+
+    name: str
+    prompt: str
+    context: str
+    advantage: float
+    tokens: list[Token]
+
+
+def colour(asymmetry: float) -> tuple[int, int, int]:
+    """Background of a token: white at 0, orange where the student went against the teacher, blue where with it."""
+    strength = min(1.0, abs(asymmetry) / FULL_COLOUR)
+    end = AGAINST if asymmetry > 0 else WITH
+    red, green, blue = (round(255 + strength * (e - 255)) for e in end)
+    return red, green, blue
+
+
+# -- HTML ----------------------------------------------------------------------------------------------------------
+
+_STYLE = """
+:root { color-scheme: light }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+section { border-top: 1px solid #ccc; padding: .8rem 0 }
+h2 { font-size: 1rem; margin: .2rem 0 }
+pre, .tokens { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0 }
+.tokens span { border-radius: 3px; padding: 2px 0 }
+summary { cursor: pointer; color: #555 }
+.scale { display: inline-block; width: 12rem; height: .9rem; border-radius: 3px; vertical-align: middle; margin: 0 .5rem }
+"""
+
+
+def html_page(title: str, rollouts: list[Scored]) -> str:
+    """A page without outside parts: each token coloured by D_t, its numbers in a tooltip."""
+    stops = ", ".join(_css(colour(FULL_COLOUR * x / 4)) for x in range(-4, 5))
+    sections = "\n".join(_section(rollout) for rollout in rollouts)
+    title = html.escape(title)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: reversed signal</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{title}: where the student went its own way</h1>"
+        "<p>Correct roll-outs; each token is coloured by D = log P<sub>S</sub> − log P<sub>T</sub>. "
+        f'With the teacher<span class="scale" style="background:linear-gradient(to right,{stops})"></span>'
+        f"against it (full colour from {FULL_COLOUR:g} nats). Hover a token for its numbers.</p>\n"
+        f"{sections}\n</body></html>\n"
+    )
+
+
+def _section(rollout: Scored) -> str:
+    tokens = "".join(
+        f'<span style="background:{_css(colour(t.asymmetry))}" title="D {t.asymmetry:+.2f}   log P_S '
+        f'{t.logp_student:.2f}   log P_T {t.logp_teacher:.2f}   weight {t.weight:.2f}   A_t {t.advantage:+.2f}">'
+        f"{html.escape(t.text)}</span>"
+        for t in rollout.tokens
+    )
+    return (
+        f"<section><h2>{html.escape(rollout.name)} · A = {rollout.advantage:+.2f}</h2>"
+        f"<details><summary>prompt</summary><pre>{html.escape(rollout.prompt)}</pre></details>"
+        f"<details><summary>what the teacher was shown</summary><pre>{html.escape(rollout.context)}</pre></details>"
+        f'<div class="tokens">{tokens}</div></section>'
+    )
+
+
+def _css(rgb: tuple[int, int, int]) -> str:
+    return f"rgb({rgb[0]},{rgb[1]},{rgb[2]})"
+
+
+# -- image ---------------------------------------------------------------------------------------------------------
+
+_WIDTH, _MARGIN, _LINE, _LINES_EACH = 1200, 24, 34, 12
+_GREY, _BLACK = (110, 110, 110), (25, 25, 25)
+
+
+def draw(title: str, rollouts: list[Scored]) -> np.ndarray:
+    """The same as an image, uint8 [H, W, 3]; a long roll-out is cut after some lines."""
+    page = Image.new("RGB", (_WIDTH, 150 + len(rollouts) * (_LINES_EACH + 3) * _LINE), "white")
+    pen = ImageDraw.Draw(page)
+    heading, body, small = (ImageFont.load_default(size) for size in (26, 21, 17))
+
+    pen.text((_MARGIN, 20), f"{title}: where the student went its own way", _BLACK, heading)
+    pen.text((_MARGIN, 62), "with the teacher", _GREY, small)
+    for x in range(200):
+        pen.line((_MARGIN + 135 + x, 62, _MARGIN + 135 + x, 82), colour(FULL_COLOUR * (x - 100) / 100))
+    pen.text((_MARGIN + 345, 62), f"against it   (D = log P_S - log P_T, full from {FULL_COLOUR:g} nats)", _GREY, small)
+
+    y = 110
+    for rollout in rollouts:
+        prompt = " ".join(rollout.prompt.split())
+        pen.text((_MARGIN, y), _shorten(f"A = {rollout.advantage:+.2f}   {prompt}", pen, small), _GREY, small)
+        y = _draw_tokens(pen, body, rollout.tokens, y + 26) + _LINE + 14
+    return np.asarray(page.crop((0, 0, _WIDTH, y)))
+
+
+def _draw_tokens(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, tokens: list[Token], y: int) -> int:
+    x, last = float(_MARGIN), y + (_LINES_EACH - 1) * _LINE
+    for token in tokens:
+        for i, part in enumerate(token.text.split("\n")):
+            if i:
+                x, y = _MARGIN, y + _LINE
+            width = pen.textlength(part, font)
+            if x + width > _WIDTH - _MARGIN:
+                x, y = _MARGIN, y + _LINE
+            if y > last:
+                pen.text((_MARGIN, last + 24), "…", _GREY, font)
+                return last + 20
+            if part:
+                pen.rectangle((x, y, x + width, y + 27), colour(token.asymmetry))
+                pen.text((x, y), part, _BLACK, font)
+            x += width
+    return y
+
+
+def _shorten(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    room = _WIDTH - 2 * _MARGIN
+    if pen.textlength(text, font) <= room:
+        return text
+    while text and pen.textlength(text + "…", font) > room:
+        text = text[: -max(1, len(text) // 50)]
+    return text + "…"

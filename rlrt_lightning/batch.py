@@ -1,0 +1,202 @@
+"""An epoch's roll-outs as tensors, and how they are dealt out to optimiser steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlrt_lightning.objective import Aggregation, Credit
+from rlrt_lightning.policy import pad_sequences
+from rlrt_lightning.rollouts import Rollout
+from rlrt_lightning.tasks.base import Problem
+
+
+@dataclass
+class EpochBatch:
+    """The roll-outs of one epoch on this rank, with everything that was computed from them.
+
+    Args:
+        problems: The problems that were asked, P of them.
+        rollouts: N = P * K roll-outs, ordered by problem.
+        rewards: [N], float32.
+        advantages: Group advantages, [N].
+        mask: True at response tokens, [N, T].
+        logp_old: Log-probs of the tokens under the policy that made them, nats, [N, T].
+        contexts: What the teacher was shown for each roll-out; None where it did not score it, N of them.
+        logp_teacher: Log-probs of the tokens under the teacher, nats, [N, T]; 0 where it did not score.
+        credit: What the method made of it, [N, T] each.
+        stats: Figures for the logs by tag.
+    """
+
+    problems: list[Problem]
+    rollouts: list[Rollout]
+    rewards: Tensor
+    advantages: Tensor
+    mask: Tensor
+    logp_old: Tensor
+    contexts: list[str | None]
+    logp_teacher: Tensor
+    credit: Credit
+    stats: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def has_context(self) -> Tensor:
+        """True where the teacher scored the roll-out: bool [N]."""
+        return torch.tensor([c is not None for c in self.contexts])
+
+    @property
+    def correct(self) -> Tensor:
+        """Which roll-outs the verifier called correct: bool [N]."""
+        return torch.tensor([r.verdict is not None and r.verdict.correct for r in self.rollouts])
+
+
+class MicroBatch(NamedTuple):
+    """What one forward and backward pass sees.
+
+    Args:
+        input_ids: Prompt and response, padded on the right, [B, T].
+        attention_mask: 0 at padding, [B, T].
+        response_mask: True at response tokens, [B, T].
+        logp_old: Log-probs under the policy that made the roll-outs, nats, [B, T].
+        advantages: Token advantages, [B, T].
+        share: What the micro-batch's own mean counts for, so that the gradients that Lightning averages over
+            micro-batches and ranks add up to the mean over the whole mini-batch.
+        temperature: Of the sampling.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    logp_old: Tensor
+    advantages: Tensor
+    share: float
+    temperature: float
+
+
+T = TypeVar("T")
+
+
+class Batches(Generic[T]):
+    """Batches in order, as an iterable of known length: Lightning takes it as a data loader, and unlike a `DataLoader`
+    it gets no distributed sampler (each rank has roll-outs of its own)."""
+
+    def __init__(self, batches: list[T]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.batches)
+
+
+def pad_rows(rows: Sequence[Tensor | None], width: int | None = None) -> Tensor:
+    """Float32 rows of different lengths side by side, [N, T], 0 where a row ends or is None; T is the longest row's
+    length, or `width`."""
+    out = torch.zeros(len(rows), width or max((len(r) for r in rows if r is not None), default=0))
+    for i, row in enumerate(rows):
+        if row is not None:
+            out[i, : len(row)] = row
+    return out
+
+
+def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Deals sequences out to `parts` padded batches whose largest (rows times longest) is as small as can be while
+    similar lengths stay together. A part may be empty if there are fewer sequences than parts.
+
+    Args:
+        lengths: Tokens of each sequence.
+        parts: How many batches.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def deal(limit: int) -> list[list[int]]:
+        dealt: list[list[int]] = []
+        for i in order:
+            # In falling order the first of a part is its longest.
+            if dealt and (len(dealt[-1]) + 1) * lengths[dealt[-1][0]] <= limit:
+                dealt[-1].append(i)
+            else:
+                dealt.append([i])
+        return dealt
+
+    low, high = 0, sum(lengths) + len(lengths) * max(lengths, default=0)
+    while low < high:  # the smallest limit that needs no more than `parts`
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(deal(middle)) <= parts else (middle + 1, high)
+    dealt = deal(low)
+    return dealt + [[] for _ in range(parts - len(dealt))]
+
+
+def micro_batches(
+    epoch: EpochBatch,
+    minibatches: int,
+    accumulate: int,
+    aggregation: Aggregation,
+    temperature: float = 1.0,
+    world_size: int = 1,
+    totals: Tensor | None = None,
+) -> Batches[MicroBatch]:
+    """Cuts an epoch into mini-batches (one optimiser step each) of whole groups, and each of these into exactly
+    `accumulate` micro-batches.
+
+    Roll-outs without any advantage are left out of the forward pass, since their gradient is 0; they still count in
+    the mean over the mini-batch.
+
+    Args:
+        epoch: The roll-outs.
+        minibatches: Optimiser steps in the epoch.
+        accumulate: Micro-batches of each step.
+        aggregation: As in `clipped_surrogate`.
+        temperature: Of the sampling.
+        world_size: Ranks whose gradients are averaged.
+        totals: `mini_batch_sizes` summed over all ranks; None for one rank.
+    """
+    if totals is None:
+        totals = mini_batch_sizes(epoch, minibatches)
+    tokens = epoch.mask.sum(-1)
+    useful = epoch.credit.advantages.ne(0).any(-1)
+    step_of = _step_of(epoch, minibatches)
+    batches = []
+    for step in range(minibatches):
+        members = (step_of == step).nonzero()[:, 0]
+        trained = members[useful[members]]
+        lengths = [len(epoch.rollouts[i].prompt_ids) + len(epoch.rollouts[i].response_ids) for i in trained]
+        shortest = members[tokens[members].argmin()]
+        for part in balance(lengths, accumulate):
+            # All ranks take all steps: where there is nothing to learn, a roll-out whose loss counts 0 stands in.
+            rows = trained[part] if part else shortest[None]
+            if aggregation == "token-mean":
+                share = float(tokens[rows].sum() / totals[step, 0])
+            else:
+                share = float(len(rows) / totals[step, 1])
+            share = share * accumulate * world_size if part else 0.0
+            batches.append(_collate(epoch, rows, share, temperature))
+    return Batches(batches)
+
+
+def mini_batch_sizes(epoch: EpochBatch, minibatches: int) -> Tensor:
+    """Response tokens and roll-outs of each mini-batch on this rank, those without advantage included, [M, 2]."""
+    sizes = torch.stack([epoch.mask.sum(-1), torch.ones(len(epoch.rollouts), dtype=torch.long)], 1)
+    return torch.zeros(minibatches, 2, dtype=torch.long).index_add_(0, _step_of(epoch, minibatches), sizes)
+
+
+def _step_of(epoch: EpochBatch, minibatches: int) -> Tensor:
+    groups = torch.tensor([r.group for r in epoch.rollouts])
+    return groups * minibatches // len(epoch.problems)
+
+
+def _collate(epoch: EpochBatch, rows: Tensor, share: float, temperature: float) -> MicroBatch:
+    chosen = [epoch.rollouts[i] for i in rows.tolist()]
+    ids, attention, response = pad_sequences([(r.prompt_ids, r.response_ids) for r in chosen])
+
+    def spread(values: Tensor) -> Tensor:  # from response positions to positions of the whole sequence
+        return torch.zeros(ids.shape).masked_scatter(response, values[rows][epoch.mask[rows]].float())
+
+    return MicroBatch(
+        ids, attention, response, spread(epoch.logp_old), spread(epoch.credit.advantages), share, temperature
+    )

@@ -1,0 +1,454 @@
+"""The data module: an epoch is a batch of fresh roll-outs, from prompts to micro-batches.
+
+`RolloutDataModule.train_dataloader` reads top to bottom as the way of the data.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes, pad_rows
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.objective import group_advantages
+from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
+from rlrt_lightning.seeding import derive_seed, generator
+from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
+from rlrt_lightning.tasks.verifier import Verifier
+
+if TYPE_CHECKING:
+    from rlrt_lightning.module import RLRTModule
+
+log = logging.getLogger(__name__)
+
+EAGER_ROWS = 100_000
+"""Data sets up to this size are checked row by row at the start; larger ones, and endless ones, as rows are drawn."""
+
+
+@dataclass
+class Benchmark:
+    """Held-out problems that the policy is evaluated on.
+
+    Args:
+        task: Whose held-out problems; null takes those of the training task.
+        samples: Roll-outs of each problem, the n of avg@n and pass@k.
+        limit: Take the first so many problems only; null takes all.
+        sampling: How they are drawn; null draws as in training.
+    """
+
+    task: Task | None = None
+    samples: int = 8
+    limit: int | None = None
+    sampling: Sampling | None = None
+
+
+@dataclass
+class Evaluated:
+    """Some problems of a benchmark with their roll-outs, verdicts included; `Rollout.group` counts the problems."""
+
+    benchmark: str
+    samples: int
+    problems: list[Problem]
+    rollouts: list[Rollout]
+
+
+class RolloutDataModule(LightningDataModule):
+    """Makes the roll-outs that each epoch trains on, and those that evaluations count.
+
+    Args:
+        task: Problems and their verifier.
+        engine: What draws the roll-outs.
+        sampling: How tokens are drawn.
+        prompts_per_epoch: Problems in an epoch, over all ranks.
+        rollouts_per_prompt: Roll-outs of each problem, the K of the group.
+        minibatches: Optimiser steps in an epoch; each takes an equal share of the problems, and is cut into
+            `--trainer.accumulate_grad_batches` micro-batches of about equal size.
+        benchmarks: What is evaluated, by name; null is the training task's held-out problems, as `heldout`.
+        eval_prompts: Problems in one batch of an evaluation.
+        max_prompt_tokens: Longest prompt, in tokens.
+        overlong_prompts: What to do with a longer one: drop it and count it, or stop with an error.
+        rescore: Take the policy's log-probs from the trainer's forward pass instead of from the sampler. One more
+            forward pass; needed where the two differ, as in bfloat16.
+        verifier_workers: Processes that check completions, for tasks whose verifier is not trusted code.
+        verifier_timeout_s: Time limit of one verdict, in seconds.
+        verifier_memory_gb: Memory limit of a verifier process, in GiB.
+        max_fault_share: Stop when the verifier itself fails on more than this share of an epoch's roll-outs; below it
+            they count as wrong.
+        seed: Seed of every random stream; the command line sets it by `--seed_everything`.
+    """
+
+    def __init__(
+        self,
+        task: Task | None = None,
+        engine: RolloutEngine | None = None,
+        sampling: Sampling = Sampling(),
+        prompts_per_epoch: int = 256,
+        rollouts_per_prompt: int = 8,
+        minibatches: int = 2,
+        benchmarks: dict[str, Benchmark] | None = None,
+        eval_prompts: int = 64,
+        max_prompt_tokens: int = 2048,
+        overlong_prompts: Literal["drop", "error"] = "drop",
+        rescore: bool = False,
+        verifier_workers: int = 2,
+        verifier_timeout_s: float = 5.0,
+        verifier_memory_gb: float = 4.0,
+        max_fault_share: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if rollouts_per_prompt < 2:
+            raise ConfigError(
+                f"data.rollouts_per_prompt is {rollouts_per_prompt}; it has to be at least 2: the advantage compares "
+                "the roll-outs of a prompt with each other"
+            )
+        if minibatches < 1 or prompts_per_epoch < 1 or prompts_per_epoch % minibatches:
+            raise ConfigError(
+                f"data.prompts_per_epoch ({prompts_per_epoch}) has to be a multiple of data.minibatches ({minibatches})"
+            )
+        if sampling.temperature == 0:
+            raise ConfigError("data.sampling.temperature is 0: K equal roll-outs teach nothing; take 1 for training")
+        self.task: Task = task or StrategySum()
+        self.engine: RolloutEngine = engine or TransformersEngine()
+        self.sampling = sampling
+        self.prompts_per_epoch = prompts_per_epoch
+        self.rollouts_per_prompt = rollouts_per_prompt
+        self.minibatches = minibatches
+        self.benchmarks = benchmarks if benchmarks is not None else {"heldout": Benchmark()}
+        self.eval_prompts = eval_prompts
+        self.max_prompt_tokens = max_prompt_tokens
+        self.overlong_prompts = overlong_prompts
+        self.rescore = rescore
+        self.verifier_workers = verifier_workers
+        self.verifier_timeout_s = verifier_timeout_s
+        self.verifier_memory_gb = verifier_memory_gb
+        self.max_fault_share = max_fault_share
+        self.seed = seed
+
+        self.epoch: EpochBatch | None = None
+        """The roll-outs of the epoch that is being trained on; callbacks read them."""
+        self._cursor = 0
+        self._overlong = 0
+        self._problems: Sequence[Problem] = ()
+        self._order: tuple[int, Tensor] | None = None
+        self._eval_problems: dict[str, Sequence[Problem]] = {}
+        self._verifiers: dict[int, Verifier] = {}
+
+    # -- the way of the data ---------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> Batches[MicroBatch]:
+        """One epoch: prompts, roll-outs, verdicts, advantages, teacher, credit, micro-batches."""
+        trainer, module = self._trainer, self._module
+        method = module.method.at(trainer.global_step)
+        clock = _Clock()
+        with self._computing():
+            problems, prompts, seeds = self._draw_prompts(trainer.current_epoch)
+
+            with clock("rollout"):
+                drawn = self._roll_out(self.task, problems, prompts, self.rollouts_per_prompt, self.sampling, seeds)
+            with clock("verify"):
+                rollouts = self._collect_verdicts(problems, drawn)
+            rewards = torch.tensor([r.verdict.reward for r in rollouts if r.verdict])
+            groups = torch.tensor([r.group for r in rollouts])
+            advantages = group_advantages(rewards, groups, method.normalize_std)
+
+            with clock("rescore"):
+                mismatch = self._rescore(rollouts, advantages != 0) if self.rescore else {}
+            with clock("teacher"):
+                wanted = method.uses_teacher(advantages, rewards)
+                contexts = module.teacher.contexts(
+                    method.context,
+                    problems,
+                    rollouts,
+                    method.successful(rewards),
+                    self.seed,
+                    trainer.current_epoch,
+                    trainer.global_rank,
+                )
+                contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
+                scores = module.teacher.score(module.policy, problems, rollouts, contexts, self.sampling.temperature)
+
+        contexts = [None if logp is None else c for c, logp in zip(contexts, scores.logp, strict=True)]
+        mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
+        logp_old = pad_rows([r.logp for r in rollouts])
+        logp_teacher = pad_rows(scores.logp, width=mask.shape[1])
+        has_context = torch.tensor([c is not None for c in contexts])
+        credit = method(advantages, rewards, logp_old, logp_teacher, mask, has_context)
+
+        stats = {**_statistics(rollouts, rewards, groups), **mismatch, **clock.stats}
+        stats["rollout/overlong_prompts"] = float(self._overlong)
+        stats["signal/context_truncated"] = float(scores.truncated)
+        self.epoch = EpochBatch(
+            problems, rollouts, rewards, advantages, mask, logp_old, contexts, logp_teacher, credit, stats
+        )
+        return micro_batches(
+            self.epoch,
+            self.minibatches,
+            trainer.accumulate_grad_batches,
+            module.aggregation,
+            self.sampling.temperature,
+            trainer.world_size,
+            self._sum_over_ranks(mini_batch_sizes(self.epoch, self.minibatches)),
+        )
+
+    def _draw_prompts(self, epoch: int) -> tuple[list[Problem], list[list[int]], list[int]]:
+        """The epoch's problems with the tokens of their prompts and a seed each, this rank's share of them."""
+        problems, prompts, looked_at = [], [], 0
+        while len(problems) < self.prompts_per_epoch:
+            if looked_at >= len(self._problems) + self.prompts_per_epoch:
+                raise ConfigError(
+                    f"data.max_prompt_tokens is {self.max_prompt_tokens}: fewer than {len(problems) + 1} of the task's "
+                    f"{len(self._problems)} prompts are short enough"
+                )
+            problem = self._problems[self._row(self._cursor)]
+            self._cursor, looked_at = self._cursor + 1, looked_at + 1
+            ids = self._encode(problem)
+            if ids is None:
+                self._overlong += 1
+            else:
+                problems.append(problem)
+                prompts.append(ids)
+        ranks = slice(self._trainer.global_rank, None, self._trainer.world_size)
+        seeds = [derive_seed(self.seed, "rollouts", epoch, i) for i in range(len(problems))]
+        return problems[ranks], prompts[ranks], seeds[ranks]
+
+    def _roll_out(
+        self,
+        task: Task,
+        problems: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> list[tuple[Rollout, Future[Verdict]]]:
+        """Roll-outs ordered by problem, each with its verdict under way: it goes to the verifier as soon as it is
+        finished, so that verification runs beside generation."""
+        verifier = self._verifier(task)
+        self.engine.sync(self._module.policy)
+        drawn = []
+        with self._progress("roll-outs", len(prompts) * n) as bar:
+            for rollout in self.engine.generate(prompts, n, sampling, seeds):
+                drawn.append((rollout, verifier.submit(problems[rollout.group], rollout.text)))
+                bar.update()
+        return sorted(drawn, key=lambda pair: (pair[0].group, pair[0].index))
+
+    def _collect_verdicts(
+        self, problems: Sequence[Problem], drawn: Sequence[tuple[Rollout, Future[Verdict]]]
+    ) -> list[Rollout]:
+        """The roll-outs with their verdicts; says which verdicts are the verifier's own failures."""
+        rollouts, faults = [], []
+        with self._progress("verdicts", len(drawn)) as bar:
+            for rollout, pending in drawn:
+                rollout.verdict = pending.result()
+                rollouts.append(rollout)
+                if rollout.verdict.fault:
+                    faults.append(f"{problems[rollout.group].id}: {rollout.verdict.message}")
+                bar.update()
+        if not faults:
+            return rollouts
+        log.warning("the verifier failed on %d of %d roll-outs, such as %s", len(faults), len(rollouts), faults[0])
+        if len(faults) > self.max_fault_share * len(rollouts):
+            raise ConfigError(
+                f"the verifier failed on {len(faults)} of {len(rollouts)} roll-outs, more than data.max_fault_share "
+                f"({self.max_fault_share}) allows; the first: {faults[0]}"
+            )
+        return rollouts
+
+    def _rescore(self, rollouts: Sequence[Rollout], needed: Tensor) -> dict[str, float]:
+        """Replaces the sampler's log-probs by the policy's own, where they are going to be used."""
+        chosen = [r for r, used in zip(rollouts, needed.tolist(), strict=True) if used]
+        scores = self._module.policy.score([(r.prompt_ids, r.response_ids) for r in chosen], self.sampling.temperature)
+        differences = []
+        for rollout, logp in zip(chosen, scores, strict=True):
+            differences.append((rollout.logp - logp).abs())
+            rollout.logp = logp
+        if not differences:
+            return {}
+        apart = torch.cat(differences)
+        return {"rollout/mismatch_mean": float(apart.mean()), "rollout/mismatch_max": float(apart.max())}
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def val_dataloader(self) -> list[Batches[list[int]]]:
+        """For each benchmark its problems' numbers in batches; `evaluate` does the work."""
+        trainer = self._trainer
+        loaders = []
+        for problems in self._eval_problems.values():
+            mine = list(range(len(problems)))[trainer.global_rank :: trainer.world_size]
+            loaders.append(Batches([mine[i : i + self.eval_prompts] for i in range(0, len(mine), self.eval_prompts)]))
+        return loaders
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+    def evaluate(self, benchmark: int, indices: Sequence[int]) -> Evaluated:
+        """Rolls some problems of a benchmark out. The seeds depend on the problem alone: evaluations of one run differ
+        by the policy only.
+
+        Args:
+            benchmark: Number of the benchmark.
+            indices: Numbers of its problems.
+        """
+        name, spec = list(self.benchmarks.items())[benchmark]
+        problems = [self._eval_problems[name][i] for i in indices]
+        seeds = [derive_seed(self.seed, "evaluation", name, i) for i in indices]
+        with self._computing():
+            prompts = [self._module.policy.encode_prompt(p.prompt) for p in problems]
+            sampling = spec.sampling or self.sampling
+            drawn = self._roll_out(spec.task or self.task, problems, prompts, spec.samples, sampling, seeds)
+        return Evaluated(name, spec.samples, problems, self._collect_verdicts(problems, drawn))
+
+    # -- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Reads the data and checks what can be checked before the weights are loaded."""
+        policy = self._module.policy
+        _ = policy.tokenizer, policy.end_tokens
+        limit = policy.max_positions
+        if limit is not None and self.max_prompt_tokens >= limit:
+            self.max_prompt_tokens = limit - 1
+        if stage == "fit":
+            self._check_trainer()
+            self._problems = self.task.problems("train")
+            if not len(self._problems):
+                raise ConfigError("data.task: there are no problems to train on")
+            if self.overlong_prompts == "error" and len(self._problems) <= EAGER_ROWS:
+                for problem in self._problems:
+                    self._encode(problem)
+        for name, spec in self.benchmarks.items():
+            if spec.samples < 1:
+                raise ConfigError(f"data.benchmarks.{name}.samples is {spec.samples}; it has to be at least 1")
+            problems = (spec.task or self.task).problems("heldout")
+            if not len(problems):
+                raise ConfigError(f"data.benchmarks.{name}: there are no problems to evaluate on")
+            self._eval_problems[name] = problems[: spec.limit] if spec.limit is not None else problems
+
+    def teardown(self, stage: str) -> None:
+        """Ends the verifier's worker processes."""
+        for verifier in self._verifiers.values():
+            verifier.close()
+        self._verifiers.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the prompts have been read: with the seed, all that an exact resume needs."""
+        return {"cursor": self._cursor, "overlong": self._overlong}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._cursor, self._overlong = state_dict["cursor"], state_dict["overlong"]
+
+    # -- small parts -----------------------------------------------------------------------------------------------
+
+    @property
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError("the data module has no trainer: pass it to Trainer.fit, validate, test or predict")
+        return self.trainer
+
+    @property
+    def _module(self) -> RLRTModule:
+        return cast("RLRTModule", self._trainer.lightning_module)
+
+    def _check_trainer(self) -> None:
+        trainer = self._trainer
+        if trainer.reload_dataloaders_every_n_epochs != 1:
+            raise ConfigError(
+                "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on roll-outs of its own"
+            )
+        if self.prompts_per_epoch % (self.minibatches * trainer.world_size):
+            raise ConfigError(
+                f"data.prompts_per_epoch ({self.prompts_per_epoch}) has to be a multiple of data.minibatches "
+                f"({self.minibatches}) times the number of ranks ({trainer.world_size})"
+            )
+
+    def _row(self, position: int) -> int:
+        """Which row comes at a position of the endless, shuffled order of prompts."""
+        round_, place = divmod(position, len(self._problems))
+        if self._order is None or self._order[0] != round_:
+            shuffle = generator(self.seed, "prompts", round_)
+            self._order = round_, torch.randperm(len(self._problems), generator=shuffle)
+        return int(self._order[1][place])
+
+    def _encode(self, problem: Problem) -> list[int] | None:
+        """Tokens of a prompt, or None where it is too long and dropped."""
+        ids = self._module.policy.encode_prompt(problem.prompt)
+        if len(ids) <= self.max_prompt_tokens:
+            return ids
+        if self.overlong_prompts == "error":
+            raise ConfigError(
+                f"problem {problem.id}: its prompt has {len(ids)} tokens, more than data.max_prompt_tokens or the model "
+                f"allow ({self.max_prompt_tokens}); shorten it or set data.overlong_prompts to drop"
+            )
+        return None
+
+    def _verifier(self, task: Task) -> Verifier:
+        if id(task) not in self._verifiers:
+            first = next(iter(self._verifiers.values()), None)
+            self._verifiers[id(task)] = (
+                first.for_task(task)
+                if first is not None
+                else Verifier(task, self.verifier_workers, self.verifier_timeout_s, self.verifier_memory_gb)
+            )
+        return self._verifiers[id(task)]
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        """The trainer's precision (autocast), which Lightning itself enters for its own steps only."""
+        return self._trainer.precision_plugin.forward_context()
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        trainer = self._trainer
+        return trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+
+    @contextmanager
+    def _progress(self, what: str, total: int) -> Iterator[Any]:
+        shown = self._trainer.progress_bar_callback
+        hidden = shown is None or getattr(shown, "is_disabled", False) or self._trainer.sanity_checking
+        with tqdm(total=total, desc=what, leave=False, disable=hidden, dynamic_ncols=True) as bar:
+            yield bar
+
+
+class _Clock:
+    """Seconds of each phase of an epoch."""
+
+    def __init__(self) -> None:
+        self.stats: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.stats[f"time/{phase}"] = time.perf_counter() - start
+
+
+def _statistics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) -> dict[str, float]:
+    """What every run logs of its roll-outs."""
+    verdicts = [r.verdict for r in rollouts if r.verdict is not None]
+    correct = torch.tensor([v.correct for v in verdicts]).float()
+    size = torch.bincount(groups)
+    solved = torch.zeros(len(size)).index_add_(0, groups, correct) / size
+    lengths = torch.tensor([len(r.response_ids) for r in rollouts]).float()
+    stats = {
+        "rollout/reward": rewards.mean(),
+        "rollout/correct": correct.mean(),
+        "rollout/length": lengths.mean(),
+        "rollout/truncated": torch.tensor([r.truncated for r in rollouts]).float().mean(),
+        "rollout/faults": torch.tensor([v.fault for v in verdicts]).float().mean(),
+        "groups/all_correct": (solved == 1).float().mean(),
+        "groups/all_wrong": (solved == 0).float().mean(),
+        "groups/mixed": ((solved > 0) & (solved < 1)).float().mean(),
+    }
+    if all(r.entropy is not None for r in rollouts):
+        stats["rollout/entropy"] = torch.cat([r.entropy for r in rollouts if r.entropy is not None]).mean()
+    labels = Counter(v.label for v in verdicts if v.label is not None)
+    stats |= {f"labels/{label}": torch.tensor(count / len(verdicts)) for label, count in labels.items()}
+    return {tag: float(value) for tag, value in stats.items()}

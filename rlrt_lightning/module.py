@@ -1,0 +1,153 @@
+"""The Lightning module: policy, teacher and method, and the step that trains the policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlrt_lightning.batch import MicroBatch
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.objective import RLRT, Aggregation, Method, clipped_surrogate
+from rlrt_lightning.policy import Policy
+from rlrt_lightning.seeding import derive_seed
+from rlrt_lightning.teacher import Teacher
+
+if TYPE_CHECKING:
+    from rlrt_lightning.datamodule import Evaluated, RolloutDataModule
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+class RLRTModule(LightningModule):
+    """Trains a policy on roll-outs with token advantages.
+
+    Args:
+        policy: The language model that is trained.
+        method: How advantages are spread over tokens: GRPO, RLRT, RLSD, or a class of your own.
+        teacher: Whose weights score the roll-outs, and with what context.
+        clip_low: The ratio to the roll-out policy may fall to 1 - clip_low before a token's gradient stops.
+        clip_high: The ratio may rise to 1 + clip_high before a token's gradient stops.
+        dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
+        aggregation: token-mean weighs all tokens of a mini-batch the same; seq-mean-token-mean averages within each
+            roll-out first.
+        optimizer: Class path and settings of the optimiser; the paper has AdamW with lr 1e-6.
+        warmup_steps: Optimiser steps over which the learning rate rises linearly to its constant value.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        method: Method = RLRT(),
+        teacher: Teacher | None = None,
+        clip_low: float = 0.2,
+        clip_high: float = 0.28,
+        dual_clip: float | None = None,
+        aggregation: Aggregation = "token-mean",
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
+        warmup_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        if not 0 <= clip_low < 1 or clip_high < 0:
+            raise ConfigError(f"model.clip_low is {clip_low} and clip_high {clip_high}; 0 <= clip_low < 1, clip_high >= 0")
+        if dual_clip is not None and dual_clip <= 1:
+            raise ConfigError(f"model.dual_clip is {dual_clip}; it has to be above 1, or null")
+        if warmup_steps < 0:
+            raise ConfigError(f"model.warmup_steps is {warmup_steps}; it has to be 0 or more")
+        self.policy = policy or Policy()
+        self.method = method
+        self.teacher = teacher or Teacher()
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+        self.aggregation: Aggregation = aggregation
+        self.optimizer_factory = optimizer
+        self.warmup_steps = warmup_steps
+        self._epoch_start = 0.0
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        """One forward pass over a micro-batch; its loss is a share of the mean over the mini-batch."""
+        logp, entropy = self.policy.log_probs(
+            batch.input_ids, batch.attention_mask, batch.response_mask, batch.temperature
+        )
+        surrogate = clipped_surrogate(
+            logp,
+            batch.logp_old,
+            batch.advantages,
+            batch.response_mask,
+            self.clip_low,
+            self.clip_high,
+            self.dual_clip,
+            self.aggregation,
+        )
+        loss = surrogate.loss * batch.share
+        tokens = int(batch.response_mask.sum())
+        self._log({"train/loss": loss}, batch_size=1)
+        self._log(
+            {
+                "train/clip_fraction": surrogate.clip_fraction,
+                "train/entropy": entropy.detach().sum() / max(tokens, 1),
+                "train/kl": _kl(logp.detach(), batch),
+            },
+            batch_size=tokens,
+        )
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over the policy's weights, constant after a linear warm-up."""
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = self.optimizer_factory(trained)
+        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, self.warmup_steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        """Logs what the roll-outs of the epoch were like."""
+        # Dropout, where a model has any: the same in a resumed run.
+        torch.manual_seed(derive_seed(self._data.seed, "training", self.current_epoch, self.global_rank))
+        if self._data.epoch is not None:
+            self._log(self._data.epoch.stats, batch_size=1)
+        self._epoch_start = time.perf_counter()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the gradient's norm before it is clipped, and the learning rate."""
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._log({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]}, batch_size=1)
+
+    def on_train_epoch_end(self) -> None:
+        """Logs how long the updates took."""
+        self._log({"time/train": time.perf_counter() - self._epoch_start}, batch_size=1)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def validation_step(self, indices: list[int], batch_idx: int, dataloader_idx: int = 0) -> Evaluated:
+        """Rolls problems of a benchmark out; the `Evaluation` callback counts the verdicts."""
+        return self._data.evaluate(dataloader_idx, indices)
+
+    test_step = predict_step = validation_step
+
+    # -- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the weights, after everything that can be checked without them has been."""
+        self.policy.load()
+        self.teacher.load(self.policy)
+
+    @property
+    def _data(self) -> RolloutDataModule:
+        return cast("RolloutDataModule", cast(Any, self.trainer).datamodule)
+
+    def _log(self, values: dict[str, Any], batch_size: int) -> None:
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
+
+
+def _kl(logp: Tensor, batch: MicroBatch) -> Tensor:
+    """KL(P_old || P_new) estimated on the sampled tokens by (rho - 1) - log rho, which is never negative."""
+    difference = (logp - batch.logp_old)[batch.response_mask]
+    return (difference.exp() - 1 - difference).mean()

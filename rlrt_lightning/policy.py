@@ -1,0 +1,336 @@
+"""The policy: a causal language model, its tokenizer, and the log-probabilities of given tokens under it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks.base import Messages
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).parent / "tasks" / "strategy_sum" / "model"
+
+
+@final
+class Policy(nn.Module):
+    """The language model that is trained. Nothing is read from disk before it is needed; the weights come last.
+
+    Args:
+        path: A folder, a Hugging Face id, or `embedded` for the small model that ships with the package.
+        dtype: Type of the weights. Keep float32 for training and let `--trainer.precision=bf16-mixed` compute in bf16:
+            an update of 1e-6 vanishes in the 8 bits of a bfloat16 weight.
+        attention: Attention implementation of transformers: sdpa, eager, flash_attention_2, ...
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        logits_chunk: Tokens whose logits exist at once while log-probs are computed; memory is this times the
+            vocabulary, not batch times length times vocabulary.
+        score_tokens: Tokens, padding included, in one forward pass without gradient.
+        chat: Put prompts into the model's chat template; null does so where the tokenizer has one.
+        chat_kwargs: Passed to the chat template, for example `enable_thinking: false`.
+        system_prompt: Put before the conversation as the system's message; needs a chat template.
+    """
+
+    def __init__(
+        self,
+        path: str = "embedded",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        logits_chunk: int = 1024,
+        score_tokens: int = 16384,
+        chat: bool | None = None,
+        chat_kwargs: dict[str, Any] | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {"logits_chunk": logits_chunk, "score_tokens": score_tokens}.items():
+            if value < 1:
+                raise ConfigError(f"model.policy.{name} is {value}; it has to be at least 1")
+        self.path = str(EMBEDDED) if path == "embedded" else path
+        self.dtype = dtype
+        self.attention = attention
+        self.gradient_checkpointing = gradient_checkpointing
+        self.logits_chunk = logits_chunk
+        self.score_tokens = score_tokens
+        self.chat = chat
+        self.chat_kwargs = chat_kwargs or {}
+        self.system_prompt = system_prompt
+        self._head_is_known = True
+
+    # -- what can be known before the weights are there ------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            ConfigError: If there is no model at `path`, or it is no causal language model.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"model.policy.path: no model can be read at {self.path!r}: {_first_line(error)}"
+            ) from error
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ConfigError(f"model.policy.path: {self.path!r} is a {config.model_type} model, not a causal LM")
+        return config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ConfigError: If there is none at `path`, or `chat` asks for a chat template that it does not have.
+        """
+        from transformers import AutoTokenizer
+
+        _ = self.config  # says more clearly what is wrong with a folder that holds no model at all
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"model.policy.path: no tokenizer can be read at {self.path!r}: {_first_line(error)}"
+            ) from error
+        if not tokenizer.chat_template and (self.chat or self.system_prompt):
+            setting = "chat" if self.chat else "system_prompt"
+            raise ConfigError(f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template")
+        return tokenizer
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end a response: those of the generation config and of the tokenizer."""
+        from transformers import GenerationConfig
+
+        try:
+            configured = GenerationConfig.from_pretrained(self.path).eos_token_id
+        except OSError:  # a folder without a generation_config.json
+            configured = self.config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        ends = sorted({int(e) for e in [*ends, self.tokenizer.eos_token_id] if e is not None})
+        if not ends:
+            raise ConfigError(f"model.policy.path: {self.path!r} names no end-of-sequence token, so no response can end")
+        return ends
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model has positions for; None where it does not say."""
+        text = self.config.get_text_config()
+        return getattr(text, "max_position_embeddings", None)
+
+    def encode_prompt(self, prompt: str | Messages) -> list[int]:
+        """Tokens of a prompt, up to where the response begins."""
+        if not self.tokenizer.chat_template or self.chat is False:
+            text = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
+            return list(self.tokenizer(text)["input_ids"])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.system_prompt is not None:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        # In two steps, since the template writes the special tokens itself.
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of response tokens, special tokens removed."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    # -- the weights -----------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Reads the weights, once.
+
+        Raises:
+            ConfigError: If they cannot be read, or the attention implementation is not there.
+        """
+        if "model" in self._modules:
+            return
+        from transformers import AutoModelForCausalLM
+
+        _ = self.config
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=getattr(torch, self.dtype), attn_implementation=self.attention
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {_first_line(error)}") from error
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.adopt(model)
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Takes a loaded model as the policy's weights."""
+        self.model = model.train()
+        self._head_is_known = self._chunks_match_the_model()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def evaluating(self) -> Iterator[PreTrainedModel]:
+        """The model without dropout, gradient or gradient checkpointing."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
+    def weights_of(self, teacher: nn.Module) -> Iterator[None]:
+        """Computes with the teacher's weights where it has its own."""
+        own = self.model
+        self.model = teacher._modules.get("model", own)
+        try:
+            yield
+        finally:
+            self.model = own
+
+    # -- log-probabilities -----------------------------------------------------------------------------------------
+
+    def log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each response token, without the logits of the whole batch in memory.
+
+        Args:
+            input_ids: Prompt and response, padded on the right, [B, T].
+            attention_mask: 0 at padding, [B, T].
+            response_mask: True at response tokens, [B, T]; never at position 0.
+            temperature: Divides the logits, as it did when the tokens were sampled.
+
+        Returns:
+            Log-probs and entropies in nats, float32 [B, T], 0 outside the response. Gradient flows through both.
+        """
+        mask = response_mask[:, 1:].bool()
+        targets = input_ids[:, 1:][mask]
+        if self._head_is_known:
+            states = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            states = states.last_hidden_state[:, :-1][mask]
+        else:
+            states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            states = states[:, :-1][mask]
+        logp, entropy = self._token_log_probs(states, targets, temperature)
+        out = torch.zeros(2, *input_ids.shape, device=input_ids.device)
+        where = torch.nn.functional.pad(mask, (1, 0))
+        return out[0].masked_scatter(where, logp), out[1].masked_scatter(where, entropy)
+
+    def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
+        """Log-probs of given responses after given prompts, without gradient.
+
+        Args:
+            sequences: Token ids of prompt and response.
+            temperature: Divides the logits.
+
+        Returns:
+            For each sequence a float32 tensor on the CPU, as long as the response, in nats.
+        """
+        scores: list[Tensor] = [torch.empty(0)] * len(sequences)
+        by_length = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+        with self.evaluating():
+            while by_length:
+                longest = sum(map(len, sequences[by_length[-1]]))
+                rows = max(1, self.score_tokens // longest)
+                chosen, by_length = by_length[-rows:], by_length[:-rows]
+                ids, attention, response = pad_sequences([sequences[i] for i in chosen], self.device)
+                logp = self.log_probs(ids, attention, response, temperature)[0].cpu()
+                for row, i in enumerate(chosen):
+                    prompt, answer = map(len, sequences[i])
+                    scores[i] = logp[row, prompt : prompt + answer].clone()
+        return scores
+
+    def _token_log_probs(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        chunks = [
+            # Recomputed in the backward pass, so that a chunk's logits are never kept.
+            checkpoint(self._chunk_log_probs, s, t, temperature, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self._chunk_log_probs(s, t, temperature)
+            for s, t in zip(states.split(self.logits_chunk), targets.split(self.logits_chunk), strict=True)
+        ]
+        if not chunks:
+            empty = states.sum() * torch.zeros(0, device=states.device)
+            return empty, empty
+        logp, entropy = zip(*chunks, strict=True)
+        return torch.cat(logp), torch.cat(entropy)
+
+    def _chunk_log_probs(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = self._logits(states).float() / temperature
+        log_total = logits.logsumexp(-1)
+        logp = logits.gather(-1, targets[:, None])[:, 0] - log_total
+        entropy = log_total - ((logits - log_total[:, None]).exp() * logits).sum(-1)
+        return logp, entropy
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """What the model's forward does after its decoder, for the architectures that do more than the head."""
+        if not self._head_is_known:
+            return states  # they are logits already
+        logits = self.model.get_output_embeddings()(states)
+        config = self.config.get_text_config()
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scaling
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _chunks_match_the_model(self) -> bool:
+        """Whether decoder plus head gives the model's own logits. Architectures do odd things after the head, and a
+        silent difference would be a wrong gradient."""
+        self._head_is_known = True
+        ids = torch.arange(4, device=self.device)[None]
+        with self.evaluating():
+            expected = self.model(input_ids=ids, use_cache=False).logits
+            try:
+                states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+                same = torch.allclose(self._logits(states).float(), expected.float(), rtol=1e-2, atol=1e-2)
+            except (AttributeError, TypeError):
+                same = False
+        if not same:
+            log.warning(
+                "The logits of %s are not its head applied to its decoder's states; they are computed for whole "
+                "batches at once, which takes more memory.",
+                type(self.model).__name__,
+            )
+        return same
+
+
+def pad_sequences(
+    sequences: Sequence[tuple[list[int], list[int]]], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pads prompt + response on the right.
+
+    Returns:
+        Token ids (0 at padding), attention mask (1 at tokens) and response mask (true at response tokens), all [B, T].
+    """
+    prompts = torch.tensor([len(p) for p, _ in sequences])[:, None]
+    totals = torch.tensor([len(p) + len(r) for p, r in sequences])[:, None]
+    ids = torch.zeros(len(sequences), int(totals.max()), dtype=torch.long)
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+    position = torch.arange(ids.shape[1])[None]
+    attention = (position < totals).long()
+    response_mask = (position >= prompts) & (position < totals)
+    return ids.to(device), attention.to(device), response_mask.to(device)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

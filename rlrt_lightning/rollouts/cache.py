@@ -1,0 +1,50 @@
+"""A key-value cache that is written in place. transformers' own copies the whole cache at each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+def growing_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
+    """An empty cache for a model of this configuration.
+
+    Layers that keep every token write in place; those of other kinds (sliding windows, linear attention) stay
+    transformers' own.
+
+    Args:
+        config: The model's configuration.
+        capacity: Tokens of a row at most; room for them is taken as they come.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [_GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values are views of the part of a larger room that is in use."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.rooms: tuple[Tensor, ...] = ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        # Repeating or selecting rows has made new tensors, which the old rooms do not hold.
+        if not self.rooms or len(self.rooms[0]) != len(key_states) or self.rooms[0].shape[-2] < end:
+            length = max(end, min(self.capacity, 2 * end))
+            self.rooms = tuple(new.new_empty(*new.shape[:2], length, new.shape[3]) for new in (key_states, value_states))
+            if start:
+                for room, kept in zip(self.rooms, (self.keys, self.values), strict=True):
+                    room[:, :, :start] = kept
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        return self.keys, self.values

@@ -1,0 +1,226 @@
+"""Roll-outs with transformers' own forward pass: anywhere, with the very weights that are trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
+from rlrt_lightning.seeding import generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlrt_lightning.policy import Policy
+
+NOISE_BLOCK = 64
+"""Random numbers drawn at once for each row; a row that ends early has drawn at most this many too many."""
+
+
+class TransformersEngine(RolloutEngine):
+    """Samples with the policy's own weights. A prompt is read once for its K roll-outs, and finished ones leave the
+    batch. The log-probs are the policy's, to rounding.
+
+    Args:
+        max_rows: Roll-outs that are decoded at once; bounds the memory of the key-value cache.
+        dtype: Sample with a copy of the weights in this type, renewed before each epoch; null samples with the policy's
+            weights themselves. Worth its memory under `--trainer.precision=bf16-mixed`, where each step would
+            otherwise cast all weights; set `--data.rescore=true` with it.
+    """
+
+    def __init__(self, max_rows: int = 256, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+        if max_rows < 1:
+            raise ConfigError(f"data.engine.max_rows is {max_rows}; it has to be at least 1")
+        self.max_rows = max_rows
+        self.dtype = dtype
+        self._policy: Policy | None = None
+        self._copy: PreTrainedModel | None = None
+
+    def sync(self, policy: Policy) -> None:
+        """See `RolloutEngine.sync`."""
+        self._policy = policy
+        if self.dtype is None:
+            return
+        if self._copy is None:
+            self._copy = copy.deepcopy(policy.model).eval()
+            for p in self._copy.parameters():  # not .to(dtype): rotary frequencies are buffers and stay float32
+                p.requires_grad_(False)
+                p.data = p.data.to(getattr(torch, self.dtype))
+        with torch.no_grad():
+            for ours, theirs in zip(self._copy.parameters(), policy.model.parameters(), strict=True):
+                ours.copy_(theirs)
+
+    def generate(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[Rollout]:
+        """See `RolloutEngine.generate`."""
+        policy = self._policy
+        if policy is None:
+            raise RuntimeError("sync the engine with a policy before it generates")
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        at_once = max(1, self.max_rows // n)
+        with policy.evaluating() as model:
+            own = self._copy is not None
+            context: Any = torch.autocast(policy.device.type, enabled=False) if own else nullcontext()
+            for start in range(0, len(prompts), at_once):
+                chosen = by_length[start : start + at_once]
+                with context:
+                    yield from _Decoding(self._copy or model, policy, prompts, chosen, n, sampling, seeds).run()
+
+
+class _Decoding:
+    """Some prompts on their way from prefix to finished responses. Rows are roll-outs that are still open."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        prompts: Sequence[list[int]],
+        chosen: list[int],
+        n: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> None:
+        self.model, self.policy, self.sampling = model, policy, sampling
+        self.prompts, self.chosen, self.n = prompts, chosen, n
+        self.device = policy.device
+        self.ends = torch.tensor(policy.end_tokens, device=self.device)
+        self.noise = [generator(seeds[group], "sampling", k) for group in chosen for k in range(n)]
+        longest = max(len(prompts[group]) for group in chosen)
+        room = (policy.max_positions or longest + sampling.max_new_tokens) - longest
+        self.steps = max(1, min(sampling.max_new_tokens, room))
+        rows = len(chosen) * n
+        self.tokens = torch.zeros(rows, self.steps, dtype=torch.long, device=self.device)
+        self.logp = torch.zeros(rows, self.steps, device=self.device)
+        self.entropy = torch.zeros(rows, self.steps, device=self.device)
+
+    def run(self) -> Iterator[Rollout]:
+        logits, cache, mask = self._read_prompts()
+        rows = torch.arange(len(self.noise), device=self.device)  # which roll-out each row of the batch is
+        open_ = torch.ones_like(rows, dtype=torch.bool)
+        for step in range(self.steps):
+            if step % NOISE_BLOCK == 0:
+                noise = torch.stack([torch.rand(NOISE_BLOCK, generator=self.noise[r]) for r in rows.tolist()])
+                noise = noise.to(self.device)
+            tokens, logp, entropy = sample(logits, noise[:, step % NOISE_BLOCK], self.sampling)
+            self.tokens[rows, step], self.logp[rows, step], self.entropy[rows, step] = tokens, logp, entropy
+
+            ended = torch.isin(tokens, self.ends) | self._at_stop_string(rows, step)
+            last = step + 1 == self.steps
+            for row in (open_ & (ended | last)).nonzero()[:, 0].tolist():
+                yield self._finish(int(rows[row]), step + 1, truncated=not bool(ended[row]))
+            open_ &= ~ended
+            if last or not open_.any():
+                return
+            # Selecting rows copies the cache, so wait until a fifth of them is done.
+            if open_.sum() <= 0.8 * len(rows):
+                keep = open_.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, tokens, mask, noise, open_ = rows[keep], tokens[keep], mask[keep], noise[keep], open_[keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            logits = self._forward(tokens[:, None], mask, cache)
+
+    def _read_prompts(self) -> tuple[Tensor, Any, Tensor]:
+        """Reads each prompt once, then copies its cache to its K rows. Prompts are padded on the left, so that all
+        rows write their next token at the same place."""
+        from rlrt_lightning.rollouts.cache import growing_cache
+
+        prompts = [self.prompts[group] for group in self.chosen]
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        cache = growing_cache(self.model.config, longest + self.steps)
+        logits = self._forward(ids, mask, cache)
+        cache.batch_repeat_interleave(self.n)
+        return logits.repeat_interleave(self.n, 0), cache, mask.repeat_interleave(self.n, 0)
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def _at_stop_string(self, rows: Tensor, step: int) -> Tensor:
+        """Which rows' text has just come to hold a stop string."""
+        found = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        if not self.sampling.stop:
+            return found
+        # A token is at least a character or part of one: this many tokens hold any stop string that ends here.
+        reach = 4 * max(map(len, self.sampling.stop)) + 4
+        tails = self.tokens[rows, max(0, step + 1 - reach) : step + 1].tolist()
+        for row, tail in enumerate(tails):
+            text = self.policy.decode(tail)
+            found[row] = any(stop in text for stop in self.sampling.stop)
+        return found
+
+    def _finish(self, row: int, length: int, truncated: bool) -> Rollout:
+        group, index = self.chosen[row // self.n], row % self.n
+        response = self.tokens[row, :length].tolist()
+        return Rollout(
+            group=group,
+            index=index,
+            prompt_ids=self.prompts[group],
+            response_ids=response,
+            logp=self.logp[row, :length].cpu(),
+            entropy=self.entropy[row, :length].cpu(),
+            truncated=truncated,
+            text=self.policy.decode(response),
+        )
+
+
+def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws one token for each row by inverting the cumulative distribution at a given random number, so that a row's
+    draw does not depend on which other rows are in the batch.
+
+    Args:
+        logits: [R, V].
+        uniform: One number in [0, 1) for each row, [R].
+        sampling: Temperature and cuts.
+
+    Returns:
+        Tokens [R], and their log-prob and the entropy of the distribution before the cuts (nats), float32 [R].
+    """
+    logits = logits.float()
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    logp = logits.log_softmax(-1)
+    probs = logp.exp()
+    entropy = -torch.where(probs > 0, probs * logp, 0.0).sum(-1)
+    if sampling.temperature == 0:
+        tokens = logp.argmax(-1)
+    else:
+        cumulative = _cut(probs, sampling).cumsum(-1)
+        total = cumulative[:, -1:]
+        target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return tokens, logp.gather(-1, tokens[:, None])[:, 0], entropy
+
+
+def _cut(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Sets to 0 what top-k, top-p and min-p drop, in transformers' order; not renormalised."""
+    if 0 < sampling.top_k < probs.shape[-1]:
+        probs = torch.where(probs < probs.topk(sampling.top_k).values[:, -1:], 0.0, probs)
+    if sampling.top_p < 1:
+        ranked, order = probs.sort(descending=True)
+        before = ranked.cumsum(-1) - ranked
+        kept = torch.where(before < sampling.top_p * ranked.sum(-1, keepdim=True), ranked, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, kept)
+    if sampling.min_p > 0:
+        probs = torch.where(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0.0, probs)
+    return probs

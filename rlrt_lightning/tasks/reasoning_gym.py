@@ -1,0 +1,131 @@
+"""The procedural tasks of the library reasoning-gym, which makes and scores endless problems."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Sequence
+from typing import Any, overload
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks.base import Problem, Split, Task, Verdict
+
+INSTRUCTION = "Reason step by step, and put your final answer, and nothing else, between <answer> and </answer>."
+"""What is asked for after each question."""
+
+
+class ReasoningGym(Task):
+    """One of the procedural tasks of the library reasoning-gym: problems without end, with a scorer of their own.
+
+    Problems are made on demand, the same ones for the same settings. The held-out problems are the generator's first
+    and the training problems those after them, so that no problem is drawn twice; a generator with few possible problems
+    may still draw the same one in both. The reward is the scorer's, from 0 to 1; a completion is correct at 1.
+
+    Args:
+        name: Name of the task in reasoning-gym, such as `chain_sum`.
+        size: Number of training problems; they take no memory, but a few generators take longer to start with more.
+        heldout: Number of held-out problems.
+        seed: Seed of the problems of both splits.
+        config: Settings of the generator, such as `{"min_terms": 3}`.
+        instruction: Text after each question. The answer is what stands in the last `<answer>...</answer>`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int = 100_000,
+        heldout: int = 200,
+        seed: int = 0,
+        config: dict[str, Any] | None = None,
+        instruction: str = INSTRUCTION,
+    ) -> None:
+        for setting, value in (("size", size), ("heldout", heldout)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{setting} must be a whole number of problems, 1 or more, not {value!r}")
+        for setting in ("seed", "size"):
+            if setting in (config or {}):
+                raise ConfigError(f"config must not hold {setting!r}: it is a setting of the task itself")
+        self.name = name
+        self.size = size
+        self.heldout = heldout
+        self.seed = seed
+        self.config = dict(config or {})
+        self.instruction = instruction
+        self._generator: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generator": None}  # some generators do not pickle
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """The problems of a split, each made when it is asked for."""
+        self._make_generator()
+        return _Problems(self, split)
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """Scores the last `<answer>...</answer>`."""
+        before, closed, _ = completion.rpartition("</answer>")
+        _, opened, answer = before.rpartition("<answer>")
+        if not (closed and opened):
+            return Verdict(0.0, False, message="no <answer>...</answer>")
+        answer = answer.strip()
+        reward = float(self._make_generator().score_answer(answer=answer, entry=problem.info))
+        message = "right" if reward >= 1 else f"scored {reward:g}"
+        if reward < 1 and problem.answer is not None:  # some tasks only have a scorer
+            message += f": an answer is {problem.answer}"
+        return Verdict(reward, reward >= 1, answer, message)
+
+    def warm_up(self) -> None:
+        """Imports reasoning-gym and makes the generator."""
+        self._make_generator()
+
+    def _make_generator(self) -> Any:
+        if self._generator is None:
+            try:
+                from reasoning_gym.factory import DATASETS, create_dataset
+            except ImportError as error:
+                raise ConfigError(
+                    f"the task ReasoningGym needs a package: pip install 'rlrt-lightning[reasoning-gym]' ({error})"
+                ) from None
+            if self.name not in DATASETS:
+                near = difflib.get_close_matches(self.name, DATASETS, cutoff=0.5)
+                hint = f"; did you mean {' or '.join(near)}?" if near else f"; one of {', '.join(sorted(DATASETS))}"
+                raise ConfigError(f"reasoning-gym has no task {self.name!r}{hint}")
+            # Generators draw problem i from seed + i. Neighbouring seeds would share nearly all of their problems.
+            seed = random.Random(f"reasoning-gym/{self.seed}").randrange(2**31)
+            try:
+                self._generator = create_dataset(self.name, seed=seed, size=self.heldout + self.size, **self.config)
+            except (TypeError, ValueError, AssertionError) as error:
+                raise ConfigError(f"reasoning-gym's task {self.name} refuses config or size: {error}") from None
+        return self._generator
+
+    def _problem(self, number: int) -> Problem:
+        entry = self._make_generator()[number]
+        return Problem(
+            id=f"{self.name}-{self.seed}-{number}",
+            prompt=f"{entry['question']}\n{self.instruction}",
+            answer=entry["answer"],
+            info=dict(entry),  # its scorer wants all of it
+        )
+
+
+class _Problems(Sequence[Problem]):
+    """The problems of one split, made on demand."""
+
+    def __init__(self, task: ReasoningGym, split: Split) -> None:
+        self._task = task
+        first = task.heldout if split == "train" else 0
+        self._range = range(first, first + (task.size if split == "train" else task.heldout))
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            return [self._task._problem(number) for number in self._range[index]]
+        return self._task._problem(self._range[index])

@@ -1,0 +1,369 @@
+"""Runs a task's `verify` on many completions: in worker processes with a time limit, or inline for a quick task.
+
+Each worker process has a pipe of its own and a thread of this process that feeds it. So a worker that hangs or dies,
+busy or idle, costs the one completion that it held, never another worker's. The processes are forked from a fresh
+server process (or spawned), which knows nothing of this process's threads and accelerators.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import weakref
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks.base import Problem, Task, Verdict
+
+_START_S = 300.0  # until a worker must have loaded a task; imports can be slow on a shared file system
+_MESSAGE_CHARS = 300
+_ANSWER_CHARS = 1_000
+
+_keys = itertools.count()  # names for tasks that no two verifiers of this process share
+
+
+class Verifier:
+    """Judges completions of one task.
+
+    Worker processes start with the first completion of an isolated task and serve until `close`. What goes wrong with a
+    completion in `verify` (it raises, it exceeds its time or memory, its process dies) becomes a verdict with `fault`
+    set and reward 0. What goes wrong with the task itself (a worker cannot load it) is raised.
+
+    Args:
+        task: The task whose `verify` judges.
+        workers: Number of worker processes.
+        timeout_s: Time limit of one completion in seconds. It starts when a worker takes the completion up.
+        memory_gb: How many GB a worker may take beyond what it holds after its start. Linux only; elsewhere no limit.
+    """
+
+    def __init__(self, task: Task, workers: int = 4, timeout_s: float = 5.0, memory_gb: float = 4.0) -> None:
+        if not isinstance(workers, int) or workers < 1:
+            raise ConfigError(f"workers must be a whole number, 1 or more, not {workers!r}")
+        for name, value in (("timeout_s", timeout_s), ("memory_gb", memory_gb)):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number, not {value!r}")
+        self._pool = _Pool(workers, float(timeout_s), int(memory_gb * 1e9))
+        self._set_task(task)
+
+    def for_task(self, task: Task) -> Verifier:
+        """A verifier of another task on the same worker processes. Closing either stops the workers of both."""
+        other = object.__new__(type(self))
+        other._pool = self._pool
+        other._set_task(task)
+        return other
+
+    def _set_task(self, task: Task) -> None:
+        self.task = task
+        self._key = next(_keys)
+        self._pickled = b""
+        if task.isolated:
+            try:
+                self._pickled = pickle.dumps(task)
+            except Exception as error:
+                raise ConfigError(f"the task {type(task).__name__} cannot be pickled: {_text(error)}") from error
+
+    def submit(self, problem: Problem, completion: str) -> Future[Verdict]:
+        """Has one completion judged. Completions are taken up in the order of submission.
+
+        Args:
+            problem: The problem that it tries to solve.
+            completion: The text to judge.
+
+        Returns:
+            A future whose `result()` is the verdict.
+
+        Raises:
+            ConfigError: If the problem cannot be sent to a worker process.
+        """
+        future: Future[Verdict] = Future()
+        if not self.task.isolated:
+            future.set_result(_judge(self.task, problem, completion))
+            return future
+        try:
+            payload = pickle.dumps((problem, completion))
+        except Exception as error:
+            raise ConfigError(f"the problem {problem.id!r} cannot be pickled: {_text(error)}") from error
+        self._pool.submit(_Job(future, self._key, self._pickled, payload))
+        return future
+
+    def close(self) -> None:
+        """Stops the worker processes and cancels what is not judged yet. A later `submit` starts new ones."""
+        self._pool.close()
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _judge(task: Task, problem: Problem, completion: str) -> Verdict:
+    """Calls `verify`; turns what it raises into a fault, and its verdict into plain values of bounded size."""
+    try:
+        verdict = task.verify(problem, completion)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"verify returned {type(verdict).__name__}, not a Verdict")
+        reward = float(verdict.reward)
+        if not math.isfinite(reward):
+            raise ValueError(f"verify returned the reward {reward}")
+        answer, label = verdict.answer, verdict.label
+        return Verdict(
+            reward=reward,
+            correct=bool(verdict.correct),
+            answer=None if answer is None else _clip(str(answer), _ANSWER_CHARS),
+            message=_clip(str(verdict.message), _MESSAGE_CHARS),
+            label=None if label is None else str(label),
+            fault=bool(verdict.fault),
+        )
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a verifier that calls sys.exit() has failed as well
+        return _fault(_text(error))
+
+
+def _fault(message: str) -> Verdict:
+    return Verdict(reward=0.0, correct=False, message=_clip(message, _MESSAGE_CHARS), fault=True)
+
+
+def _text(error: BaseException) -> str:
+    """An exception in one line: its type, and its text if it has any."""
+    try:
+        text = " ".join(str(error)[: 4 * _MESSAGE_CHARS].split())
+    except Exception:
+        text = ""
+    return _clip(f"{type(error).__name__}: {text}" if text else type(error).__name__, _MESSAGE_CHARS)
+
+
+def _clip(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+# In this process
+
+
+class _Job(NamedTuple):
+    future: Future[Verdict]
+    key: int  # of the task
+    task: bytes  # pickled
+    payload: bytes  # the pickled problem and completion
+
+
+class _Pool:
+    """The worker processes and their threads; both start with the first job."""
+
+    def __init__(self, workers: int, timeout_s: float, memory: int) -> None:
+        self._settings = (timeout_s, memory)
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._stop: Any = None
+
+    def submit(self, job: _Job) -> None:
+        with self._lock:
+            if self._stop is None:
+                self._start()
+            self._jobs.put(job)
+
+    def _start(self) -> None:
+        self._jobs = queue.SimpleQueue()
+        workers = [_Worker(*self._settings) for _ in range(self._workers)]
+        for number, worker in enumerate(workers):
+            # A daemon, and it holds no reference to this pool: neither an interpreter that exits nor a pool that nobody
+            # uses any more waits for it.
+            threading.Thread(
+                target=worker.serve, args=(self._jobs,), name=f"rlrt-verifier-{number}", daemon=True
+            ).start()
+        self._stop = weakref.finalize(self, _stop, self._jobs, workers)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._stop is not None:
+                self._stop()
+                self._stop = None
+
+
+def _stop(jobs: queue.SimpleQueue[_Job | None], workers: list[_Worker]) -> None:
+    """Ends the threads and processes of a pool: when it is closed, forgotten, or when the interpreter exits."""
+    for worker in workers:
+        worker.closing = True
+    with suppress(queue.Empty):
+        while True:
+            job = jobs.get_nowait()
+            if job is not None:
+                job.future.cancel()
+    for _ in workers:
+        jobs.put(None)
+    for worker in workers:
+        worker.kill()  # its thread sees the stream end, and cleans up
+
+
+class _Worker:
+    """One worker process, started when a job needs it and replaced when it is lost."""
+
+    def __init__(self, timeout_s: float, memory: int) -> None:
+        self.closing = False
+        self._timeout_s = timeout_s
+        self._memory = memory
+        self._process: Any = None
+        self._loaded: set[int] = set()
+        self._lock = threading.Lock()  # of starting and killing, which may happen in different threads
+
+    def serve(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        """Works through the jobs; the body of this worker's thread."""
+        while (job := jobs.get()) is not None:
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            try:
+                job.future.set_result(self._run(job))
+            except BaseException as error:
+                job.future.set_exception(error)
+            del job  # its payload may be large, and the next job may be far away
+        self._drop()
+
+    def _run(self, job: _Job) -> Verdict:
+        if self._process is None or not self._process.is_alive():  # it may have been killed while it was idle
+            self._start()
+        try:
+            if job.key not in self._loaded:
+                self._load(job)
+            self._connection.send_bytes(pickle.dumps((job.key, None, self._timeout_s)))
+            self._connection.send_bytes(job.payload)
+            if not self._connection.poll(self._timeout_s):
+                self._drop()
+                return self._lost(f"the verifier exceeded its time limit of {self._timeout_s:g} s")
+            verdict, goes_on = self._connection.recv()
+        except (EOFError, OSError):
+            return self._lost(f"the verifier's process died ({self._ending()})")
+        if not goes_on:
+            self._drop()
+        return verdict
+
+    def _load(self, job: _Job) -> None:
+        try:
+            self._connection.send_bytes(pickle.dumps((job.key, job.task, self._timeout_s)))
+            problem = self._connection.recv() if self._connection.poll(_START_S) else f"not ready after {_START_S:g} s"
+        except (EOFError, OSError):
+            problem = f"its process died ({self._ending()}); a script that starts one must do so under " + (
+                'if __name__ == "__main__":'
+            )
+        if problem:
+            self._drop()
+            if self.closing:
+                raise RuntimeError("the verifier was closed")
+            raise RuntimeError(f"the verifier's worker could not load the task: {problem}")
+        self._loaded.add(job.key)
+
+    def _lost(self, message: str) -> Verdict:
+        if self.closing:
+            raise RuntimeError("the verifier was closed")
+        return _fault(message)
+
+    def _start(self) -> None:
+        self._drop()
+        methods = multiprocessing.get_all_start_methods()
+        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        with self._lock:
+            if self.closing:
+                raise RuntimeError("the verifier was closed")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(
+                target=_work, args=(theirs, self._memory), name="rlrt-verifier", daemon=True
+            )
+            self._process.start()
+            theirs.close()  # with no copy here, the death of the process ends the stream
+            self._loaded = set()
+
+    def _ending(self) -> str:
+        self._process.join(1)
+        code = self._process.exitcode
+        return "it does not end" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def kill(self) -> None:
+        """Ends the process and whatever processes it has started. The one method for other threads than the worker's."""
+        with self._lock:
+            if self._process is not None:
+                try:
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                except (AttributeError, OSError):  # no process groups here, or not its own yet, or it is gone
+                    self._process.kill()
+
+    def _drop(self) -> None:
+        """Ends the process and forgets it."""
+        self.kill()
+        with self._lock:
+            if self._process is not None:
+                self._process.join(1)
+                self._connection.close()
+                self._process = None
+
+
+# In a worker process
+
+
+def _work(connection: Connection, memory: int) -> None:
+    """The body of a worker process: loads tasks and judges completions until the stream ends."""
+    with suppress(AttributeError, OSError):
+        os.setsid()  # Ctrl-C in the terminal is not for it, and it can be killed together with its children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tasks: dict[int, Task] = {}
+    limited = False
+    null = open(os.devnull, "w")  # noqa: SIM115 - open for as long as the process lives
+    try:
+        while True:
+            key, pickled, timeout_s = pickle.loads(connection.recv_bytes())
+            if pickled is not None:
+                connection.send(_load(tasks, key, pickled))
+                continue
+            payload = connection.recv_bytes()
+            if not limited:
+                _limit_memory(memory)
+                limited = True
+            # Where the process that would end it is gone, a hanging verifier must not run for ever.
+            faulthandler.dump_traceback_later(2 * timeout_s + 10, exit=True, file=null)
+            verdict, goes_on = _answer(tasks[key], payload)
+            faulthandler.cancel_dump_traceback_later()
+            connection.send((verdict, goes_on))
+    except (EOFError, OSError):
+        pass
+
+
+def _limit_memory(more: int) -> None:
+    """Lets this process take at most so many bytes of address space more than it has now."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        with open("/proc/self/statm") as statm:
+            limit = int(statm.read().split()[0]) * resource.getpagesize() + more
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _load(tasks: dict[int, Task], key: int, pickled: bytes) -> str | None:
+    """Unpickles a task; returns what went wrong."""
+    try:
+        tasks[key] = pickle.loads(pickled)
+        tasks[key].warm_up()
+    except BaseException as error:
+        return _text(error)
+    return None
+
+
+def _answer(task: Task, payload: bytes) -> tuple[Verdict, bool]:
+    """The verdict, and whether this process may go on."""
+    try:
+        problem, completion = pickle.loads(payload)
+    except BaseException as error:
+        return _fault(_text(error)), True
+    verdict = _judge(task, problem, completion)
+    # What has run out of memory once may hold it for good, and would then fail every completion after this one.
+    return verdict, not (verdict.fault and verdict.message.startswith("MemoryError"))

@@ -1,0 +1,174 @@
+"""The teacher: the same model, shown a privileged context. Whose weights, and what context."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor, nn
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.objective.methods import Context
+from rlrt_lightning.rollouts.base import Rollout
+from rlrt_lightning.seeding import generator
+from rlrt_lightning.tasks.base import Messages, Problem
+
+if TYPE_CHECKING:
+    from rlrt_lightning.policy import Policy
+
+TEMPLATE = """{prompt}
+
+Here is a correct solution to this problem:
+
+{context}
+
+Now solve the problem yourself, step by step."""
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What the teacher says of a batch of roll-outs.
+
+    Args:
+        logp: For each roll-out log P_T of its tokens, nats, [T]; None where it had no context.
+        truncated: Contexts that were cut because they were too long.
+    """
+
+    logp: list[Tensor | None]
+    truncated: int
+
+
+@final
+class Teacher(nn.Module):
+    """The policy as of its last refresh (`TeacherRefresh` decides when), with a solution in view.
+
+    While it is refreshed each epoch it is the policy that made the roll-outs, so it needs no weights of its own.
+
+    Args:
+        template: What the teacher is shown in place of the prompt; `{prompt}` and `{context}` are filled in. In a
+            conversation it takes the place of the last user's message, and the chat template goes around it.
+        max_context_tokens: A longer context loses its end.
+        strip_think: Leave out what the context has inside <think> and </think>.
+    """
+
+    def __init__(self, template: str = TEMPLATE, max_context_tokens: int = 8192, strip_think: bool = True) -> None:
+        super().__init__()
+        for name in ("{prompt}", "{context}"):
+            if name not in template:
+                raise ConfigError(f"model.teacher.template has no {name}")
+        if max_context_tokens < 1:
+            raise ConfigError(f"model.teacher.max_context_tokens is {max_context_tokens}; it has to be at least 1")
+        self.template = template
+        self.max_context_tokens = max_context_tokens
+        self.strip_think = strip_think
+        self.own_weights = False
+        """Whether the teacher keeps a copy; set before the weights are loaded, by `TeacherRefresh`."""
+
+    # -- whose weights ---------------------------------------------------------------------------------------------
+
+    def load(self, policy: Policy) -> None:
+        """Takes a copy of the policy's weights where the teacher needs its own."""
+        if self.own_weights and "model" not in self._modules:
+            self.model = copy.deepcopy(policy.model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def refresh(self, policy: Policy, ema_decay: float = 0.0) -> None:
+        """teacher <- ema_decay * teacher + (1 - ema_decay) * policy."""
+        for ours, theirs in zip(self.model.parameters(), policy.model.parameters(), strict=True):
+            ours.lerp_(theirs.to(ours), 1 - ema_decay)
+
+    # -- what context ----------------------------------------------------------------------------------------------
+
+    def prompt(self, policy: Policy, problem: Problem, context: str) -> tuple[list[int], bool]:
+        """Tokens of what the teacher is shown, and whether the context had to be cut."""
+        if self.strip_think:
+            context = re.sub(r".*</think>\s*", "", context, flags=re.DOTALL)
+        ids = policy.tokenizer(context, add_special_tokens=False)["input_ids"]
+        if cut := len(ids) > self.max_context_tokens:
+            context = policy.decode(ids[: self.max_context_tokens])
+
+        def fill(text: str) -> str:  # not str.format: prompts and solutions are full of braces
+            parts = {"{prompt}": text, "{context}": context}
+            return re.sub(r"\{prompt\}|\{context\}", lambda m: parts[m[0]], self.template)
+
+        prompt: str | Messages = problem.prompt
+        if isinstance(prompt, str):
+            return policy.encode_prompt(fill(prompt)), cut
+        return policy.encode_prompt([*prompt[:-1], {**prompt[-1], "content": fill(prompt[-1]["content"])}]), cut
+
+    def contexts(
+        self, kind: Context, problems: Sequence[Problem], rollouts: Sequence[Rollout], successful: Tensor, *seed: int
+    ) -> list[str | None]:
+        """The privileged context of each roll-out, None where there is none.
+
+        A group's demonstration is one of its successful roll-outs, the same for all siblings; the demonstration itself
+        gets another one, and nothing where it is the only success.
+
+        Args:
+            kind: "sibling" or "answer".
+            problems: The problems that `Rollout.group` counts.
+            rollouts: N roll-outs.
+            successful: Which of them count as r = 1, bool [N].
+            seed: Names the stream that chooses the demonstrations.
+        """
+        if kind == "answer":
+            answers = [problems[r.group].answer for r in rollouts]
+            return [None if answer is None else str(answer) for answer in answers]
+        solved: dict[int, list[Rollout]] = defaultdict(list)
+        for rollout, success in zip(rollouts, successful.tolist(), strict=True):
+            if success:
+                solved[rollout.group].append(rollout)
+        for group, candidates in solved.items():
+            candidates.sort(key=lambda r: r.index)  # whatever the order in which they finished
+            order = torch.randperm(len(candidates), generator=generator(*seed, "sibling", group)).tolist()
+            solved[group] = [candidates[i] for i in order[:2]]
+        contexts = []
+        for rollout in rollouts:
+            others = [r for r in solved[rollout.group] if r is not rollout]
+            contexts.append(others[0].text if others else None)
+        return contexts
+
+    # -- what it says ----------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        policy: Policy,
+        problems: Sequence[Problem],
+        rollouts: Sequence[Rollout],
+        contexts: Sequence[str | None],
+        temperature: float = 1.0,
+    ) -> TeacherScores:
+        """log P_T of each roll-out that has a context, its tokens exactly as they were sampled.
+
+        Args:
+            policy: The policy, whose tokenizer and, where the teacher has none of its own, weights are used.
+            problems: The problems that `Rollout.group` counts.
+            rollouts: N roll-outs.
+            contexts: Their contexts, [N].
+            temperature: Divides the logits, as it did when the tokens were sampled.
+        """
+        prompts: dict[tuple[int, str], tuple[list[int], bool]] = {}
+        sequences, which, truncated = [], [], 0
+        for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=True)):
+            if context is None:
+                continue
+            key = (rollout.group, context)
+            if key not in prompts:
+                prompts[key] = self.prompt(policy, problems[rollout.group], context)
+                truncated += prompts[key][1]
+            ids, _ = prompts[key]
+            if policy.max_positions is None or len(ids) + len(rollout.response_ids) <= policy.max_positions:
+                sequences.append((ids, rollout.response_ids))
+                which.append(i)
+            else:
+                truncated += 1  # no room in the model for context and response: the roll-out keeps weight 1
+        logp: list[Tensor | None] = [None] * len(rollouts)
+        with policy.weights_of(self):
+            for i, scores in zip(which, policy.score(sequences, temperature), strict=True):
+                logp[i] = scores
+        return TeacherScores(logp, truncated)

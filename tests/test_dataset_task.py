@@ -1,0 +1,292 @@
+"""Reading problems: every spelling of verl's layout, every kind of file, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+import warnings
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks import DatasetTask, ExactMatch, MathReward, Problem, Task, Verdict
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+
+
+def row(prompt=CHAT, answer="2", **more):
+    return {"prompt": prompt, "reward_model": {"ground_truth": answer, "style": "rule"}, **more}
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path, **settings):
+    return list(DatasetTask(train=str(path), **settings).problems("train"))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("dapo_math_512", 512), ("math500", 500), ("aime24", 30), ("aime25", 30), ("amc23", 40)],
+)
+def test_real_files_in_both_spellings_read_by_default(shared, name, count):
+    read(shared / "data" / "aime24.parquet")  # the imports
+    start = time.perf_counter()
+    problems = read(shared / "data" / f"{name}.parquet")
+    assert time.perf_counter() - start < 1
+    assert len(problems) == len({problem.id for problem in problems}) == count
+    for problem in problems:
+        assert [message["role"] for message in problem.prompt] == ["user"]
+        assert problem.prompt[-1]["content"].endswith(r"\boxed{}.")
+        assert isinstance(problem.answer, str)
+        assert isinstance(problem.info["extra_info"], dict)
+
+
+def test_the_reference_solution_lies_in_a_json_text(shared):
+    problems = read(shared / "data" / "math500.parquet", solution="extra_info.solution")
+    assert all("boxed" in problem.solution for problem in problems)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "json"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_conversations_as_lists_and_as_json_text(tmp_path, ending, as_text):
+    rows = [row(json.dumps(CHAT) if as_text else CHAT, extra_info={"index": 1})]
+    if as_text:
+        rows[0]["reward_model"] = json.dumps(rows[0]["reward_model"])
+    (problem,) = read(write(tmp_path / f"a.{ending}", rows))
+    assert problem.prompt == CHAT
+    assert problem.answer == "2"
+    assert problem.info["extra_info"] == {"index": 1}
+    assert problem.solution is None
+
+
+def test_csv_with_flat_columns_and_a_dotted_column_name(tmp_path):
+    (tmp_path / "a.csv").write_text('question,reward_model.ground_truth,key\n"What is\n1+1, say?",2,x\n2+2?,4,y\n')
+    problems = read(tmp_path / "a.csv", prompt="question", id="key")
+    assert problems[0].prompt == "What is\n1+1, say?"
+    assert [(problem.id, problem.answer) for problem in problems] == [("x", "2"), ("y", "4")]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[]", '["a"]', '{"role": "user"}', "[x] is the floor of x", '[{"a": 1}]', "[" * 9000])
+def test_json_text_that_is_no_conversation_is_the_prompt_itself(tmp_path, text):
+    (problem,) = read(write(tmp_path / "a.jsonl", [row(text)]))
+    assert problem.prompt == text
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path):
+    write(tmp_path / "b.jsonl", [row("third")])
+    write(tmp_path / "a.parquet", [row("first"), row("second")])
+    (tmp_path / "README.md").write_text("not data")
+    assert [problem.prompt for problem in read(tmp_path)] == ["first", "second", "third"]
+
+
+def test_the_template_is_applied_to_the_last_user_message_and_its_other_braces_stay(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(), row("1+1?")])
+    chat, text = read(path, prompt_template=r"{prompt} Answer in \boxed{}.")
+    assert chat.prompt == [CHAT[0], {"role": "user", "content": r"1+1? Answer in \boxed{}."}]
+    assert text.prompt == r"1+1? Answer in \boxed{}."
+
+
+def test_answers_may_be_numbers_and_lists(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(answer=0), row(answer=False), row(answer=["1", "2"])])
+    assert [problem.answer for problem in read(path)] == [0, False, ["1", "2"]]
+
+
+BAD = [
+    (row(""), "no prompt in prompt"),
+    (row(None), "no prompt in prompt"),
+    (row([]), "no prompt in prompt"),
+    (row([{"role": "user", "content": " "}]), "no prompt in prompt"),
+    (row(7), "neither text nor a list of messages but int"),
+    (row(["hello"]), "something else than messages"),
+    (row([{"role": "user", "content": [{"type": "image"}]}]), "something else than messages"),
+    (row([*CHAT, {"role": "assistant", "content": "2"}]), "does not end with a message of the user"),
+    (row(answer=None), "no answer in reward_model.ground_truth"),
+    (row(answer="  "), "no answer in reward_model.ground_truth"),
+    (row(answer=float("nan")), "no answer in reward_model.ground_truth"),
+    ({"prompt": "1+1?", "reward_model": "2"}, "no answer in reward_model.ground_truth"),
+    ({"prompt": "1+1?"}, "no answer in reward_model.ground_truth"),
+]
+
+
+@pytest.mark.parametrize(("bad", "words"), BAD)
+def test_a_bad_row_is_named(tmp_path, bad, words):
+    path = write(tmp_path / "a.jsonl", [row(), bad])
+    with pytest.raises(ConfigError, match=f"row 2: .*{words}") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    with pytest.warns(UserWarning, match=f"left out 1 of 2 rows: row 2: .*{words}"):
+        assert len(read(path, bad_rows="skip")) == 1
+
+
+def test_skipped_rows_are_counted_by_cause_in_one_warning(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(), *[row("")] * 7, row(answer="")])
+    task = DatasetTask(train=path, bad_rows="skip")
+    with pytest.warns(UserWarning, match="left out 8 of 9 rows") as caught:
+        task.problems("train")
+    (warning,) = caught
+    assert "rows 2, 3, 4, 5, 6 and 2 more: no prompt in prompt; row 9: no answer" in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(task.problems("train")) == 1
+
+
+def test_names_must_differ(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(key=1), row(key=1)])
+    with pytest.raises(ConfigError, match="row 2: the same key as an earlier row"):
+        read(path, id="key")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prompt": "question"}, "no column 'question' .prompt.; it has prompt, reward_model"),
+        ({"answer": "label.text"}, "no column 'label.text' .answer.; it has prompt, reward_model"),
+        ({"solution": "extra_info.solution"}, "no column 'extra_info.solution' .solution."),
+        ({"id": "key"}, "no column 'key' .id."),
+        ({"answer": "reward_model.truth"}, "row 1: no answer in reward_model.truth"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        read(write(tmp_path / "a.jsonl", [row()]), **settings)
+
+
+def test_sources_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "folder").mkdir()
+    for name, words in {
+        "missing.parquet": "no file or folder",
+        "some/where/else": "no file or folder",
+        "empty.jsonl": "has no rows",
+        "bad.jsonl": "line 2 is not JSON",
+        "list.jsonl": "row 1 is not an object but list",
+        "bad.parquet": "cannot read",
+        "notes.txt": "must end in one of .parquet, .jsonl, .json, .csv",
+        "folder": "holds no .parquet",
+    }.items():
+        with pytest.raises(ConfigError, match=words) as error:
+            read(tmp_path / name)
+        assert str(error.value).startswith("train")
+        assert "\n" not in str(error.value)
+    path = write(tmp_path / "hopeless.jsonl", [row("")])
+    with pytest.raises(ConfigError, match="no usable row: row 1: no prompt"):
+        read(path, bad_rows="skip")
+    with pytest.raises(ConfigError, match="`heldout` is not given"):
+        DatasetTask(train=path).problems("heldout")
+
+
+@pytest.mark.parametrize(
+    ("split", "source", "asked"),
+    [
+        ("train", "owner/name", ("owner/name", None, "train")),
+        ("heldout", "owner/name", ("owner/name", None, "test")),
+        ("train", "name:dev", ("name", None, "dev")),
+        ("heldout", "owner/name:main:dev[:10]", None),
+        ("heldout", "owner/name:main:dev", ("owner/name", "main", "dev")),
+    ],
+)
+def test_ids_of_the_hub(monkeypatch, split, source, asked):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, config, *, split):
+        calls.append((name, config, split))
+        return [row()]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = DatasetTask(**{split: source})
+    if asked is None:
+        with pytest.raises(ConfigError, match="no file or folder"):
+            task.problems(split)
+    else:
+        assert len(task.problems(split)) == 1
+        assert calls == [asked]
+
+
+def test_a_data_set_that_cannot_be_loaded_is_one_line(monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match="owner/name is neither .*: no network$"):
+        read("owner/name")
+
+
+def test_wrong_settings():
+    for settings, words in [
+        ({}, "train"),
+        ({"train": "a", "prompt_template": "x"}, "prompt_template"),
+        ({"train": "a", "bad_rows": "ignore"}, "bad_rows"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            DatasetTask(**settings)
+
+
+def test_the_task_pickles_without_its_problems(tmp_path):
+    task = DatasetTask(train=write(tmp_path / "a.jsonl", [row()] * 1000))
+    assert task.problems("train") is task.problems("train")
+    assert len(pickle.dumps(task)) < 2000
+    assert len(pickle.loads(pickle.dumps(task)).problems("train")) == 1000
+
+
+def length_reward(problem: Problem, completion: str) -> float:
+    return len(completion) / 10
+
+
+class Picky:
+    """A reward class that knows nothing of this package."""
+
+    def __init__(self, word: str = "yes") -> None:
+        self.word = word
+
+    def __call__(self, problem: Problem, completion: str) -> Verdict:
+        return Verdict(1.0, completion == self.word)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "state"),
+    [
+        ([], MathReward, {"fallback": True}),
+        (["--task.reward=MathReward", "--task.reward.fallback=false"], MathReward, {"fallback": False}),
+        (["--task.reward=ExactMatch"], ExactMatch, {"pattern": None}),
+        (["--task.reward=ExactMatch", "--task.reward.pattern=#(.*)"], ExactMatch, {"pattern": "#(.*)"}),
+        ([f"--task.reward={__name__}.length_reward"], type(length_reward), {}),
+        ([f"--task.reward={__name__}.Picky", "--task.reward.word=no"], Picky, {"word": "no"}),
+    ],
+)
+def test_rewards_on_the_command_line(arguments, kind, state):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Task, "task")
+    config = parser.parse_args(["--task=DatasetTask", "--task.train=a.parquet", *arguments])
+    assert parser.parse_string(parser.dump(config)) == config
+    task = parser.instantiate(config).task if hasattr(parser, "instantiate") else parser.instantiate_classes(config).task
+    assert type(task.reward) is kind
+    assert {name: getattr(task.reward, name) for name in state} == state
+
+
+def test_what_a_function_returns_is_made_a_verdict():
+    task = DatasetTask(train="a", reward=length_reward)
+    assert task.isolated
+    assert not DatasetTask(train="a", reward=ExactMatch()).isolated
+    assert task.verify(Problem("p", "q"), "four") == Verdict(0.4, False)
+    assert task.verify(Problem("p", "q"), "fiver") == Verdict(0.5, True)

@@ -1,0 +1,110 @@
+"""The procedural tasks of reasoning-gym."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+
+import pytest
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks import ReasoningGym
+from rlrt_lightning.tasks.verifier import Verifier
+
+pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+
+NAMES = ["chain_sum", "basic_arithmetic", "countdown", "knights_knaves", "letter_counting", "simple_equations", "zebra_puzzles"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_problems_are_the_same_each_time_and_their_own_answers_are_right(name):
+    task, again = ReasoningGym(name), ReasoningGym(name)
+    for split, size in (("train", 100_000), ("heldout", 200)):
+        problems = task.problems(split)
+        assert len(problems) == size
+        picked = [problems[0], *problems[10:12], problems[-1]]
+        assert picked == [again.problems(split)[i] for i in (0, 10, 11, size - 1)]
+        for problem in picked:
+            assert problem.prompt.endswith("</answer>.")
+            worker = pickle.loads(pickle.dumps(task))
+            verdict = worker.verify(pickle.loads(pickle.dumps(problem)), f"Well. <answer>\n{problem.answer}</answer>")
+            assert verdict.correct
+            assert verdict.reward == 1
+            assert verdict.answer == str(problem.answer).strip()
+    with pytest.raises(IndexError):
+        task.problems("heldout")[200]
+
+
+def test_splits_and_seeds_share_no_problem():
+    config = {"min_terms": 6, "min_digits": 4}
+    task, other = (ReasoningGym("chain_sum", size=300, heldout=50, seed=seed, config=config) for seed in (0, 1))
+    train, heldout = ({p.prompt for p in task.problems(split)} for split in ("train", "heldout"))
+    assert len(train) == 300
+    assert not train & heldout
+    assert not (train | heldout) & {p.prompt for split in ("train", "heldout") for p in other.problems(split)}
+    more = ReasoningGym("chain_sum", size=400, heldout=50, config=config)
+    assert heldout == {p.prompt for p in more.problems("heldout")}  # whatever the size of the training set
+    ids = [p.id for split in ("train", "heldout") for p in task.problems(split)]
+    assert len(set(ids)) == 350
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct", "answer"),
+    [
+        ("<answer>{}</answer>", True, "{}"),
+        ("between <answer> and </answer>: <answer>0</answer> no, <answer> {} </answer>", True, "{}"),
+        ("<answer>{}</answer> no, <answer>x</answer>", False, "x"),
+        ("<answer>{}", False, None),
+        ("{}</answer>", False, None),
+        ("{}", False, None),
+        ("", False, None),
+        ("<answer>" * 100_000, False, None),
+    ],
+)
+def test_the_last_answer_counts(completion, correct, answer):
+    task = ReasoningGym("chain_sum")
+    problem = task.problems("train")[0]
+    verdict = task.verify(problem, completion.replace("{}", problem.answer))
+    assert verdict.correct is correct
+    assert verdict.answer == (answer and answer.replace("{}", problem.answer))
+
+
+def test_a_partial_score_is_a_reward_but_not_correct():
+    task = ReasoningGym("letter_counting")
+    problem = task.problems("train")[0]
+    verdict = task.verify(problem, f"<answer>it is {problem.answer}</answer>")
+    assert 0 < verdict.reward < 1
+    assert not verdict.correct
+    assert "scored" in verdict.message
+
+
+def test_it_works_in_worker_processes():
+    task = ReasoningGym("chain_sum")
+    with Verifier(task, workers=1, timeout_s=2) as verifier:
+        problems = task.problems("train")[:20]
+        verdicts = [verifier.submit(p, f"<answer>{p.answer}</answer>") for p in problems]
+        assert all(verdict.result(timeout=60).correct for verdict in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "chain_sums"}, "no task 'chain_sums'; did you mean chain_sum"),
+        ({"name": "qqqqqqq"}, "one of .*chain_sum"),
+        ({"name": "chain_sum", "config": {"terms": 3}}, "chain_sum refuses config or size: .*'terms'"),
+        ({"name": "chain_sum", "config": {"min_terms": 0}}, "min_terms must be positive"),
+        ({"name": "chain_sum", "config": {"seed": 0}}, "config must not hold 'seed'"),
+        ({"name": "chain_sum", "size": 0}, "size must be"),
+        ({"name": "chain_sum", "heldout": -1}, "heldout must be"),
+    ],
+)
+def test_wrong_settings_are_one_line(settings, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        ReasoningGym(**settings).problems("train")
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rlrt-lightning\[reasoning-gym\]'"):
+        ReasoningGym("chain_sum").problems("train")

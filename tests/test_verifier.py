@@ -1,0 +1,291 @@
+"""The verifier's worker processes: what hangs, dies or misbehaves costs its own completion and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks.base import Problem, Task, Verdict
+from rlrt_lightning.tasks.verifier import Verifier
+
+PROBLEM = Problem("p", "question", answer="a")
+
+
+class Unruly(Task):
+    """Does what the completion says."""
+
+    def __init__(self, name: str = "unruly") -> None:
+        self.name = name
+
+    def problems(self, split):
+        return [PROBLEM]
+
+    def verify(self, problem, completion):
+        what, _, argument = completion.partition(":")
+        if what == "sleep":
+            time.sleep(float(argument))
+        elif what == "power":
+            return Verdict(float(9**9**9**9), True)
+        elif what == "exit":
+            os._exit(3)
+        elif what == "sys.exit":
+            sys.exit("gone")
+        elif what == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif what == "raise":
+            raise ValueError("one\ntwo " + "x" * 5000)
+        elif what == "memory":
+            bytearray(50_000_000_000)
+        elif what == "unpicklable":
+            return Verdict(1.0, True, answer=lambda: 0)
+        elif what == "nan":
+            return Verdict(float("nan"), True)
+        elif what == "none":
+            return None
+        elif what == "long":
+            return Verdict(1.0, True, answer="x" * 3_000_000, message="y" * 3_000_000)
+        elif what == "pid":
+            return Verdict(1.0, True, answer=str(os.getpid()))
+        elif what == "child":
+            child = subprocess.Popen(["sleep", "60"])
+            Path(argument).write_text(str(child.pid))
+            child.wait()
+        elif what == "recurse":
+            return self.verify(problem, completion)
+        return Verdict(1.0, True, answer=f"{self.name} {len(completion)}")
+
+
+class Inline(Unruly):
+    isolated = False
+
+
+class Slow(Unruly):
+    """Needs longer to warm up than a completion may take."""
+
+    def warm_up(self):
+        time.sleep(1.5)
+
+
+class Broken(Unruly):
+    def warm_up(self):
+        raise ImportError("no module named nowhere")
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(Unruly(), workers=2, timeout_s=1.0, memory_gb=1.0) as verifier:
+        yield verifier
+
+
+def judge(verifier, completion):
+    return verifier.submit(PROBLEM, completion).result(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("completion", "words"),
+    [
+        ("sleep:60", "time limit of 1 s"),
+        ("power", "time limit of 1 s"),
+        ("exit", "exit code 3"),
+        ("segfault", "signal 11"),
+        ("sys.exit", "SystemExit: gone"),
+        ("raise", "ValueError: one two xxx"),
+        ("memory", "MemoryError"),
+        ("recurse", "RecursionError"),
+        ("nan", "reward nan"),
+        ("none", "NoneType"),
+    ],
+)
+def test_what_goes_wrong_is_a_fault_and_the_next_completion_is_judged(verifier, completion, words):
+    verdict = judge(verifier, completion)
+    assert verdict.fault
+    assert not verdict.correct
+    assert verdict.reward == 0
+    assert words in verdict.message
+    assert "\n" not in verdict.message
+    assert len(verdict.message) <= 300
+    assert [judge(verifier, "fine").correct for _ in range(4)] == [True] * 4
+
+
+def test_a_verdict_comes_back_as_plain_values_of_bounded_size(verifier):
+    assert "lambda" in judge(verifier, "unpicklable").answer
+    verdict = judge(verifier, "long")
+    assert verdict.correct
+    assert len(verdict.answer) == 1000
+    assert len(verdict.message) == 300
+
+
+def test_a_completion_of_many_megabytes_is_judged(verifier):
+    assert judge(verifier, "x" * 20_000_000).answer == "unruly 20000000"
+
+
+def test_a_hang_does_not_hold_up_the_other_worker(verifier):
+    judge(verifier, "fine")
+    start = time.monotonic()
+    hang = verifier.submit(PROBLEM, "sleep:60")
+    quick = [verifier.submit(PROBLEM, "fine") for _ in range(50)]
+    assert all(future.result(timeout=30).correct for future in quick)
+    assert time.monotonic() - start < 1
+    assert hang.result(timeout=30).fault
+
+
+def test_thousands_of_quick_completions_among_bad_ones(verifier):
+    futures = [verifier.submit(PROBLEM, "exit" if i % 500 == 250 else f"fine {i}") for i in range(3000)]
+    verdicts = [future.result(timeout=30) for future in futures]
+    assert [i for i, verdict in enumerate(verdicts) if verdict.fault] == list(range(250, 3000, 500))
+    assert all(verdict.answer == f"unruly {len(f'fine {i}')}" for i, verdict in enumerate(verdicts) if i % 500 != 250)
+
+
+def test_workers_that_are_killed_while_idle_are_replaced(verifier):
+    pids = {int(future.result(timeout=30).answer) for future in [verifier.submit(PROBLEM, "pid") for _ in range(200)]}
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)
+    verdicts = [future.result(timeout=30) for future in [verifier.submit(PROBLEM, "pid") for _ in range(8)]]
+    assert all(verdict.correct for verdict in verdicts)
+    assert not pids & {int(verdict.answer) for verdict in verdicts}
+
+
+def test_what_a_verifier_has_started_ends_with_it(verifier, tmp_path):
+    assert judge(verifier, f"child:{tmp_path / 'pid'}").fault
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        try:  # a killed child may linger as a zombie until somebody reaps it
+            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+            os.kill(child, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        time.sleep(0.1)
+    pytest.fail("the child is still running")
+
+
+def test_several_tasks_share_the_workers(verifier):
+    other = verifier.for_task(Unruly("other"))
+    pids = {judge(v, "pid").answer for v in [verifier, other] * 20}
+    assert len(pids) <= 2
+    assert judge(other, "12345").answer == "other 5"
+    assert judge(verifier, "12345").answer == "unruly 5"
+    assert judge(verifier.for_task(Inline()), "pid").answer == str(os.getpid())
+
+
+def test_a_task_that_is_not_isolated_runs_here_and_cannot_raise_either():
+    verifier = Verifier(Inline(), workers=1)
+    assert judge(verifier, "pid").answer == str(os.getpid())
+    assert judge(verifier, "raise").fault
+    assert judge(verifier, "none").fault
+
+
+def test_warming_up_does_not_count_against_the_time_limit():
+    with Verifier(Slow(), workers=1, timeout_s=0.5) as verifier:
+        assert judge(verifier, "fine").correct
+
+
+def test_a_task_that_no_worker_can_load_is_an_error_not_a_wrong_answer():
+    with Verifier(Broken(), workers=1) as verifier, pytest.raises(RuntimeError, match="ImportError: no module named"):
+        judge(verifier, "fine")
+
+
+def test_close_cancels_and_a_later_submit_starts_anew():
+    verifier = Verifier(Unruly(), workers=1, timeout_s=30)
+    judge(verifier, "fine")
+    running, waiting = verifier.submit(PROBLEM, "sleep:30"), verifier.submit(PROBLEM, "fine")
+    time.sleep(0.3)
+    start = time.monotonic()
+    verifier.close()
+    verifier.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        running.result(timeout=5)
+    with pytest.raises(CancelledError):
+        waiting.result(timeout=5)
+    assert time.monotonic() - start < 2
+    assert judge(verifier, "fine").correct
+    verifier.close()
+
+
+def test_wrong_settings_and_what_cannot_be_sent():
+    for settings in ({"workers": 0}, {"timeout_s": 0}, {"timeout_s": float("inf")}, {"memory_gb": -1}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            Verifier(Unruly(), **settings)
+    task = Unruly()
+    task.name = lambda: 0
+    with pytest.raises(ConfigError, match="cannot be pickled"):
+        Verifier(task)
+    with pytest.raises(ConfigError, match="'p' cannot be pickled"):
+        Verifier(Unruly()).submit(Problem("p", "question", answer=lambda: 0), "fine")
+
+
+SCRIPT = """
+import os, sys, time
+from rlrt_lightning.tasks import Problem, Task, Verdict
+from rlrt_lightning.tasks.verifier import Verifier
+
+class Here(Task):
+    def problems(self, split): return []
+    def verify(self, problem, completion):
+        time.sleep(float(completion))
+        return Verdict(1.0, True, answer=str(os.getpid()))
+
+def main():
+    verifier = Verifier(Here(), workers=2, timeout_s=60)
+    print(verifier.submit(Problem("p", "q"), "0").result().answer, flush=True)
+    for _ in range(10):
+        verifier.submit(Problem("p", "q"), "50")
+    time.sleep(0.3)
+    {ending}
+
+{guard}
+    main()
+"""
+
+
+def gone(pid):
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("pass", 0), ("raise KeyboardInterrupt", -signal.SIGINT), ("sys.exit(7)", 7)],
+)
+def test_a_script_that_does_not_close_ends_at_once(tmp_path, ending, code):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(ending=ending, guard='if __name__ == "__main__":'))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=20, cwd=Path(__file__).parents[1],
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.returncode == code, done.stderr
+    assert gone(int(done.stdout))
+    if code >= 0:
+        assert done.stderr == ""
+
+
+def test_a_killed_run_leaves_no_idle_worker_behind(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(ending="verifier.close(); print(verifier.submit(Problem('p', 'q'), '0').result().answer"
+                                           ", flush=True); os.kill(os.getpid(), 9)", guard='if __name__ == "__main__":'))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=20,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.returncode == -9, done.stderr
+    assert all(gone(int(pid)) for pid in done.stdout.split())
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(ending="pass", guard="if True:"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=30,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.returncode != 0
+    assert '__name__ == "__main__"' in done.stderr.splitlines()[-1]
