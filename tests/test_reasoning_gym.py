@@ -13,7 +13,15 @@ from rlrt_lightning.tasks.verifier import Verifier
 
 pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
 
-NAMES = ["chain_sum", "basic_arithmetic", "countdown", "knights_knaves", "letter_counting", "simple_equations", "zebra_puzzles"]
+NAMES = [
+    "chain_sum",
+    "basic_arithmetic",
+    "countdown",
+    "knights_knaves",
+    "letter_counting",
+    "simple_equations",
+    "zebra_puzzles",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -264,8 +264,14 @@ def gone(pid):
 def test_a_script_that_does_not_close_ends_at_once(tmp_path, ending, code):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(ending=ending, guard='if __name__ == "__main__":'))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=20, cwd=Path(__file__).parents[1],
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.returncode == code, done.stderr
     assert gone(int(done.stdout))
     if code >= 0:
@@ -274,10 +280,20 @@ def test_a_script_that_does_not_close_ends_at_once(tmp_path, ending, code):
 
 def test_a_killed_run_leaves_no_idle_worker_behind(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(ending="verifier.close(); print(verifier.submit(Problem('p', 'q'), '0').result().answer"
-                                           ", flush=True); os.kill(os.getpid(), 9)", guard='if __name__ == "__main__":'))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=20,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    script.write_text(
+        SCRIPT.format(
+            ending="verifier.close(); print(verifier.submit(Problem('p', 'q'), '0').result().answer"
+            ", flush=True); os.kill(os.getpid(), 9)",
+            guard='if __name__ == "__main__":',
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.returncode == -9, done.stderr
     assert all(gone(int(pid)) for pid in done.stdout.split())
 
@@ -285,7 +301,12 @@ def test_a_killed_run_leaves_no_idle_worker_behind(tmp_path):
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(ending="pass", guard="if True:"))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=30,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.returncode != 0
     assert '__name__ == "__main__"' in done.stderr.splitlines()[-1]

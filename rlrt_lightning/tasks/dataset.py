@@ -62,9 +62,13 @@ class DatasetTask(Task):
         bad_rows: Literal["error", "skip"] = "error",
     ) -> None:
         if train is None and heldout is None:
-            raise ConfigError("a DatasetTask needs `train`, `heldout` or both: a data file, a folder or a data set's id")
+            raise ConfigError(
+                "a DatasetTask needs `train`, `heldout` or both: a data file, a folder or a data set's id"
+            )
         if "{prompt}" not in prompt_template:
-            raise ConfigError(f"prompt_template must hold {{prompt}}, which stands for the question: {prompt_template!r}")
+            raise ConfigError(
+                f"prompt_template must hold {{prompt}}, which stands for the question: {prompt_template!r}"
+            )
         if bad_rows not in ("error", "skip"):
             raise ConfigError(f"bad_rows must be 'error' or 'skip', not {bad_rows!r}")
         self.train = train

@@ -18,8 +18,8 @@ class ReasoningGym(Task):
     """One of the procedural tasks of the library reasoning-gym: problems without end, with a scorer of their own.
 
     Problems are made on demand, the same ones for the same settings. The held-out problems are the generator's first
-    and the training problems those after them, so that no problem is drawn twice; a generator with few possible problems
-    may still draw the same one in both. The reward is the scorer's, from 0 to 1; a completion is correct at 1.
+    and the training problems those after them, so that no draw is used twice; a generator with few possible problems may
+    still draw the same one for both. The reward is the scorer's, from 0 to 1; a completion is correct at 1.
 
     Args:
         name: Name of the task in reasoning-gym, such as `chain_sum`.

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -35,8 +36,8 @@ def as_verdict(value: Verdict | float | bool) -> Verdict:
     """What a reward returned, as a verdict.
 
     Args:
-        value: A verdict, which is passed on, or a number or truth value: the reward. A completion counts as correct from
-            a reward of 0.5 on.
+        value: A verdict, which is passed on, or a number or truth value: the reward. A completion counts as correct
+            from a reward of 0.5 on.
 
     Raises:
         TypeError: If it is none of these.
@@ -91,26 +92,25 @@ class ExactMatch(Reward):
 
     Args:
         pattern: Regular expression that finds the answer in a completion; its last match counts, the first group of it
-            if there is one. None: the whole completion is the answer.
+            if there is one. Empty: the whole completion is the answer. The command line reads values as YAML: give a
+            pattern with `#` or `: ` in a configuration file, in quotes.
         ignore_case: Whether upper and lower case are the same.
     """
 
-    def __init__(self, pattern: str | None = None, ignore_case: bool = False) -> None:
+    def __init__(self, pattern: str = "", ignore_case: bool = False) -> None:
         try:
-            self._pattern = re.compile(pattern, re.DOTALL) if pattern is not None else None
+            self._pattern = re.compile(pattern, re.DOTALL) if pattern else None
         except re.error as error:
             raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
         self.pattern = pattern
         self.ignore_case = ignore_case
-        self.isolated = pattern is not None  # a pattern can take exponential time
+        self.isolated = bool(pattern)  # a pattern can take exponential time
 
     def __call__(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion."""
         answer = completion
         if self._pattern is not None:
-            match = None
-            for match in self._pattern.finditer(completion):
-                pass
+            match = next(iter(deque(self._pattern.finditer(completion), maxlen=1)), None)  # the last
             if match is None:
                 return Verdict(0.0, False, message="the pattern matches nothing")
             answer = match[1] if self._pattern.groups else match[0]
@@ -129,7 +129,7 @@ _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last `\boxed{}` (or `\fbox{}`) whose braces are closed, or None."""
     last = None
-    opened: list[int | None] = []  # for each open brace, where the contents of its box start; None if it is no box
+    opened: list[int | None] = []  # for each open brace, where its box's contents start; None if it is no box
     for token in _BRACE.finditer(text):
         if token["box"]:
             opened.append(token.end())
