@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_page
 
 from rlrt_lightning.batch import EpochBatch
-from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_page
 from rlrt_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ class ReversedSignalLogger(Callback):
 
     def __init__(self, picture_every_n_epochs: int = 10, rollouts: int = 6) -> None:
         if picture_every_n_epochs < 0:
-            raise ConfigError(f"reversed_signal.picture_every_n_epochs is {picture_every_n_epochs}; it has to be 0 or more")
+            raise ConfigError(
+                f"reversed_signal.picture_every_n_epochs is {picture_every_n_epochs}; it has to be 0 or more"
+            )
         if rollouts < 1:
             raise ConfigError(f"reversed_signal.rollouts is {rollouts}; it has to be at least 1")
         self.picture_every_n_epochs = picture_every_n_epochs

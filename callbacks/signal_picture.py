@@ -120,7 +120,9 @@ def draw(title: str, rollouts: list[Scored]) -> np.ndarray:
     return np.asarray(page.crop((0, 0, _WIDTH, y)))
 
 
-def _draw_tokens(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, tokens: list[Token], y: int) -> int:
+def _draw_tokens(
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, tokens: list[Token], y: int
+) -> int:
     x, last = float(_MARGIN), y + (_LINES_EACH - 1) * _LINE
     for token in tokens:
         for i, part in enumerate(token.text.split("\n")):

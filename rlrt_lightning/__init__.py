@@ -42,7 +42,7 @@ _HOME = {
     "rlrt_lightning.errors": ["ConfigError"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import Benchmark, RolloutDataModule

@@ -55,7 +55,9 @@ class RLRTModule(LightningModule):
     ) -> None:
         super().__init__()
         if not 0 <= clip_low < 1 or clip_high < 0:
-            raise ConfigError(f"model.clip_low is {clip_low} and clip_high {clip_high}; 0 <= clip_low < 1, clip_high >= 0")
+            raise ConfigError(
+                f"model.clip_low is {clip_low} and clip_high {clip_high}; 0 <= clip_low < 1, clip_high >= 0"
+            )
         if dual_clip is not None and dual_clip <= 1:
             raise ConfigError(f"model.dual_clip is {dual_clip}; it has to be above 1, or null")
         if warmup_steps < 0:

@@ -123,7 +123,9 @@ class Policy(nn.Module):
         ends = configured if isinstance(configured, list) else [configured]
         ends = sorted({int(e) for e in [*ends, self.tokenizer.eos_token_id] if e is not None})
         if not ends:
-            raise ConfigError(f"model.policy.path: {self.path!r} names no end-of-sequence token, so no response can end")
+            raise ConfigError(
+                f"model.policy.path: {self.path!r} names no end-of-sequence token, so no response can end"
+            )
         return ends
 
     @property
@@ -170,7 +172,9 @@ class Policy(nn.Module):
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {_first_line(error)}") from error
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Renamed in later releases of transformers, which warn of the old name.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.adopt(model)
 
     def adopt(self, model: PreTrainedModel) -> None:

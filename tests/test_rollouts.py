@@ -129,7 +129,9 @@ def test_truncation_and_end_tokens_are_told_apart(embedded: Policy) -> None:
 
 
 def test_stop_strings_end_a_response_and_stay_in_it(embedded: Policy) -> None:
-    rollouts = roll_out(embedded, [embedded.encode_prompt("a4b5c7d1")], 60, Sampling(max_new_tokens=30, stop=["#1", "L"]))
+    rollouts = roll_out(
+        embedded, [embedded.encode_prompt("a4b5c7d1")], 60, Sampling(max_new_tokens=30, stop=["#1", "L"])
+    )
     ended = [r for r in rollouts if "#1" in r.text or "L" in r.text]
     assert ended
     for rollout in ended:

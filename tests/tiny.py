@@ -37,7 +37,9 @@ def policy(architecture: str = "qwen3", **settings: Any) -> Policy:
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **{**SMALL, **ARCHITECTURES[architecture]})
     made = Policy(**settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if architecture == "gemma2" else "sdpa")
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if architecture == "gemma2" else "sdpa"
+    )
     with torch.no_grad():
         for p in model.parameters():  # a default initialisation is so flat that nothing could go wrong
             if p.dim() > 1:

@@ -40,7 +40,9 @@ class _GrowingLayer(DynamicLayer):
         # Repeating or selecting rows has made new tensors, which the old rooms do not hold.
         if not self.rooms or len(self.rooms[0]) != len(key_states) or self.rooms[0].shape[-2] < end:
             length = max(end, min(self.capacity, 2 * end))
-            self.rooms = tuple(new.new_empty(*new.shape[:2], length, new.shape[3]) for new in (key_states, value_states))
+            self.rooms = tuple(
+                new.new_empty(*new.shape[:2], length, new.shape[3]) for new in (key_states, value_states)
+            )
             if start:
                 for room, kept in zip(self.rooms, (self.keys, self.values), strict=True):
                     room[:, :, :start] = kept

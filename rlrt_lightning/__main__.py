@@ -1,0 +1,29 @@
+"""`python -m rlrt_lightning {fit,validate,test,predict}`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command line.
+
+    Args:
+        args: Words of the command; those of the process where None.
+
+    Returns:
+        Exit code: 0, or 2 where a setting or an input is wrong.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the verifier's processes would make it warn
+    # Lightning's own use of torch, which the user can do nothing about.
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    # Imported here, since the verifier's worker processes import this module again.
+    from rlrt_lightning.cli import RLRTCli, run
+
+    return run(lambda: RLRTCli(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""How an epoch is dealt out: whatever the cut, the gradient is that of the mean over the mini-batch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlrt_lightning.batch import EpochBatch, balance, micro_batches, pad_rows
+from rlrt_lightning.objective import RLRT, clipped_surrogate, group_advantages
+from rlrt_lightning.policy import Policy
+from rlrt_lightning.rollouts import Rollout
+from rlrt_lightning.tasks import Problem
+from tests.tiny import policy
+
+
+def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochBatch:
+    g = torch.Generator().manual_seed(seed)
+    rollouts = []
+    for group in range(prompts):
+        prompt = torch.randint(2, 28, (int(torch.randint(1, 6, (), generator=g)),), generator=g).tolist()
+        for index in range(k):
+            response = torch.randint(2, 28, (int(torch.randint(1, 9, (), generator=g)),), generator=g).tolist()
+            logp = -3 * torch.rand(len(response), generator=g)
+            rollouts.append(Rollout(group, index, prompt, response, logp, False, ""))
+    rewards = torch.randint(0, 2, (prompts * k,), generator=g).float()
+    rewards[:k] = 1.0  # a group without advantage
+    groups = torch.tensor([r.group for r in rollouts])
+    mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
+    old = pad_rows([r.logp for r in rollouts])
+    teacher = -3 * torch.rand(old.shape, generator=g)
+    a = group_advantages(rewards, groups)
+    credit = RLRT()(a, rewards, old, teacher, mask, torch.ones(len(rewards)))
+    problems = [Problem(str(i), "") for i in range(prompts)]
+    return EpochBatch(problems, rollouts, rewards, a, mask, old, [""] * len(rewards), teacher, credit)
+
+
+def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int) -> torch.Tensor:
+    """What Lightning accumulates: each loss divided by the number of micro-batches."""
+    made.zero_grad()
+    for batch in batches:
+        logp, _ = made.log_probs(*batch[:3], batch.temperature)
+        loss = clipped_surrogate(logp, batch.logp_old, batch.advantages, batch.response_mask, aggregation=aggregation)
+        (loss.loss * batch.share / accumulate).backward()
+    return torch.cat([p.grad.flatten() for p in made.parameters()])
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 20])
+def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(aggregation: Any, accumulate: int) -> None:
+    made, data = policy(), epoch()
+    cut = list(micro_batches(data, 2, accumulate, aggregation))
+    assert len(cut) == 2 * accumulate
+    for step in range(2):
+        rows = [r for r in data.rollouts if r.group // 2 == step]
+        numbers = [i for i, r in enumerate(data.rollouts) if r.group // 2 == step]
+        made.zero_grad()
+        losses, tokens = [], 0
+        for i, r in zip(numbers, rows, strict=True):  # plain: one roll-out after the other, those without advantage too
+            ids = torch.tensor([r.prompt_ids + r.response_ids])
+            logp = made.model(input_ids=ids).logits[0, len(r.prompt_ids) - 1 : -1].log_softmax(-1)
+            logp = logp.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
+            n = len(r.response_ids)
+            a, ratio = data.credit.advantages[i, :n], (logp - r.logp).exp()
+            objective = torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
+            losses.append(objective.sum() if aggregation == "token-mean" else objective.mean())
+            tokens += n
+        (-sum(losses) / (tokens if aggregation == "token-mean" else len(rows))).backward()
+        expected = torch.cat([p.grad.flatten() for p in made.parameters()]).clone()
+        got = gradient(made, cut[step * accumulate : (step + 1) * accumulate], aggregation, accumulate)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rollouts_without_advantage_are_not_trained_on() -> None:
+    data = epoch(prompts=2)
+    first, second = micro_batches(data, 2, 1, "token-mean")
+    assert first.share == 0.0
+    assert len(first.input_ids) == 1, "the whole group is equally good: one roll-out stands in"
+    assert not first.advantages.any()
+    assert second.advantages.ne(0).any(-1).all()
+
+
+def test_ranks_share_one_mean() -> None:
+    """Two ranks with groups of their own step as one rank with all."""
+    made, data = policy(), epoch()
+    whole = gradient(made, list(micro_batches(data, 1, 2, "token-mean")), "token-mean", 2).clone()
+    totals = torch.tensor([[data.mask.sum(), len(data.rollouts)]])
+    parts = []
+    for rank in range(2):
+        rows = [i for i, r in enumerate(data.rollouts) if r.group % 2 == rank]
+        part = EpochBatch(
+            data.problems[rank::2],
+            [Rollout(**{**vars(data.rollouts[i]), "group": data.rollouts[i].group // 2}) for i in rows],
+            *(x[rows] for x in (data.rewards, data.advantages, data.mask, data.logp_old)),
+            [data.contexts[i] for i in rows],
+            data.logp_teacher[rows],
+            type(data.credit)(*(x[rows] for x in vars(data.credit).values())),
+        )
+        cut = micro_batches(part, 1, 2, "token-mean", world_size=2, totals=totals)
+        parts.append(gradient(made, list(cut), "token-mean", 2).clone())
+    torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-3, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 50), max_size=9), st.integers(1, 4))
+@settings(max_examples=100, derandomize=True, deadline=None)
+def test_balance_finds_the_best_cut_of_the_sorted_lengths(lengths: list[int], parts: int) -> None:
+    dealt = balance(lengths, parts)
+    assert len(dealt) == parts
+    assert sorted(i for part in dealt for i in part) == list(range(len(lengths)))
+    if lengths:
+        ranked = sorted(lengths, reverse=True)
+        cuts = itertools.combinations_with_replacement(range(len(ranked) + 1), parts - 1)
+        best = min(
+            max((b - a) * ranked[a] for a, b in itertools.pairwise([0, *cut, len(ranked)]) if b > a) for cut in cuts
+        )
+        assert max(len(p) * max(lengths[i] for i in p) for p in dealt if p) == best

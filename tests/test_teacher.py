@@ -1,0 +1,137 @@
+"""The teacher: what it is shown, whose weights it has, and what it says of the sampled tokens."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from rlrt_lightning import ConfigError, Policy, Problem, Rollout, Teacher
+from tests.tiny import policy
+
+TEMPLATE = "{prompt}<sol>{context}"
+
+
+def rollout(group: int, index: int, text: str = "D#1", made: Policy | None = None) -> Rollout:
+    ids = (made or Policy()).tokenizer(text)["input_ids"]
+    return Rollout(group, index, [2, 3], [*ids, 1], torch.zeros(len(ids) + 1), False, text)
+
+
+def problems(n: int = 1, **fields: Any) -> list[Problem]:
+    return [Problem(str(i), f"a{i}b2", **fields) for i in range(n)]
+
+
+def contexts(
+    teacher: Teacher, rollouts: list[Rollout], success: list[int], kind: Any = "sibling", seed: int = 0
+) -> list:
+    return teacher.contexts(kind, problems(9, answer=7), rollouts, torch.tensor(success).bool(), seed)
+
+
+def test_a_sibling_is_shown_to_all_and_never_to_itself() -> None:
+    rollouts = [rollout(g, k, f"D#{k}") for g in range(3) for k in range(4)]
+    success = [1, 0, 1, 1] + [0, 0, 1, 0] + [0, 0, 0, 0]
+    for seed in range(20):
+        got = contexts(Teacher(), rollouts, success, seed=seed)
+        first = got[:4]
+        assert all(text in ("D#0", "D#2", "D#3") for text in first)
+        assert all(text != r.text for text, r in zip(got, rollouts, strict=True) if text is not None)
+        assert len(set(first)) == 2, "one demonstration for all, another one for itself"
+        assert sorted(first.count(text) for text in set(first)) == [1, 3]
+        assert got[4:8] == ["D#2", "D#2", None, "D#2"], "the only success has no context"
+        assert got[8:] == [None] * 4
+
+
+def test_the_choice_depends_on_seed_and_group_and_not_on_order() -> None:
+    rollouts = [rollout(g, k, f"D#{k}") for g in range(8) for k in range(4)]
+    chosen = [contexts(Teacher(), rollouts, [1] * 32, seed=s) for s in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert contexts(Teacher(), rollouts[::-1], [1] * 32) == chosen[0][::-1]
+
+
+def test_the_answer_as_context() -> None:
+    rollouts = [rollout(0, 0), rollout(0, 1)]
+    assert contexts(Teacher(), rollouts, [0, 1], "answer") == ["7", "7"]
+    assert Teacher().contexts("answer", problems(1), rollouts, torch.tensor([True, True])) == [None, None]
+
+
+def test_prompts_with_braces_and_conversations() -> None:
+    made = Policy(chat=True)
+    teacher = Teacher(template="A {prompt}<sol>{context} B")
+    fancy = Problem("x", [{"role": "user", "content": "a1"}, {"role": "user", "content": "b{context}{2}"}])
+    ids, _ = teacher.prompt(made, fancy, "D#{prompt}")
+    shown = []
+    made.encode_prompt = lambda prompt: shown.append(prompt) or [0]
+    teacher.prompt(made, fancy, "D#{prompt}")
+    assert shown[0][0] == fancy.prompt[0]
+    assert shown[0][1]["content"] == "A b{context}{2}<sol>D#{prompt} B"
+    assert ids[0] == made.tokenizer.convert_tokens_to_ids("<q>")
+
+
+def test_thinking_is_cut_out_and_long_contexts_lose_their_end() -> None:
+    made, shown = Policy(), []
+    encode = made.encode_prompt
+    made.encode_prompt = lambda prompt: shown.append(prompt) or encode(prompt)
+    assert not Teacher(TEMPLATE).prompt(made, problems()[0], "<think>9a9</think>\n\nD#1")[1]
+    assert Teacher(TEMPLATE, max_context_tokens=2).prompt(made, problems()[0], "D#1")[1]
+    Teacher(TEMPLATE, strip_think=False).prompt(made, problems()[0], "<think>9</think>D#1")
+    assert shown == ["a0b2<sol>D#1", "a0b2<sol>D#", "a0b2<sol><think>9</think>D#1"]
+
+
+def test_scores_are_those_of_the_sampled_tokens_after_the_teachers_prompt() -> None:
+    made, teacher = policy(), Teacher(TEMPLATE)
+    rollouts = [rollout(0, 0, "D#1"), rollout(0, 1, "La0#2"), rollout(0, 2)]
+    scores = teacher.score(made, problems(), rollouts, ["Pb2", None, "D#3"])
+    assert scores.logp[1] is None
+    for i, context in ((0, "Pb2"), (2, "D#3")):
+        ids = made.encode_prompt(f"a0b2<sol>{context}") + rollouts[i].response_ids
+        with made.evaluating() as model:
+            logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        response = torch.tensor(rollouts[i].response_ids)
+        expected = logp[-len(response) - 1 : -1].gather(-1, response[:, None])[:, 0]
+        torch.testing.assert_close(scores.logp[i], expected, rtol=0, atol=1e-5)
+        assert not scores.logp[i].requires_grad
+
+
+def test_a_context_for_which_the_model_has_no_room_is_counted_and_left_out() -> None:
+    made = policy()
+    made.config.max_position_embeddings = 12
+    scores = Teacher(TEMPLATE).score(made, problems(), [rollout(0, 0)], ["Pb2a3456"])
+    assert scores.logp == [None]
+    assert scores.truncated == 1
+
+
+def test_refreshed_each_epoch_the_teacher_has_no_weights_of_its_own() -> None:
+    made, teacher = policy(), Teacher(TEMPLATE)
+    teacher.load(made)
+    assert not list(teacher.parameters())
+
+
+def test_own_weights_stay_until_refreshed_and_the_policys_are_put_back() -> None:
+    made, teacher = policy(), Teacher(TEMPLATE)
+    teacher.own_weights = True
+    teacher.load(made)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    rollouts = [rollout(0, 0), rollout(0, 1)]
+    score = lambda: teacher.score(made, problems(), rollouts, ["Pb2", "Pb2"]).logp[0]  # noqa: E731
+    before, model = score(), made.model
+    start = copy.deepcopy(list(made.parameters()))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(1.1)
+    torch.testing.assert_close(score(), before)
+    assert made.model is model
+    teacher.refresh(made, ema_decay=0.75)
+    for ours, old, new in zip(teacher.parameters(), start, made.parameters(), strict=True):
+        torch.testing.assert_close(ours, 0.75 * old + 0.25 * new)
+    teacher.refresh(made)
+    for ours, new in zip(teacher.parameters(), made.parameters(), strict=True):
+        assert torch.equal(ours, new)
+    assert not torch.allclose(score(), before)
+
+
+@pytest.mark.parametrize("bad", [{"template": "{prompt}"}, {"template": "{context}"}, {"max_context_tokens": 0}])
+def test_settings_that_make_no_sense_are_refused_by_name(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"model.teacher.{next(iter(bad))}"):
+        Teacher(**bad)
