@@ -1,6 +1,6 @@
-"""Methods side by side on the embedded task, over paired seeds: `python benchmarks/compare_methods.py --out runs/compare`.
+"""Methods side by side on the embedded task: `python benchmarks/compare_methods.py --out runs/compare`.
 
-Each run is the README's command with another method's config and seed, on one thread. Runs that are there already are
+Each method runs with the same seeds; a run is the README's command with another method's config and seed, on one thread. Runs that are there already are
 not made again. Prints a table of mean and standard deviation over seeds, and of differences to GRPO with the same seed,
 and writes every run's figures to `OUT/runs.csv`.
 
@@ -20,7 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"GRPO": "grpo", "RLRT": "rlrt", "RLRT-all": "rlrt_all", "RLSD": "rlsd", "teacher-predicted": "teacher_predicted"}
+METHODS = {
+    "GRPO": "grpo",
+    "RLRT": "rlrt",
+    "RLRT-all": "rlrt_all",
+    "RLSD": "rlsd",
+    "teacher-predicted": "teacher_predicted",
+}
 COLUMNS = {  # name in the table: tag, and how the curve becomes a figure
     "reward": ("rollout/reward", "mean"),
     "avg@8 middle": ("eval/heldout/avg@8", "middle"),

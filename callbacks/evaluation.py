@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from rlrt_lightning.callbacks.boards import tensorboards
 
 from rlrt_lightning.datamodule import Evaluated
 from rlrt_lightning.errors import ConfigError
@@ -18,8 +19,9 @@ from rlrt_lightning.metrics import AvgAtK, PassAtK
 class Evaluation(Callback):
     """Counts the verdicts of `validate`, `test` and the validation within `fit`, and shows samples.
 
-    Logs `eval/<benchmark>/avg@n`, `pass@k`, `length`, `truncated` and the share of each label; writes a table of samples
-    to TensorBoard's text page, and in `predict` and `test` every completion to `completions.jsonl` in the run's folder.
+    Logs `eval/<benchmark>/avg@n`, `pass@k`, `length`, `truncated` and the share of each label, and writes a table of
+    samples to TensorBoard's text page. In `predict` and `test` every completion goes to `completions.jsonl` in the
+    run's folder.
 
     Args:
         ks: Which pass@k to log; null is the number of samples of the benchmark alone.
@@ -69,9 +71,8 @@ class Evaluation(Callback):
             else:
                 pl_module.log_dict(values, sync_dist=False, rank_zero_only=True)
             if self.table:
-                for logger in trainer.loggers:
-                    if hasattr(logger.experiment, "add_text"):
-                        logger.experiment.add_text(f"samples/{name}", counts.markdown(self.table), step)
+                for board in tensorboards(trainer):
+                    board.add_text(f"samples/{name}", counts.markdown(self.table), step)
 
     def _write(self, trainer: Trainer, done: Evaluated) -> None:
         if self._file is None:
@@ -107,8 +108,8 @@ class Evaluation(Callback):
             self._file.close()
             self._file = None
 
-    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _collect
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start  # type: ignore[assignment]
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _collect  # type: ignore[assignment]
     on_validation_epoch_end = on_test_epoch_end = _report
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from rlrt_lightning.callbacks.boards import tensorboards
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_page
 
 from rlrt_lightning.batch import EpochBatch
@@ -24,7 +25,8 @@ class ReversedSignalLogger(Callback):
 
     Args:
         picture_every_n_epochs: Every so many epochs, the first among them, a few correct roll-outs are drawn with each
-            token coloured by D_t: as an image in TensorBoard, and as `signal/epoch-N.html` in the run's folder. 0 never.
+            token coloured by D_t: as an image in TensorBoard, and as `signal/epoch-N.html` in the run's folder. 0 for
+            never.
         rollouts: Roll-outs in a picture.
     """
 
@@ -49,11 +51,8 @@ class ReversedSignalLogger(Callback):
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
         scored = epoch.mask & epoch.has_context[:, None]
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_histogram"):
-                logger.experiment.add_histogram(
-                    "signal/asymmetry", epoch.credit.asymmetry[scored].numpy(), trainer.global_step
-                )
+        for board in tensorboards(trainer):
+            board.add_histogram("signal/asymmetry", epoch.credit.asymmetry[scored].numpy(), trainer.global_step)
         if self.picture_every_n_epochs and trainer.current_epoch % self.picture_every_n_epochs == 0:
             self._picture(trainer, module, epoch)
 
@@ -71,10 +70,8 @@ class ReversedSignalLogger(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         title = f"Epoch {trainer.current_epoch}"
         (folder / f"epoch-{trainer.current_epoch}.html").write_text(html_page(title, scored), encoding="utf-8")
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
-                picture = draw(title, scored)
-                logger.experiment.add_image("signal/rollouts", picture, trainer.global_step, dataformats="HWC")
+        for board in tensorboards(trainer):
+            board.add_image("signal/rollouts", draw(title, scored), trainer.global_step, dataformats="HWC")
 
 
 def signal_statistics(epoch: EpochBatch, eps_w: float | None) -> dict[str, float]:

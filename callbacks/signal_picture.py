@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -56,7 +57,7 @@ h2 { font-size: 1rem; margin: .2rem 0 }
 pre, .tokens { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0 }
 .tokens span { border-radius: 3px; padding: 2px 0 }
 summary { cursor: pointer; color: #555 }
-.scale { display: inline-block; width: 12rem; height: .9rem; border-radius: 3px; vertical-align: middle; margin: 0 .5rem }
+.scale { display: inline-block; width: 12rem; height: .9rem; margin: 0 .5rem; vertical-align: middle }
 """
 
 
@@ -94,6 +95,8 @@ def _css(rgb: tuple[int, int, int]) -> str:
     return f"rgb({rgb[0]},{rgb[1]},{rgb[2]})"
 
 
+Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
+
 # -- image ---------------------------------------------------------------------------------------------------------
 
 _WIDTH, _MARGIN, _LINE, _LINES_EACH = 1200, 24, 34, 12
@@ -120,9 +123,7 @@ def draw(title: str, rollouts: list[Scored]) -> np.ndarray:
     return np.asarray(page.crop((0, 0, _WIDTH, y)))
 
 
-def _draw_tokens(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, tokens: list[Token], y: int
-) -> int:
+def _draw_tokens(pen: ImageDraw.ImageDraw, font: Font, tokens: list[Token], y: int) -> int:
     x, last = float(_MARGIN), y + (_LINES_EACH - 1) * _LINE
     for token in tokens:
         for i, part in enumerate(token.text.split("\n")):
@@ -141,7 +142,7 @@ def _draw_tokens(
     return y
 
 
-def _shorten(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _shorten(text: str, pen: ImageDraw.ImageDraw, font: Font) -> str:
     room = _WIDTH - 2 * _MARGIN
     if pen.textlength(text, font) <= room:
         return text

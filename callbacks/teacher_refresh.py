@@ -16,7 +16,7 @@ class TeacherRefresh(Callback):
     """Decides whose weights the teacher has.
 
     Refreshed each epoch (the default), the teacher is the policy that made the epoch's roll-outs: it scores them before
-    the first update and needs no weights of its own. In every other case it keeps a copy, which is saved in checkpoints.
+    the first update and needs no weights of its own. In every other case it keeps a copy, which checkpoints hold too.
 
     Args:
         every_n_epochs: Refresh after every so many epochs; null never does, so the teacher keeps the initial weights.

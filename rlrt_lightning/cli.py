@@ -16,6 +16,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import rlrt_lightning
+from rlrt_lightning import callbacks
 from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
@@ -61,10 +63,13 @@ def _one_line(message: str, options: list[str]) -> str:
     """jsonargparse's message without its repetitions, with what the user may have meant."""
     lines = [line.strip(" -\t") for line in message.splitlines() if line.strip(" -\t")]
     text = re.sub(r"\s+", " ", "; ".join(dict.fromkeys(lines)))
-    unknown = re.search(r"(?:Unrecognized arguments:|unrecognized arguments:) (--[\w.]+)", text)
-    if unknown:
-        close = difflib.get_close_matches(unknown[1], options, n=1)
-        text += f" (did you mean {close[0]}?)" if close else ""
+    for pattern, known in (
+        (r"unrecognized arguments: (--[\w.]+)", options),
+        (r"Expected a dot import path string: (\w+)$", [*rlrt_lightning.__all__, *callbacks.__all__]),
+    ):
+        if unknown := re.search(pattern, text):
+            close = difflib.get_close_matches(unknown[1], known, n=1)
+            text += f" (did you mean {close[0]}?)" if close else ""
     return text
 
 
@@ -104,11 +109,21 @@ class RLRTCli(LightningCLI):
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_stream_seed)
 
+    def instantiate_classes(self) -> None:
+        """See `LightningCLI.instantiate_classes`; what a constructor refuses is a wrong setting."""
+        try:
+            super().instantiate_classes()
+        except ConfigError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         own = config.get("callbacks") or []
-        own = own if isinstance(own, list) else [own]
-        callbacks = [c for c in callbacks if type(c) not in {type(o) for o in own}]
-        return super()._instantiate_trainer(config, callbacks)
+        named = {type(callback) for callback in (own if isinstance(own, list) else [own])}
+        if config.get("enable_checkpointing") is False:
+            named.add(ModelCheckpoint)
+        return super()._instantiate_trainer(config, [c for c in callbacks if type(c) not in named])
 
     def after_instantiate_classes(self) -> None:
         """Finds the checkpoint that `--ckpt_path` names before anything is loaded."""

@@ -204,7 +204,9 @@ class RolloutDataModule(LightningDataModule):
 
     def _draw_prompts(self, epoch: int) -> tuple[list[Problem], list[list[int]], list[int]]:
         """The epoch's problems with the tokens of their prompts and a seed each, this rank's share of them."""
-        problems, prompts, looked_at = [], [], 0
+        problems: list[Problem] = []
+        prompts: list[list[int]] = []
+        looked_at = 0
         while len(problems) < self.prompts_per_epoch:
             if looked_at >= len(self._problems) + self.prompts_per_epoch:
                 raise ConfigError(
@@ -386,8 +388,8 @@ class RolloutDataModule(LightningDataModule):
             return ids
         if self.overlong_prompts == "error":
             raise ConfigError(
-                f"problem {problem.id}: its prompt has {len(ids)} tokens, more than data.max_prompt_tokens or the model "
-                f"allow ({self.max_prompt_tokens}); shorten it or set data.overlong_prompts to drop"
+                f"problem {problem.id}: its prompt has {len(ids)} tokens, more than data.max_prompt_tokens or the "
+                f"model allow ({self.max_prompt_tokens}); shorten it or set data.overlong_prompts to drop"
             )
         return None
 

@@ -20,7 +20,7 @@ from rlrt_lightning.seeding import derive_seed
 from rlrt_lightning.teacher import Teacher
 
 if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import Evaluated, RolloutDataModule
+    from rlrt_lightning.datamodule import RolloutDataModule
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
@@ -128,8 +128,8 @@ class RLRTModule(LightningModule):
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
-    def validation_step(self, indices: list[int], batch_idx: int, dataloader_idx: int = 0) -> Evaluated:
-        """Rolls problems of a benchmark out; the `Evaluation` callback counts the verdicts."""
+    def validation_step(self, indices: list[int], batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Rolls problems of a benchmark out (`Evaluated`); the `Evaluation` callback counts the verdicts."""
         return self._data.evaluate(dataloader_idx, indices)
 
     test_step = predict_step = validation_step

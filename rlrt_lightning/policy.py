@@ -137,20 +137,20 @@ class Policy(nn.Module):
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
         """Tokens of a prompt, up to where the response begins."""
         if not self.tokenizer.chat_template or self.chat is False:
-            text = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
-            return list(self.tokenizer(text)["input_ids"])
+            plain = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
+            return list(self.tokenizer(plain)["input_ids"])
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if self.system_prompt is not None:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         # In two steps, since the template writes the special tokens itself.
-        text = self.tokenizer.apply_chat_template(
+        text: Any = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of response tokens, special tokens removed."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     # -- the weights -----------------------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ def test_what_is_wrong_with_a_model_is_said_before_weights_are_read(tmp_path: Pa
     with pytest.raises(ConfigError, match="is a vit model, not a causal LM"):
         _ = Policy(path=str(tmp_path)).config
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="model.policy.path"):
+    with pytest.raises(ConfigError, match=r"model\.policy\.path"):
         _ = Policy(path=str(tmp_path)).config
     with pytest.raises(ConfigError, match="logits_chunk"):
         Policy(logits_chunk=0)

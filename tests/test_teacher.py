@@ -31,7 +31,7 @@ def contexts(
 
 def test_a_sibling_is_shown_to_all_and_never_to_itself() -> None:
     rollouts = [rollout(g, k, f"D#{k}") for g in range(3) for k in range(4)]
-    success = [1, 0, 1, 1] + [0, 0, 1, 0] + [0, 0, 0, 0]
+    success = [1, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0]
     for seed in range(20):
         got = contexts(Teacher(), rollouts, success, seed=seed)
         first = got[:4]

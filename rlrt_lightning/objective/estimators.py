@@ -20,12 +20,12 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     Raises:
         ValueError: If k is below 1 or above n, or c is not within 0 to n.
     """
-    n, c = torch.broadcast_tensors(torch.as_tensor(n), torch.as_tensor(c))
-    if k < 1 or bool((n < k).any()):
+    samples, correct = torch.broadcast_tensors(torch.as_tensor(n), torch.as_tensor(c))
+    if k < 1 or bool((samples < k).any()):
         raise ValueError(f"pass@{k} needs k >= 1 and at least k samples of each problem")
-    if bool(((c < 0) | (c > n)).any()):
+    if bool(((correct < 0) | (correct > samples)).any()):
         raise ValueError("the number of correct samples has to be within 0 and n")
     # C(n-c, k) / C(n, k) = prod_{i<k} (n-c-i) / (n-i), term by term: no factorial to overflow.
     i = torch.arange(k, dtype=torch.float64)
-    terms = ((n - c)[..., None] - i).clamp(min=0) / (n[..., None] - i)
+    terms = ((samples - correct)[..., None] - i).clamp(min=0) / (samples[..., None] - i)
     return 1.0 - terms.prod(-1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -167,7 +167,7 @@ class _TeacherWeighted(Method):
         """See `Method.at`."""
         if self.lam_decay_steps is None:
             return self
-        return replace(self, lam=self.lam * max(0.0, 1 - step / self.lam_decay_steps), lam_decay_steps=None)
+        return replace(cast(Any, self), lam=self.lam * max(0.0, 1 - step / self.lam_decay_steps), lam_decay_steps=None)
 
 
 @dataclass(frozen=True)

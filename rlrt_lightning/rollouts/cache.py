@@ -45,6 +45,7 @@ class _GrowingLayer(DynamicLayer):
             )
             if start:
                 for room, kept in zip(self.rooms, (self.keys, self.values), strict=True):
+                    assert kept is not None
                     room[:, :, :start] = kept
         for room, new in zip(self.rooms, (key_states, value_states), strict=True):
             room[:, :, start:end] = new
