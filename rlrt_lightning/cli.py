@@ -134,6 +134,8 @@ class RLRTCli(LightningCLI):
         elif settings.get("ckpt_path") and not Path(settings["ckpt_path"]).exists():
             raise ConfigError(f"ckpt_path: there is no checkpoint at {settings['ckpt_path']}")
         self.config_init[self.subcommand]["ckpt_path"] = settings.get("ckpt_path")
+        if self.subcommand == "fit" and settings.get("ckpt_path"):
+            self.trainer.num_sanity_val_steps = 0  # the measurement before training has been made
 
 
 def last_checkpoint(trainer: Trainer) -> Path:

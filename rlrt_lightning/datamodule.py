@@ -53,14 +53,14 @@ class Benchmark:
     sampling: Sampling | None = None
 
 
-@dataclass
 class Evaluated:
-    """Some problems of a benchmark with their roll-outs, verdicts included; `Rollout.group` counts the problems."""
+    """Some problems of a benchmark with their roll-outs, verdicts included; `Rollout.group` counts the problems.
 
-    benchmark: str
-    samples: int
-    problems: list[Problem]
-    rollouts: list[Rollout]
+    No dataclass: Lightning takes those apart, looking for tensors to move.
+    """
+
+    def __init__(self, benchmark: str, samples: int, problems: list[Problem], rollouts: list[Rollout]) -> None:
+        self.benchmark, self.samples, self.problems, self.rollouts = benchmark, samples, problems, rollouts
 
 
 class RolloutDataModule(LightningDataModule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -14,12 +15,16 @@ INSTRUCTION = "Reason step by step, and put your final answer, and nothing else,
 """What is asked for after each question."""
 
 
+PATTERN = r"<answer>((?:(?!<answer>).)*?)</answer>"
+"""The last `<answer>...</answer>`, the innermost where they are nested."""
+
+
 class ReasoningGym(Task):
     """One of the procedural tasks of the library reasoning-gym: problems without end, with a scorer of their own.
 
     Problems are made on demand, the same ones for the same settings. The held-out problems are the generator's first
-    and the training problems those after them, so that no draw is used twice; a generator with few possible problems may
-    still draw the same one for both. The reward is the scorer's, from 0 to 1; a completion is correct at 1.
+    and the training problems those after them, so that no draw is used twice; a generator with few possible problems
+    may still draw the same one for both. The reward is the scorer's, from 0 to 1; a completion is correct at 1.
 
     Args:
         name: Name of the task in reasoning-gym, such as `chain_sum`.
@@ -27,7 +32,8 @@ class ReasoningGym(Task):
         heldout: Number of held-out problems.
         seed: Seed of the problems of both splits.
         config: Settings of the generator, such as `{"min_terms": 3}`.
-        instruction: Text after each question. The answer is what stands in the last `<answer>...</answer>`.
+        instruction: Text after each question, which asks for the answer in the form that `pattern` finds.
+        pattern: Regular expression whose group 1, in its last match in a completion, is the answer.
     """
 
     def __init__(
@@ -38,7 +44,14 @@ class ReasoningGym(Task):
         seed: int = 0,
         config: dict[str, Any] | None = None,
         instruction: str = INSTRUCTION,
+        pattern: str = PATTERN,
     ) -> None:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ConfigError(f"pattern is no regular expression: {error}") from None
+        if groups < 1:
+            raise ConfigError(f"pattern must have a group, which is the answer: {pattern!r}")
         for setting, value in (("size", size), ("heldout", heldout)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{setting} must be a whole number of problems, 1 or more, not {value!r}")
@@ -51,6 +64,7 @@ class ReasoningGym(Task):
         self.seed = seed
         self.config = dict(config or {})
         self.instruction = instruction
+        self.pattern = pattern
         self._generator: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,12 +76,11 @@ class ReasoningGym(Task):
         return _Problems(self, split)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Scores the last `<answer>...</answer>`."""
-        before, closed, _ = completion.rpartition("</answer>")
-        _, opened, answer = before.rpartition("<answer>")
-        if not (closed and opened):
-            return Verdict(0.0, False, message="no <answer>...</answer>")
-        answer = answer.strip()
+        """Scores the answer that `pattern` finds."""
+        found = [match[1] for match in re.finditer(self.pattern, completion, re.DOTALL) if match[1] is not None]
+        if not found:
+            return Verdict(0.0, False, message="no answer where pattern looks for one")
+        answer = found[-1].strip()
         reward = float(self._make_generator().score_answer(answer=answer, entry=problem.info))
         message = "right" if reward >= 1 else f"scored {reward:g}"
         if reward < 1 and problem.answer is not None:  # some tasks only have a scorer

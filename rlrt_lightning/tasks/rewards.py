@@ -143,7 +143,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _plain(answer: str) -> str:
-    """An answer without what never changes its meaning, so that equal texts are equal even if nothing can parse them."""
+    """An answer without what never changes its meaning: equal texts are equal even if nothing can parse them."""
     answer = re.sub(r"\\(?:left|right|,|!|;|:)(?![a-zA-Z])|\$|\s+", "", answer)
     return re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer).rstrip(".")
 

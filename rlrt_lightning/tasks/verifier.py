@@ -289,7 +289,7 @@ class _Worker:
         return "it does not end" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
-        """Ends the process and whatever processes it has started. The one method for other threads than the worker's."""
+        """Ends the process and whatever processes it has started. Other threads than the worker's may call it."""
         with self._lock:
             if self._process is not None:
                 try:
@@ -345,7 +345,7 @@ def _limit_memory(more: int) -> None:
         with open("/proc/self/statm") as statm:
             limit = int(statm.read().split()[0]) * resource.getpagesize() + more
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _load(tasks: dict[int, Task], key: int, pickled: bytes) -> str | None:

@@ -1,0 +1,238 @@
+"""The whole way from the command line: training, resuming, evaluating, and what is written on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlrt_lightning.__main__ import main
+from rlrt_lightning.seeding import derive_seed
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--data.benchmarks.heldout.limit=6",
+    "--data.benchmarks.longer.limit=3",
+    "--data.prompts_per_epoch=8",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.check_val_every_n_epoch=2",
+]
+
+
+def command(name: str, folder: Path, *flags: str, configs: tuple[str, ...] = ()) -> int:
+    files = ["configs/rlrt.yaml", *configs]
+    words = [f"--config={ROOT / file}" for file in files]
+    return main([name, *words, *SMALL, f"--trainer.logger.save_dir={folder}", *flags])
+
+
+def scalars(folder: Path, version: int = 0) -> dict[str, list[tuple[int, float]]]:
+    """Every curve of a run, as steps and values."""
+    log = EventAccumulator(str(folder / "rlrt" / f"version_{version}")).Reload()
+    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def comparable(curves: dict[str, Any]) -> dict[str, Any]:
+    return {tag: curve for tag, curve in curves.items() if not tag.startswith("time/") and tag != "epoch"}
+
+
+def weights(folder: Path, version: int = 0) -> dict[str, torch.Tensor]:
+    path = folder / "rlrt" / f"version_{version}" / "checkpoints" / "last.ckpt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def run4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four undisturbed epochs."""
+    folder = tmp_path_factory.mktemp("run")
+    assert command("fit", folder, "--trainer.max_epochs=4", "--trainer.callbacks+=HFExport") == 0
+    return folder
+
+
+def test_every_run_logs_its_signals(run4: Path) -> None:
+    curves = scalars(run4)
+    expected = [
+        "rollout/reward",
+        "rollout/correct",
+        "rollout/length",
+        "rollout/truncated",
+        "rollout/faults",
+        "rollout/entropy",
+        "rollout/overlong_prompts",
+        "groups/mixed",
+        "groups/all_correct",
+        "groups/all_wrong",
+        "labels/direct",
+        "train/loss",
+        "train/clip_fraction",
+        "train/entropy",
+        "train/kl",
+        "train/grad_norm",
+        "train/lr",
+        "time/rollout",
+        "time/verify",
+        "time/teacher",
+        "time/train",
+        "signal/context",
+        "signal/asymmetry_correct",
+        "signal/asymmetry_correct_p05",
+        "signal/up_weighted",
+        "signal/down_weighted",
+        "signal/clipped",
+        "signal/weight_mean",
+        "signal/effective_advantage",
+        "signal/context_truncated",
+        "eval/heldout/avg@8",
+        "eval/heldout/pass@8",
+        "eval/heldout/length",
+        "eval/longer/avg@8",
+    ]
+    assert set(expected) <= set(curves)
+    assert [step for step, _ in curves["eval/heldout/avg@8"]] == [0, 3, 7], "before training, and every two epochs"
+    assert len(curves["rollout/reward"]) == 4
+    for tag, curve in curves.items():
+        assert all(value == value for _, value in curve), f"{tag} is NaN"
+    shares = [dict(curves[f"groups/{kind}"]) for kind in ("mixed", "all_correct", "all_wrong")]
+    assert all(abs(sum(s[step] for s in shares) - 1) < 1e-6 for step in shares[0])
+
+
+def test_pictures_samples_and_config_are_written(run4: Path) -> None:
+    folder = run4 / "rlrt" / "version_0"
+    page = (folder / "signal" / "epoch-0.html").read_text(encoding="utf-8")
+    assert "background:rgb(" in page
+    assert "http" not in page, "the page needs nothing from outside"
+    log = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert "signal/rollouts" in log.Tags()["images"]
+    assert "signal/asymmetry" in log.Tags()["histograms"]
+    assert any(tag.startswith("samples/heldout") for tag in log.Tags()["tensors"])
+    assert "lam: 0.5" in (folder / "config.yaml").read_text()
+
+
+def test_the_export_is_the_trained_policy_and_transformers_loads_it(run4: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run4 / "rlrt" / "version_0" / "export"
+    model, trained = AutoModelForCausalLM.from_pretrained(folder), weights(run4)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[f"policy.model.{name}"]), name
+    assert AutoTokenizer.from_pretrained(folder)("a4")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--teacher_refresh.every_n_epochs=3", "--teacher_refresh.ema_decay=0.5")], ids=["shared", "ema"]
+)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command("fit", whole, "--trainer.max_epochs=4", *flags) == 0
+    assert command("fit", cut, "--trainer.max_epochs=2", *flags) == 0
+    assert command("fit", cut, "--trainer.max_epochs=4", "--ckpt_path=last", *flags) == 0
+    expected, resumed = comparable(scalars(whole)), comparable(scalars(cut, version=1))
+    for tag, curve in resumed.items():
+        assert set(curve) <= set(expected[tag]), tag
+    assert len(resumed["train/loss"]) == 2
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(cut, version=1)[name]), name
+
+
+def test_the_seed_decides_everything(run4: Path, tmp_path: Path) -> None:
+    assert command("fit", tmp_path, "--trainer.max_epochs=1") == 0
+    assert command("fit", tmp_path, "--trainer.max_epochs=1", "--seed_everything=1") == 0
+    first = {tag: curve[0] for tag, curve in comparable(scalars(run4)).items()}
+    same = {tag: curve[0] for tag, curve in comparable(scalars(tmp_path)).items()}
+    other = {tag: curve[0] for tag, curve in comparable(scalars(tmp_path, 1)).items()}
+    assert same == {tag: first[tag] for tag in same}
+    assert other["rollout/entropy"] != first["rollout/entropy"]
+
+
+def test_rlrt_without_strength_is_grpo(tmp_path: Path) -> None:
+    flags = ("--trainer.max_epochs=2",)
+    assert command("fit", tmp_path, "--model.method.lam=0", *flags) == 0
+    assert command("fit", tmp_path, "--model.method=GRPO", "--model.method.normalize_std=true", *flags) == 0
+    for name, value in weights(tmp_path).items():
+        assert torch.equal(value, weights(tmp_path, version=1)[name]), name
+
+
+@pytest.mark.parametrize("method", sorted(p.name for p in (ROOT / "configs" / "methods").glob("*.yaml")))
+def test_each_methods_config_trains(method: str, tmp_path: Path) -> None:
+    assert command("fit", tmp_path, "--trainer.max_epochs=1", configs=(f"configs/methods/{method}",)) == 0
+
+
+@pytest.mark.parametrize("every", ["1", "2", "null"])
+def test_the_teachers_weights_follow_the_refresh(every: str, tmp_path: Path) -> None:
+    flags = ["--trainer.max_epochs=3", f"--teacher_refresh.every_n_epochs={every}"]
+    assert command("fit", tmp_path, *flags) == 0
+    state = weights(tmp_path)
+    teacher = {k.removeprefix("teacher.model."): v for k, v in state.items() if k.startswith("teacher.")}
+    if every == "1":
+        assert not teacher, "no copy"
+        return
+    policy = {k.removeprefix("policy.model."): v for k, v in state.items() if k.startswith("policy.")}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(teacher[name], policy[name])
+    from rlrt_lightning import Policy
+
+    start = Policy()
+    start.load()
+    frozen = torch.equal(teacher[name], start.model.state_dict()[name])
+    assert frozen == (every == "null")
+
+
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+def test_a_checkpoint_is_evaluated(name: str, run4: Path, tmp_path: Path) -> None:
+    shutil.copytree(run4 / "rlrt" / "version_0", tmp_path / "rlrt" / "version_0")
+    assert command(name, tmp_path, "--ckpt_path=last") == 0
+    if name == "validate":
+        trained = dict(scalars(run4)["eval/heldout/avg@8"])[7]
+        assert scalars(tmp_path, 1)["eval/heldout/avg@8"][0][1] == trained
+    else:
+        lines = (tmp_path / "rlrt" / "version_1" / "completions.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == (6 + 3) * 8
+        assert {"problem", "completion", "reward", "correct", "label", "expected"} <= set(rows[0])
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    flags = ["--trainer.max_epochs=25", "--data.prompts_per_epoch=16", "--trainer.check_val_every_n_epoch=25"]
+    assert command("fit", tmp_path, *flags) == 0
+    reward = [value for _, value in scalars(tmp_path)["rollout/reward"]]
+    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.method=RLTR"], r"model.method.*RLTR.*did you mean RLRT"),
+        (["--model.metod=RLRT"], r"--model.metod.*did you mean --model.method"),
+        (["--model.method=GRPO", "--model.method.eps_w=0.2"], r"eps_w"),
+        (["--model.method.lam=2"], r"RLRT.lam is 2.0"),
+        (["--model.policy.path=/nowhere"], r"model.policy.path.*/nowhere"),
+        (["--data.rollouts_per_prompt=1"], r"data.rollouts_per_prompt is 1.*at least 2"),
+        (["--data.minibatches=3"], r"data.prompts_per_epoch .8. has to be a multiple of data.minibatches .3."),
+        (["--data.max_prompt_tokens=3"], r"data.max_prompt_tokens is 3"),
+        (["--data.max_prompt_tokens=3", "--data.overlong_prompts=error"], r"problem .*prompt has \d+ tokens"),
+        (["--data.task=DatasetTask", "--data.task.train=none.parquet"], r"none.parquet"),
+        (["--trainer.accelerator=gpu"], r"gpu"),
+        (["--trainer.strategy=fdsp"], r"fdsp"),
+        (["--trainer.reload_dataloaders_every_n_epochs=0"], r"reload_dataloaders_every_n_epochs"),
+        (["--ckpt_path=last"], r"no last.ckpt"),
+        (["--ckpt_path=nothing.ckpt"], r"nothing.ckpt"),
+        (["--evaluation.ks=[16]"], r"evaluation.ks names 16.*samples is 8"),
+        (["--config=nothing.yaml"], r"nothing.yaml"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
+    flags: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command("fit", tmp_path, *flags) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert re.search(said, line), line
+
+
+def test_seeds_of_named_streams_differ() -> None:
+    seeds = {derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(1, "a"), derive_seed("0a"), derive_seed("0", "a")}
+    assert len(seeds) == 4, "numbers and their digits are the same name; everything else differs"

@@ -1,0 +1,70 @@
+"""The package as users get it: from a clone, installed in place, and as a built wheel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import rlrt_lightning
+
+ROOT = Path(__file__).parents[1]
+LOOK = """
+import rlrt_lightning, rlrt_lightning.callbacks as c
+from rlrt_lightning import Policy, StrategySum
+Policy().tokenizer
+assert c.TeacherRefresh.__module__ == "rlrt_lightning.callbacks.teacher_refresh", c.TeacherRefresh.__module__
+print(c.__file__)
+"""
+
+
+def python(code: str, *paths: Path, cwd: Path) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    out = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    return out.stdout.strip()
+
+
+def test_callbacks_of_a_clone() -> None:
+    assert python(LOOK, cwd=ROOT) == str(ROOT / "callbacks" / "__init__.py")
+
+
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_callbacks_and_model_of_an_installed_package(how: str, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    source = tmp_path / "source"  # a copy: builds leave their traces in the folder that they build
+    for part in ("rlrt_lightning", "callbacks"):
+        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, source / part)
+    if how == "wheel":
+        subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)], check=True)
+        (wheel,) = tmp_path.glob("*.whl")
+        names = zipfile.ZipFile(wheel).namelist()
+        assert not any(name.startswith(("callbacks/", "tests/", "configs/")) for name in names)
+        assert "rlrt_lightning/tasks/strategy_sum/model/model.safetensors" in names
+        zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+        where = python(LOOK, tmp_path / "site", cwd=tmp_path)
+        assert where == str(tmp_path / "site" / "rlrt_lightning" / "callbacks" / "__init__.py")
+    else:
+        target = ["--no-deps", "--target", str(tmp_path / "site")]
+        subprocess.run([*pip, "install", *target, "--editable", str(source)], check=True)
+        code = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n{LOOK}"  # reads the .pth file, as pip's does
+        assert python(code, cwd=tmp_path) == str(source / "callbacks" / "__init__.py")
+
+
+def test_all_public_names_are_there_and_documented() -> None:
+    for name in rlrt_lightning.__all__:
+        assert getattr(rlrt_lightning, name).__doc__, name
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = rlrt_lightning.nonsense
+
+
+def test_verifier_processes_do_not_import_torch(tmp_path: Path) -> None:
+    code = "import sys, rlrt_lightning.tasks, rlrt_lightning.tasks.verifier; print('torch' in sys.modules)"
+    assert python(code, ROOT, cwd=tmp_path) == "False"
