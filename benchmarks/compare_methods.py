@@ -1,8 +1,8 @@
 """Methods side by side on the embedded task: `python benchmarks/compare_methods.py --out runs/compare`.
 
-Each method runs with the same seeds; a run is the README's command with another method's config
-and seed, on one thread. Runs that are there already are not made again. Prints a table of mean and standard deviation over seeds, and of differences to GRPO with the same seed,
-and writes every run's figures to `OUT/runs.csv`.
+Each method runs with the same seeds; a run is the README's command with another method's config and seed, on one
+thread. Runs that are there already are not made again. Prints a table of mean and standard deviation over seeds, and
+of differences to GRPO with the same seed, and writes every run's figures to `OUT/runs.csv`.
 
 Questions, sampling and the choice of siblings have streams of their own, so runs of one seed see the same questions in
 the same order whatever the method.

@@ -1,6 +1,6 @@
 """The data module: an epoch is a batch of fresh roll-outs, from prompts to micro-batches.
 
-`RolloutDataModule.train_dataloader` reads top to bottom as the way of the data.
+`RolloutDataModule._make_epoch` reads top to bottom as the way of the data.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 EAGER_ROWS = 100_000
 """Data sets up to this size are checked row by row at the start; larger ones, and endless ones, as rows are drawn."""
+
+MOST_MISSES = 1000
+"""So many prompts in a row that are too long: the limit is wrong."""
 
 
 @dataclass
@@ -138,6 +141,8 @@ class RolloutDataModule(LightningDataModule):
 
         self.epoch: EpochBatch | None = None
         """The roll-outs of the epoch that is being trained on; callbacks read them."""
+        self._made: tuple[int, Batches[MicroBatch]] | None = None
+        self._epochs = 0
         self._cursor = 0
         self._overlong = 0
         self._problems: Sequence[Problem] = ()
@@ -148,12 +153,22 @@ class RolloutDataModule(LightningDataModule):
     # -- the way of the data ---------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> Batches[MicroBatch]:
-        """One epoch: prompts, roll-outs, verdicts, advantages, teacher, credit, micro-batches."""
+        """The batch of roll-outs that the next epoch trains on.
+
+        When Lightning resumes, it asks twice before the first step; the second time it gets the same batch.
+        """
+        step = self._trainer.global_step
+        if self._made is None or self._made[0] != step:
+            self._made = step, self._make_epoch()
+        return self._made[1]
+
+    def _make_epoch(self) -> Batches[MicroBatch]:
+        """Prompts, roll-outs, verdicts, advantages, teacher, credit, micro-batches."""
         trainer, module = self._trainer, self._module
         method = module.method.at(trainer.global_step)
         clock = _Clock()
         with self._computing():
-            problems, prompts, seeds = self._draw_prompts(trainer.current_epoch)
+            problems, prompts, seeds = self._draw_prompts()
 
             with clock("rollout"):
                 drawn = self._roll_out(self.task, problems, prompts, self.rollouts_per_prompt, self.sampling, seeds)
@@ -173,7 +188,7 @@ class RolloutDataModule(LightningDataModule):
                     rollouts,
                     method.successful(rewards),
                     self.seed,
-                    trainer.current_epoch,
+                    self._epochs,
                     trainer.global_rank,
                 )
                 contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
@@ -189,6 +204,7 @@ class RolloutDataModule(LightningDataModule):
         stats = {**_statistics(rollouts, rewards, groups), **mismatch, **clock.stats}
         stats["rollout/overlong_prompts"] = float(self._overlong)
         stats["signal/context_truncated"] = float(scores.truncated)
+        self._epochs += 1
         self.epoch = EpochBatch(
             problems, rollouts, rewards, advantages, mask, logp_old, contexts, logp_teacher, credit, stats
         )
@@ -202,27 +218,27 @@ class RolloutDataModule(LightningDataModule):
             self._sum_over_ranks(mini_batch_sizes(self.epoch, self.minibatches)),
         )
 
-    def _draw_prompts(self, epoch: int) -> tuple[list[Problem], list[list[int]], list[int]]:
+    def _draw_prompts(self) -> tuple[list[Problem], list[list[int]], list[int]]:
         """The epoch's problems with the tokens of their prompts and a seed each, this rank's share of them."""
         problems: list[Problem] = []
         prompts: list[list[int]] = []
-        looked_at = 0
+        missed = 0
         while len(problems) < self.prompts_per_epoch:
-            if looked_at >= len(self._problems) + self.prompts_per_epoch:
+            if missed >= min(len(self._problems), MOST_MISSES):
                 raise ConfigError(
-                    f"data.max_prompt_tokens is {self.max_prompt_tokens}: fewer than {len(problems) + 1} of the task's "
-                    f"{len(self._problems)} prompts are short enough"
+                    f"data.max_prompt_tokens is {self.max_prompt_tokens}: each of {missed} prompts in a row was longer"
                 )
             problem = self._problems[self._row(self._cursor)]
-            self._cursor, looked_at = self._cursor + 1, looked_at + 1
+            self._cursor += 1
             ids = self._encode(problem)
             if ids is None:
-                self._overlong += 1
+                self._overlong, missed = self._overlong + 1, missed + 1
             else:
                 problems.append(problem)
                 prompts.append(ids)
+                missed = 0
         ranks = slice(self._trainer.global_rank, None, self._trainer.world_size)
-        seeds = [derive_seed(self.seed, "rollouts", epoch, i) for i in range(len(problems))]
+        seeds = [derive_seed(self.seed, "rollouts", self._epochs, i) for i in range(len(problems))]
         return problems[ranks], prompts[ranks], seeds[ranks]
 
     def _roll_out(
@@ -343,11 +359,11 @@ class RolloutDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """How far the prompts have been read: with the seed, all that an exact resume needs."""
-        return {"cursor": self._cursor, "overlong": self._overlong}
+        return {"epochs": self._epochs, "cursor": self._cursor, "overlong": self._overlong}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self._cursor, self._overlong = state_dict["cursor"], state_dict["overlong"]
+        self._epochs, self._cursor, self._overlong = (state_dict[k] for k in ("epochs", "cursor", "overlong"))
 
     # -- small parts -----------------------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ class RLRTModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Logs what the roll-outs of the epoch were like."""
         # Dropout, where a model has any: the same in a resumed run.
-        torch.manual_seed(derive_seed(self._data.seed, "training", self.current_epoch, self.global_rank))
+        torch.manual_seed(derive_seed(self._data.seed, "training", self.global_step, self.global_rank))
         if self._data.epoch is not None:
             self._log(self._data.epoch.stats, batch_size=1)
         self._epoch_start = time.perf_counter()

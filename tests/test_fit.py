@@ -56,42 +56,13 @@ def run4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_run_logs_its_signals(run4: Path) -> None:
     curves = scalars(run4)
-    expected = [
-        "rollout/reward",
-        "rollout/correct",
-        "rollout/length",
-        "rollout/truncated",
-        "rollout/faults",
-        "rollout/entropy",
-        "rollout/overlong_prompts",
-        "groups/mixed",
-        "groups/all_correct",
-        "groups/all_wrong",
-        "labels/direct",
-        "train/loss",
-        "train/clip_fraction",
-        "train/entropy",
-        "train/kl",
-        "train/grad_norm",
-        "train/lr",
-        "time/rollout",
-        "time/verify",
-        "time/teacher",
-        "time/train",
-        "signal/context",
-        "signal/asymmetry_correct",
-        "signal/asymmetry_correct_p05",
-        "signal/up_weighted",
-        "signal/down_weighted",
-        "signal/clipped",
-        "signal/weight_mean",
-        "signal/effective_advantage",
-        "signal/context_truncated",
-        "eval/heldout/avg@8",
-        "eval/heldout/pass@8",
-        "eval/heldout/length",
-        "eval/longer/avg@8",
-    ]
+    expected = """rollout/reward rollout/correct rollout/length rollout/truncated rollout/faults rollout/entropy
+        rollout/overlong_prompts groups/mixed groups/all_correct groups/all_wrong labels/direct
+        train/loss train/clip_fraction train/entropy train/kl train/grad_norm train/lr
+        time/rollout time/verify time/teacher time/train
+        signal/context signal/asymmetry_correct signal/asymmetry_correct_p05 signal/up_weighted signal/down_weighted
+        signal/clipped signal/weight_mean signal/effective_advantage signal/context_truncated
+        eval/heldout/avg@8 eval/heldout/pass@8 eval/heldout/length eval/longer/avg@8""".split()
     assert set(expected) <= set(curves)
     assert [step for step, _ in curves["eval/heldout/avg@8"]] == [0, 3, 7], "before training, and every two epochs"
     assert len(curves["rollout/reward"]) == 4
