@@ -58,8 +58,8 @@ class ReversedSignalLogger(Callback):
 
     def _picture(self, trainer: Trainer, module: RLRTModule, epoch: EpochBatch) -> None:
         shown = (epoch.has_context & epoch.correct).nonzero()[:, 0].tolist()
-        # One of each problem, the most divided ones first: that is where the student went its own way.
-        shown.sort(key=lambda i: -float(epoch.credit.asymmetry[i].abs().max()))
+        # One of each problem, those first in which the student went its own way most decidedly.
+        shown.sort(key=lambda i: -float(epoch.credit.asymmetry[i].max()))
         of_problem: dict[int, int] = {}
         for i in shown:
             of_problem.setdefault(epoch.rollouts[i].group, i)

@@ -13,7 +13,7 @@ FULL_COLOUR = 2.0
 """|D_t| in nats at which a colour is at its strongest."""
 
 # Ends of a diverging scale that colour-blind readers can tell apart: against the teacher orange, with it blue.
-AGAINST, WITH = (230, 120, 20), (50, 120, 200)
+AGAINST, WITH = (240, 140, 50), (110, 170, 235)
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,15 @@ def _section(rollout: Scored) -> str:
     )
     return (
         f"<section><h2>{html.escape(rollout.name)} · A = {rollout.advantage:+.2f}</h2>"
-        f"<details><summary>prompt</summary><pre>{html.escape(rollout.prompt)}</pre></details>"
-        f"<details><summary>what the teacher was shown</summary><pre>{html.escape(rollout.context)}</pre></details>"
+        f"{_details('prompt', rollout.prompt)}{_details('what the teacher was shown', rollout.context)}"
         f'<div class="tokens">{tokens}</div></section>'
     )
+
+
+def _details(summary: str, text: str) -> str:
+    """Text under a heading, open where it is short."""
+    opened = " open" if len(text) < 200 else ""
+    return f"<details{opened}><summary>{summary}</summary><pre>{html.escape(text)}</pre></details>"
 
 
 def _css(rgb: tuple[int, int, int]) -> str:
@@ -105,7 +110,7 @@ _GREY, _BLACK = (110, 110, 110), (25, 25, 25)
 
 def draw(title: str, rollouts: list[Scored]) -> np.ndarray:
     """The same as an image, uint8 [H, W, 3]; a long roll-out is cut after some lines."""
-    page = Image.new("RGB", (_WIDTH, 150 + len(rollouts) * (_LINES_EACH + 3) * _LINE), "white")
+    page = Image.new("RGB", (_WIDTH, 150 + len(rollouts) * (_LINES_EACH + 4) * _LINE), "white")
     pen = ImageDraw.Draw(page)
     heading, body, small = (ImageFont.load_default(size) for size in (26, 21, 17))
 
@@ -117,9 +122,10 @@ def draw(title: str, rollouts: list[Scored]) -> np.ndarray:
 
     y = 110
     for rollout in rollouts:
-        prompt = " ".join(rollout.prompt.split())
-        pen.text((_MARGIN, y), _shorten(f"A = {rollout.advantage:+.2f}   {prompt}", pen, small), _GREY, small)
-        y = _draw_tokens(pen, body, rollout.tokens, y + 26) + _LINE + 14
+        for line in (f"A = {rollout.advantage:+.2f}   {rollout.prompt}", f"teacher saw   {rollout.context}"):
+            pen.text((_MARGIN, y), _shorten(" ".join(line.split()), pen, small), _GREY, small)
+            y += 24
+        y = _draw_tokens(pen, body, rollout.tokens, y + 2) + _LINE + 14
     return np.asarray(page.crop((0, 0, _WIDTH, y)))
 
 

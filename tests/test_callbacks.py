@@ -1,0 +1,94 @@
+"""Figures and pictures of the reversed signal, and the metrics of the evaluation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
+from rlrt_lightning.callbacks.reversed_signal import signal_statistics
+from rlrt_lightning.callbacks.signal_picture import Scored, Token, colour, draw, html_page
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.metrics import AvgAtK, PassAtK
+from rlrt_lightning.tasks import Verdict
+from tests.test_batch import epoch
+
+
+def test_avg_and_pass_at_k_add_up_over_batches() -> None:
+    correct = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    avg, passed = AvgAtK(), PassAtK(2)
+    for rows in (correct[:1], correct[1:]):
+        avg.update(rows)
+        passed.update(rows)
+    assert avg.compute() == pytest.approx((0.25 + 0 + 1) / 3)
+    assert passed.compute() == pytest.approx((0.5 + 0 + 1) / 3)
+
+
+def test_signal_statistics_are_those_of_the_scored_tokens() -> None:
+    data = epoch()
+    data.contexts = [None if i % 2 else "x" for i in range(12)]
+    data.credit = type(data.credit)(
+        data.credit.advantages, data.credit.weights, data.credit.asymmetry * data.has_context[:, None]
+    )
+    for i, rollout in enumerate(data.rollouts):
+        rollout.verdict = Verdict(float(data.rewards[i]), bool(data.rewards[i]))
+    stats = signal_statistics(data, eps_w=0.2)
+    scored = [(i, t) for i in range(0, 12, 2) for t in range(len(data.rollouts[i].response_ids))]
+    weights = [float(data.credit.weights[i, t]) for i, t in scored]
+    assert stats["signal/context"] == 0.5
+    assert stats["signal/up_weighted"] == pytest.approx(sum(w > 1 for w in weights) / len(weights))
+    assert stats["signal/clipped"] == pytest.approx(sum(not 0.8 <= w <= 1.2 for w in weights) / len(weights))
+    right = [float(data.credit.asymmetry[i, t]) for i, t in scored if data.rewards[i] == 1]
+    assert stats["signal/asymmetry_correct"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+    assert all(math.isfinite(value) for value in stats.values())
+
+
+def test_a_batch_without_context_has_no_nan() -> None:
+    data = epoch()
+    data.contexts = [None] * 12
+    assert set(signal_statistics(data, 0.2)) == {"signal/context", "signal/context_of_correct"}
+
+
+def rollout(text: str = "x", tokens: int = 3) -> Scored:
+    token = Token(text, 1.5, -2.0, -3.5, 4.5, 0.7)
+    return Scored("p<1>", "<script>alert(1)</script>", "context & more", 0.7, [token] * tokens)
+
+
+def test_the_page_takes_no_text_for_markup() -> None:
+    page = html_page("Epoch <3>", [rollout("<b>")])
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+    assert "D +1.50" in page
+
+
+def test_the_image_holds_long_rollouts_and_line_breaks() -> None:
+    short, long = draw("t", [rollout()]), draw("t", [rollout("word\n", 2000)])
+    assert short.shape[1:] == long.shape[1:] == (1200, 3)
+    assert short.shape[0] < long.shape[0] < 1000
+
+
+def test_colours_tell_the_directions_apart() -> None:
+    against, neutral, with_ = colour(3.0), colour(0.0), colour(-3.0)
+    assert neutral == (255, 255, 255)
+    assert against[0] > against[2]
+    assert with_[0] < with_[2]
+    assert colour(100.0) == against
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TeacherRefresh(every_n_epochs=0),
+        lambda: TeacherRefresh(ema_decay=1.0),
+        lambda: ReversedSignalLogger(rollouts=0),
+        lambda: ReversedSignalLogger(picture_every_n_epochs=-1),
+        lambda: Evaluation(ks=[]),
+        lambda: Evaluation(table=-1),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: object) -> None:
+    with pytest.raises(ConfigError):
+        make()

@@ -1,0 +1,198 @@
+"""The data module: what is drawn, in which order, and what happens to faults and to hopeless epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from rlrt_lightning.callbacks import TeacherRefresh
+
+from rlrt_lightning import (
+    RLRT,
+    Benchmark,
+    ConfigError,
+    Policy,
+    Problem,
+    RLRTModule,
+    RolloutDataModule,
+    Sampling,
+    StrategySum,
+    Task,
+    Teacher,
+    Verdict,
+)
+from rlrt_lightning.objective import Method
+
+
+class Counted(Task):
+    """A few problems, judged by a rule."""
+
+    isolated = False
+
+    def __init__(self, rule: Any, size: int = 7) -> None:
+        self.rule, self.size = rule, size
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        return [Problem(f"p{i}", "a1b2c3d0"[: 4 + i % 4], "6") for i in range(self.size)]
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        outcome = self.rule(completion)
+        return Verdict(float(outcome), bool(outcome))
+
+
+class Recorder(TeacherRefresh):
+    """Keeps each epoch's batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[Any] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.epochs.append(trainer.datamodule.epoch)
+
+
+def fit(
+    folder: Path, task: Task, epochs: int = 1, method: Method = RLRT(), accumulate: int = 1, **settings: Any
+) -> tuple[Recorder, RLRTModule]:
+    settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=30), **settings}
+    data = RolloutDataModule(task=task, benchmarks={}, **settings)
+    module = RLRTModule(
+        policy=Policy(),
+        method=method,
+        teacher=Teacher("{prompt}<sol>{context}"),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    )
+    recorder = Recorder()
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[recorder],
+        reload_dataloaders_every_n_epochs=1,
+        accumulate_grad_batches=accumulate,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data)
+    return recorder, module
+
+
+def moved(module: RLRTModule) -> bool:
+    start = Policy()
+    start.load()
+    return any(not torch.equal(a, b) for a, b in zip(start.parameters(), module.policy.parameters(), strict=True))
+
+
+def test_every_problem_comes_once_before_any_comes_twice(tmp_path: Path) -> None:
+    recorder, _ = fit(tmp_path, Counted(lambda text: "1" in text), epochs=7)
+    drawn = [problem.id for epoch in recorder.epochs for problem in epoch.problems]
+    rounds = [drawn[i : i + 7] for i in range(0, 28, 7)]
+    assert all(sorted(r) == [f"p{i}" for i in range(7)] for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 1, "each round has an order of its own"
+
+
+def test_only_rollouts_that_the_teacher_can_change_are_scored(tmp_path: Path) -> None:
+    recorder, _ = fit(tmp_path, StrategySum(), epochs=3, prompts_per_epoch=16, rollouts_per_prompt=8)
+    for epoch in recorder.epochs:
+        scored = epoch.has_context
+        assert scored.any()
+        assert (epoch.rewards[scored] == 1).all()
+        assert (epoch.advantages[scored] != 0).all()
+        assert not epoch.credit.asymmetry[~scored].any()
+
+
+@pytest.mark.parametrize("outcome", [True, False])
+def test_an_epoch_in_which_all_are_equally_good_changes_nothing(outcome: bool, tmp_path: Path) -> None:
+    recorder, module = fit(tmp_path, Counted(lambda _: outcome), accumulate=3)
+    assert recorder.epochs[0].stats[f"groups/all_{'correct' if outcome else 'wrong'}"] == 1
+    assert not moved(module)
+
+
+def test_more_micro_batches_than_rollouts(tmp_path: Path) -> None:
+    _, module = fit(
+        tmp_path, Counted(lambda text: len(text) % 2), accumulate=40, prompts_per_epoch=2, rollouts_per_prompt=2
+    )
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_micro_batches_do_not_change_the_update(tmp_path: Path) -> None:
+    weights = []
+    for accumulate in (1, 3):
+        _, module = fit(tmp_path, StrategySum(), accumulate=accumulate, prompts_per_epoch=8, minibatches=2)
+        assert moved(module)
+        weights.append([p.detach().clone() for p in module.policy.parameters()])
+    for one, three in zip(*weights, strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
+
+
+def test_a_verifier_that_fails_counts_as_wrong_until_it_fails_too_often(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def rule(text: str) -> bool:
+        if text.startswith("L"):
+            raise KeyError("no such strategy")
+        return "1" in text
+
+    recorder, _ = fit(tmp_path, Counted(rule), epochs=3, prompts_per_epoch=6, rollouts_per_prompt=8)
+    faulty = [r for epoch in recorder.epochs for r in epoch.rollouts if r.verdict.fault]
+    assert faulty
+    assert all(r.verdict.reward == 0 and not r.verdict.correct for r in faulty)
+    assert "p" in caplog.text
+    assert "no such strategy" in caplog.text
+    with pytest.raises(ConfigError, match=r"failed on 16 of 16 .* data.max_fault_share .0.5.*no such strategy"):
+        fit(tmp_path, Counted(lambda text: rule("L")))
+
+
+def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path: Path) -> None:
+    task = Counted(lambda text: "1" in text)
+    recorder, _ = fit(tmp_path, task, epochs=4, max_prompt_tokens=7)
+    assert {p.prompt for epoch in recorder.epochs for p in epoch.problems} == {"a1b2", "a1b2c"}
+    assert recorder.epochs[-1].stats["rollout/overlong_prompts"] > 0
+    with pytest.raises(ConfigError, match=r"problem p\d: its prompt has \d+ tokens"):
+        fit(tmp_path, task, max_prompt_tokens=7, overlong_prompts="error")
+    with pytest.raises(ConfigError, match="each of 7 prompts in a row was longer"):
+        fit(tmp_path, task, max_prompt_tokens=3)
+
+
+def test_rescoring_replaces_the_samplers_log_probs_by_the_policys(tmp_path: Path) -> None:
+    recorder, _ = fit(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8)
+    stats = recorder.epochs[0].stats
+    assert stats["rollout/mismatch_max"] < 1e-4
+    assert stats["time/rescore"] > 0
+
+
+def test_no_problems_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no problems to train on"):
+        fit(tmp_path, Counted(bool, size=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rollouts_per_prompt": 1}, "rollouts_per_prompt is 1"),
+        ({"prompts_per_epoch": 5}, "prompts_per_epoch"),
+        ({"minibatches": 0}, "minibatches"),
+        ({"sampling": Sampling(temperature=0.0)}, "temperature"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RolloutDataModule(**settings)
+
+
+def test_a_benchmark_needs_problems_and_samples(tmp_path: Path) -> None:
+    for benchmark, said in (
+        (Benchmark(samples=0), "samples is 0"),
+        (Benchmark(task=Counted(bool, size=0)), "no problems to evaluate on"),
+    ):
+        data = RolloutDataModule(benchmarks={"x": benchmark})
+        trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+        with pytest.raises(ConfigError, match=rf"data.benchmarks.x.*{said}"):
+            trainer.validate(RLRTModule(), datamodule=data)
