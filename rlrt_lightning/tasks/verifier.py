@@ -291,7 +291,7 @@ class _Worker:
     def kill(self) -> None:
         """Ends the process and whatever processes it has started. Other threads than the worker's may call it."""
         with self._lock:
-            if self._process is not None:
+            if self._process is not None and self._process.pid is not None:  # None: it could not be started
                 try:
                     os.killpg(self._process.pid, signal.SIGKILL)
                 except (AttributeError, OSError):  # no process groups here, or not its own yet, or it is gone
