@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 Messages = list[dict[str, str]]
 """A conversation: dicts with the keys `role` and `content`, as chat templates take it."""
@@ -78,3 +78,29 @@ class Task(ABC):
     def warm_up(self) -> None:  # noqa: B027 - there is nothing to do unless a subclass says so
         """Called in each worker process before its first completion, with no time limit: the place for slow imports,
         which would otherwise count against the first completion."""
+
+
+class OnDemand(Sequence[Problem]):
+    """Problems that are made when they are asked for.
+
+    Args:
+        make: Makes problem number i, the same one each time.
+        numbers: The numbers of the problems.
+    """
+
+    def __init__(self, make: Callable[[int], Problem], numbers: range) -> None:
+        self._make, self._numbers = make, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            return [self._make(number) for number in self._numbers[index]]
+        return self._make(self._numbers[index])

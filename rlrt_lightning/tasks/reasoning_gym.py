@@ -6,10 +6,10 @@ import difflib
 import random
 import re
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.tasks.base import Problem, Split, Task, Verdict
+from rlrt_lightning.tasks.base import OnDemand, Problem, Split, Task, Verdict
 
 INSTRUCTION = "Reason step by step, and put your final answer, and nothing else, between <answer> and </answer>."
 """What is asked for after each question."""
@@ -73,7 +73,8 @@ class ReasoningGym(Task):
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split, each made when it is asked for."""
         self._make_generator()
-        return _Problems(self, split)
+        first, count = (self.heldout, self.size) if split == "train" else (0, self.heldout)
+        return OnDemand(self._problem, range(first, first + count))
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Scores the answer that `pattern` finds."""
@@ -119,26 +120,3 @@ class ReasoningGym(Task):
             answer=entry["answer"],
             info=dict(entry),  # its scorer wants all of it
         )
-
-
-class _Problems(Sequence[Problem]):
-    """The problems of one split, made on demand."""
-
-    def __init__(self, task: ReasoningGym, split: Split) -> None:
-        self._task = task
-        first = task.heldout if split == "train" else 0
-        self._range = range(first, first + (task.size if split == "train" else task.heldout))
-
-    def __len__(self) -> int:
-        return len(self._range)
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        if isinstance(index, slice):
-            return [self._task._problem(number) for number in self._range[index]]
-        return self._task._problem(self._range[index])

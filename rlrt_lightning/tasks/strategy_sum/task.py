@@ -19,10 +19,10 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
-from typing import overload
+from functools import partial
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.tasks.base import Problem, Split, Task, Verdict
+from rlrt_lightning.tasks.base import OnDemand, Problem, Split, Task, Verdict
 
 PLACES = "abcdefgh"
 """The letters of the places; a question has at most this many digits."""
@@ -167,7 +167,7 @@ class StrategySum(Task):
         """The problems of a split, each made when it is asked for."""
         if split not in ("train", "heldout"):
             raise ConfigError(f"split must be 'train' or 'heldout', not {split!r}")
-        return _Problems(self, split)
+        return OnDemand(partial(self._problem, split), range(self.train if split == "train" else self.heldout))
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Compares the text after the last `#` with the answer."""
@@ -181,35 +181,11 @@ class StrategySum(Task):
         message = "right" if correct else f"wrong: the answer is {problem.answer}"
         return Verdict(float(correct), correct, answer, message, label)
 
-
-class _Problems(Sequence[Problem]):
-    """The problems of one split, made on demand: item i depends on the task's settings, the split and i alone."""
-
-    def __init__(self, task: StrategySum, split: Split) -> None:
-        self._task = task
-        self._split = split
-        self._range = range(task.train if split == "train" else task.heldout)
-
-    def __len__(self) -> int:
-        return len(self._range)
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        if isinstance(index, slice):
-            return [self._make(i) for i in self._range[index]]
-        return self._make(self._range[index])
-
-    def _make(self, i: int) -> Problem:
-        task = self._task
-        rng = random.Random(f"strategy-sum/{task.seed}/{self._split}/{i}")  # a text seeds alike on every platform
-        digits = draw_digits(rng, *task.digits, trap=task.trap, heldout=self._split == "heldout")
+    def _problem(self, split: Split, i: int) -> Problem:
+        rng = random.Random(f"strategy-sum/{self.seed}/{split}/{i}")  # a text seeds alike on every platform
+        digits = draw_digits(rng, *self.digits, trap=self.trap, heldout=split == "heldout")
         return Problem(
-            id=f"{self._split}-{task.seed}-{i}",
+            id=f"{split}-{self.seed}-{i}",
             prompt=question(digits),
             answer=str(sum(digits) % 10),
             solution=solution(digits, "P"),
