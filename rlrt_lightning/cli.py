@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import random
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jsonargparse._typehints as typehints
 from jsonargparse import Namespace
@@ -16,8 +17,6 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import rlrt_lightning
-from rlrt_lightning import callbacks
 from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
@@ -28,6 +27,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "reload_dataloaders_every_n_epochs": 1,
     # Lightning's sanity check over all of the validation is our measurement before training.
     "num_sanity_val_steps": -1,
+    # The data module deals the ranks their share itself.
+    "use_distributed_sampler": False,
     "log_every_n_steps": 1,
     "enable_model_summary": False,
     "logger": {
@@ -36,41 +37,127 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     },
 }
 
+# What the constructors take for null, spelled out: `--print_config` shows it, and its parts can be set without naming
+# it first (`--data.engine.max_rows=64`, `--data.benchmarks.heldout.samples=4`).
+CLASS_DEFAULTS: dict[str, Any] = {
+    "data.task": {"class_path": "rlrt_lightning.StrategySum"},
+    "data.engine": {"class_path": "rlrt_lightning.TransformersEngine"},
+    "data.benchmarks": {"heldout": {}},
+}
+
 
 def _forget_settings_of_another_class(parser_or_action: Any, prev_val: Any, value: Any) -> None:
     """jsonargparse keeps the settings of the old class that the new one knows as well, so `--model.method=RLSD` over
     RLRT would keep RLRT's eps_w: a silent error in somebody's comparison. Here a class comes with its own defaults."""
-    if prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
-        prev_val["init_args"] = Namespace() if isinstance(prev_val, Namespace) else {}
+    if not prev_val or not prev_val.get("class_path") or _same_class(prev_val["class_path"], value["class_path"]):
+        return
+    for settings in ("init_args", "dict_kwargs"):
+        if settings in prev_val:
+            prev_val[settings] = Namespace() if isinstance(prev_val, Namespace) else {}
 
 
+def _same_class(path: str, other: str) -> bool:
+    """Whether two class paths lead to one class, as rlrt_lightning.RLRT and rlrt_lightning.objective.RLRT do."""
+    if path == other:
+        return True
+    with suppress(Exception):  # a path that cannot be imported has its own error elsewhere
+        return typehints.import_object(path) is typehints.import_object(other)
+    return False
+
+
+# jsonargparse has no setting for this. It looks the function up in its module at each of its calls: for the command
+# line, for merged configs, and for classes nested in other classes. tests/test_cli_defaults.py fails if that changes.
 typehints.discard_init_args_on_class_path_change = _forget_settings_of_another_class
 
 
 class RLRTParser(LightningArgumentParser):
     """Says what is wrong in one line and ends with exit code 2."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation that works today means another setting, or none, once a new setting begins the same way.
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self.class_name = ""
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See `jsonargparse.ArgumentParser.add_class_arguments`; a parser of one class's settings knows its name."""
+        if nested_key is None:
+            self.class_name = theclass.__name__
+        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """See `argparse.ArgumentParser.error`."""
-        raise ConfigError(_one_line(message, self._known_options()))
+        """See `argparse.ArgumentParser.error`. jsonargparse passes an inner parser's error on to the outer one."""
+        raise ConfigError(self._one_line(message))
 
-    def _known_options(self) -> list[str]:
-        parsers = [self, *(getattr(self, "_subparsers_by_name", {}).values())]
-        return [option for parser in parsers for action in parser._actions for option in action.option_strings]
+    def _one_line(self, message: str) -> str:
+        """What is wrong, out of jsonargparse's account of all that it tried."""
+        if found := re.search(r"Option '([\w.]+)' is not accepted$", message):
+            owner = f"{self.class_name} has" if self.class_name else "there is"
+            return f"{owner} no setting {found[1]}{_meant(found[1], self._settings())}"
+        if found := re.search(r"unrecognized arguments: (--)?([^\s=]+)", message):
+            dashes = found[1] or ""
+            known = [dashes + setting for setting in self._settings()]
+            return f"there is no setting {dashes}{found[2]}{_meant(dashes + found[2], known)}"
+        if found := re.search(r"does not accept option '([\w.]+)'", message):
+            return f"there is no setting {found[1]}{_meant(found[1], self._settings())}"
+        if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
+            return f"there is no command {found[1]}; there are {found[2]}".replace("'", "")
+        if message.startswith('expected "subcommand"'):
+            return "which command? fit, validate, test or predict; each explains its settings with --help"
+        if found := re.search(r"the following arguments are required: (.*)", message):
+            message = message.replace(found[0], f"{self.class_name or 'this command'} needs a value for {found[1]}")
+        return self._of_one_setting(message)
+
+    def _of_one_setting(self, message: str) -> str:
+        key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+        given = re.search(r"Given value: (?:NestedArg\(key='(?P<part>[\w.]+)'|(?P<plain>(?!Namespace).*))", message)
+        lines = re.sub(r'Parser key "[\w.]+"( element \d+)?:|;', "\n", message).splitlines()
+        noise = r"$|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
+        reasons = [line for line in dict.fromkeys(line.strip(" -\t") for line in lines) if not re.match(noise, line)]
+        # Of a union's types, the one that got as far as a class or an inner setting is the one that was meant.
+        plain = [reason for reason in reasons if reason.startswith("Expected a <class")]
+        text = "; ".join(r for r in reasons if r not in plain) or " or ".join(plain)
+        text = re.sub(r"; \w+ has no setting [^;]*", "", text)
+        if found := re.search(r"Expected a dot import path string: (\S+)", text):
+            known = self._classes(key)
+            hint = _meant(found[1], known)
+            if not hint and 0 < len(known) <= 20:
+                hint = f"; there are {', '.join(known)}, and class paths such as my_module.MyClass"
+            text = f"there is no class {found[1]}{hint}"
+        text = re.sub(r"Problem with given class_path '([\w.]+)':;", r"there is no class \1:", text)
+        text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '([\w.]+)'>", r"\1", text))
+        text = text.replace(" or Expected a ", " or ").replace("Expected a ", "it has to be ")
+        text = text.replace(". Got value: ", "; it is ")
+        if "it has to be" in text and "it is" not in text and given and given["plain"]:
+            text += f"; it is {given['plain']}"
+        # The setting's whole name: the option's, and what an inner parser said was wrong.
+        inner = re.match(r"([\w.]+): (?=it has|there is)", text)
+        for part in (given and given["part"], inner and inner[1]):
+            if part and not key.endswith(part):
+                key = f"{key}.{part}".strip(".")
+        text = text[inner.end() :] if inner else text
+        return re.sub(r"\s+", " ", f"{key}: {text}" if key else text).strip()
+
+    def _settings(self) -> list[str]:
+        return [o.removeprefix("--") for p in self._parsers() for action in p._actions for o in action.option_strings]
+
+    def _classes(self, key: str) -> list[str]:
+        """Short names of the classes that a setting takes."""
+        for parser in self._parsers():
+            for action in parser._actions:
+                if action.dest == key and isinstance(action, typehints.ActionTypeHint):
+                    paths = typehints.get_all_subclass_paths(action._typehint, closed_types=False)
+                    return sorted({path.rsplit(".", 1)[1] for path in paths})
+        return []
+
+    def _parsers(self) -> list[Any]:
+        commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        return [self, *(parser for choices in commands for parser in choices.values())]
 
 
-def _one_line(message: str, options: list[str]) -> str:
-    """jsonargparse's message without its repetitions, with what the user may have meant."""
-    lines = [line.strip(" -\t") for line in message.splitlines() if line.strip(" -\t")]
-    text = re.sub(r"\s+", " ", "; ".join(dict.fromkeys(lines)))
-    for pattern, known in (
-        (r"unrecognized arguments: (--[\w.]+)", options),
-        (r"Expected a dot import path string: (\w+)$", [*rlrt_lightning.__all__, *callbacks.__all__]),
-    ):
-        if unknown := re.search(pattern, text):
-            close = difflib.get_close_matches(unknown[1], known, n=1)
-            text += f" (did you mean {close[0]}?)" if close else ""
-    return text
+def _meant(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class RLRTCli(LightningCLI):
@@ -86,6 +173,12 @@ class RLRTCli(LightningCLI):
             RLRTModule,
             RolloutDataModule,
             parser_class=RLRTParser,
+            parser_kwargs={
+                "prog": "rlrt_lightning",
+                "description": "RLRT (arXiv:2605.10781) and its relatives: train, evaluate, predict.",
+                # The full list of flags would take four screens before the first word of help.
+                **{c: {"usage": "%(prog)s [--config FILE]... [--SETTING=VALUE]..."} for c in self.subcommands()},
+            },
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
@@ -105,6 +198,7 @@ class RLRTCli(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.save_last": True,
                 "checkpoint.save_on_train_epoch_end": True,
+                **CLASS_DEFAULTS,
             }
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_stream_seed)
@@ -115,7 +209,7 @@ class RLRTCli(LightningCLI):
             super().instantiate_classes()
         except ConfigError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:  # the last: a device or strategy that is not installed
             raise ConfigError(str(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -128,18 +222,21 @@ class RLRTCli(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Finds the checkpoint that `--ckpt_path` names before anything is loaded."""
         settings = self.config[self.subcommand]
-        if settings.get("ckpt_path") == "last":
+        path = settings.get("ckpt_path")
+        if path == "last":
             # Lightning looks in the folder of this run, which is new, and goes on without a checkpoint.
-            settings["ckpt_path"] = str(last_checkpoint(self.trainer))
-        elif settings.get("ckpt_path") and not Path(settings["ckpt_path"]).exists():
-            raise ConfigError(f"ckpt_path: there is no checkpoint at {settings['ckpt_path']}")
-        self.config_init[self.subcommand]["ckpt_path"] = settings.get("ckpt_path")
-        if self.subcommand == "fit" and settings.get("ckpt_path"):
+            path = settings["ckpt_path"] = str(last_checkpoint(self.trainer))
+        elif path == "best":
+            raise ConfigError("ckpt_path: best is known only within the run that made it; give the checkpoint's path")
+        elif path and "://" not in path and not Path(path).exists():
+            raise ConfigError(f"ckpt_path: there is no checkpoint at {path}")
+        self.config_init[self.subcommand]["ckpt_path"] = path
+        if self.subcommand == "fit" and path:
             self.trainer.num_sanity_val_steps = 0  # the measurement before training has been made
 
 
 def last_checkpoint(trainer: Trainer) -> Path:
-    """The newest `last.ckpt` among the runs that share the trainer's logger.
+    """The newest `last.ckpt` among the runs that share the trainer's logger, or its checkpoints' folder.
 
     Raises:
         ConfigError: If there is none.
@@ -148,20 +245,22 @@ def last_checkpoint(trainer: Trainer) -> Path:
     folder = Path((logger.save_dir if logger else None) or trainer.default_root_dir)
     if logger is not None and logger.name:
         folder = folder / logger.name
-    found = sorted(folder.glob("**/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    own = [Path(c.dirpath) for c in cast(Any, trainer).callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    folders = own or [folder]
+    found = [path for folder in folders for path in folder.glob("**/last*.ckpt")]
     if not found:
-        raise ConfigError(f"ckpt_path is last, but there is no last.ckpt in {folder}; give the checkpoint's path")
-    return found[-1]
+        looked = " or ".join(map(str, folders))
+        raise ConfigError(f"ckpt_path is last, but there is no last.ckpt in {looked}; give the checkpoint's path")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def _stream_seed(seed: bool | int) -> int:
-    if seed is True:  # Lightning's word for a random seed
-        return random.randrange(2**31)
-    return int(seed)
+    """The seed of our own random streams: for true the one that Lightning is going to take, the same on all ranks."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is True else int(seed)
 
 
 def run(command: Callable[[], Any]) -> int:
-    """Runs a command; what the user can mend becomes one line on stderr and exit code 2."""
+    """Runs a command; what the user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
@@ -170,4 +269,11 @@ def run(command: Callable[[], Any]) -> int:
         line = re.sub(r"\s+", " ", str(error))
         print(f"error: {line}", file=sys.stderr)
         return 2
+    except SystemExit as end:
+        # Lightning stops gracefully at a Ctrl-C, and then ends with 1 as if something had failed.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return 130
+        raise
+    except KeyboardInterrupt:
+        return 130
     return 0

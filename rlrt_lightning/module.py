@@ -30,8 +30,8 @@ class RLRTModule(LightningModule):
 
     Args:
         policy: The language model that is trained.
-        method: How advantages are spread over tokens: GRPO, RLRT, RLSD, or a class of your own.
         teacher: Whose weights score the roll-outs, and with what context.
+        method: How advantages are spread over tokens: GRPO, RLRT, RLSD, or a class of your own.
         clip_low: The ratio to the roll-out policy may fall to 1 - clip_low before a token's gradient stops.
         clip_high: The ratio may rise to 1 + clip_high before a token's gradient stops.
         dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
@@ -43,9 +43,9 @@ class RLRTModule(LightningModule):
 
     def __init__(
         self,
-        policy: Policy | None = None,
+        policy: Policy,
+        teacher: Teacher,
         method: Method = RLRT(),
-        teacher: Teacher | None = None,
         clip_low: float = 0.2,
         clip_high: float = 0.28,
         dual_clip: float | None = None,
@@ -62,9 +62,9 @@ class RLRTModule(LightningModule):
             raise ConfigError(f"model.dual_clip is {dual_clip}; it has to be above 1, or null")
         if warmup_steps < 0:
             raise ConfigError(f"model.warmup_steps is {warmup_steps}; it has to be 0 or more")
-        self.policy = policy or Policy()
+        self.policy = policy
         self.method = method
-        self.teacher = teacher or Teacher()
+        self.teacher = teacher
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.aggregation: Aggregation = aggregation
         self.optimizer_factory = optimizer

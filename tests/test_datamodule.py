@@ -195,4 +195,4 @@ def test_a_benchmark_needs_problems_and_samples(tmp_path: Path) -> None:
         data = RolloutDataModule(benchmarks={"x": benchmark})
         trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
         with pytest.raises(ConfigError, match=rf"data.benchmarks.x.*{said}"):
-            trainer.validate(RLRTModule(), datamodule=data)
+            trainer.validate(RLRTModule(Policy(), Teacher()), datamodule=data)

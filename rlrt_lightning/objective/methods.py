@@ -172,8 +172,9 @@ class _TeacherWeighted(Method):
 
 @dataclass(frozen=True)
 class RLRT(_TeacherWeighted):
-    """RLVR with Reversed Teacher (arXiv:2605.10781, Eqs. 6 and 7): on roll-outs that succeeded, tokens where the
-    student went against the teacher get more credit.
+    """RLVR with Reversed Teacher (arXiv:2605.10781, Eqs. 6 and 7).
+
+    On roll-outs that succeeded, tokens where the student went against the teacher get more credit.
 
     Args:
         lam: Strength of the token weight, within 0 and 1; 0 is GRPO. A token's advantage A changes by at most
@@ -201,8 +202,10 @@ class RLRT(_TeacherWeighted):
 
 @dataclass(frozen=True)
 class RLSD(_TeacherWeighted):
-    """RLVR with self-distillation (arXiv:2604.03128): tokens that the teacher, who knows the answer, finds likelier get
-    more credit on good roll-outs and less blame on bad ones.
+    """RLVR with self-distillation (arXiv:2604.03128).
+
+    Tokens that the teacher, who knows the answer, finds likelier get more credit on good roll-outs and less blame on
+    bad ones.
 
     Args:
         lam: Strength of the token weight, within 0 and 1; 0 is GRPO.
