@@ -54,7 +54,14 @@ def test_callbacks_and_model_of_an_installed_package(how: str, tmp_path: Path) -
     else:
         target = ["--no-deps", "--target", str(tmp_path / "site")]
         subprocess.run([*pip, "install", *target, "--editable", str(source)], check=True)
-        code = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n{LOOK}"  # reads the .pth file, as pip's does
+        # An editable install that the tests themselves run from would answer first.
+        forget = """
+import site, sys
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+for name in [n for n in sys.modules if n.startswith("__editable__")]:
+    del sys.modules[name]
+"""
+        code = f"{forget}\nsite.addsitedir({str(tmp_path / 'site')!r})\n{LOOK}"  # reads the .pth file, as pip's does
         assert python(code, cwd=tmp_path) == str(source / "callbacks" / "__init__.py")
 
 
