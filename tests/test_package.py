@@ -55,13 +55,14 @@ def test_callbacks_and_model_of_an_installed_package(how: str, tmp_path: Path) -
         target = ["--no-deps", "--target", str(tmp_path / "site")]
         subprocess.run([*pip, "install", *target, "--editable", str(source)], check=True)
         # An editable install that the tests themselves run from would answer first.
-        forget = """
+        code = f"""
 import site, sys
 sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 for name in [n for n in sys.modules if n.startswith("__editable__")]:
     del sys.modules[name]
-"""
-        code = f"{forget}\nsite.addsitedir({str(tmp_path / 'site')!r})\n{LOOK}"  # reads the .pth file, as pip's does
+sys.path.insert(0, {str(tmp_path / "site")!r})
+site.addsitedir({str(tmp_path / "site")!r})  # reads the .pth file, as pip's folder is read at start
+{LOOK}"""
         assert python(code, cwd=tmp_path) == str(source / "callbacks" / "__init__.py")
 
 
