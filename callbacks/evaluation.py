@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import tensorboards
+from rlrt_lightning.callbacks.boards import run_folder, tensorboards
 
 from rlrt_lightning.datamodule import Evaluated
 from rlrt_lightning.errors import ConfigError
@@ -76,7 +75,7 @@ class Evaluation(Callback):
 
     def _write(self, trainer: Trainer, done: Evaluated) -> None:
         if self._file is None:
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            folder = run_folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
             name = "completions" if trainer.world_size == 1 else f"completions-rank{trainer.global_rank}"
             self._file = (folder / f"{name}.jsonl").open("w", encoding="utf-8")
@@ -137,8 +136,9 @@ class _Counts:
             rows = self.shown[verdict.correct]
             if len(rows) < table and rollout.index == 0:  # one of each problem shows more than eight of one
                 problem = done.problems[rollout.group]
-                prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-                rows.append((prompt, rollout.text, str(problem.answer), verdict.message or str(verdict.answer)))
+                rows.append(
+                    (problem.question, rollout.text, str(problem.answer), verdict.message or str(verdict.answer))
+                )
 
     def values(self) -> dict[str, float]:
         n = len(self.lengths)

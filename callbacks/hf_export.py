@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from rlrt_lightning.callbacks.boards import run_folder
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -24,7 +25,7 @@ class HFExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder."""
-        folder = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+        folder = Path(self.path) if self.path else run_folder(trainer) / "export"
         policy = cast("RLRTModule", pl_module).policy
         if trainer.is_global_zero:
             policy.model.save_pretrained(folder)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import tensorboards
+from rlrt_lightning.callbacks.boards import run_folder, tensorboards
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_page
 
 from rlrt_lightning.batch import EpochBatch
@@ -66,7 +65,7 @@ class ReversedSignalLogger(Callback):
         scored = [describe(module, epoch, i) for i in list(of_problem.values())[: self.rollouts]]
         if not scored:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "signal"
+        folder = run_folder(trainer) / "signal"
         folder.mkdir(parents=True, exist_ok=True)
         title = f"Epoch {trainer.current_epoch}"
         (folder / f"epoch-{trainer.current_epoch}.html").write_text(html_page(title, scored), encoding="utf-8")
@@ -118,7 +117,6 @@ def describe(module: RLRTModule, epoch: EpochBatch, row: int) -> Scored:
     """A scored roll-out, token by token, for a picture."""
     rollout, policy = epoch.rollouts[row], module.policy
     problem = epoch.problems[rollout.group]
-    prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
     tokens = [
         Token(
             text=policy.tokenizer.decode([token], clean_up_tokenization_spaces=False),
@@ -130,4 +128,4 @@ def describe(module: RLRTModule, epoch: EpochBatch, row: int) -> Scored:
         )
         for t, token in enumerate(rollout.response_ids)
     ]
-    return Scored(problem.id, prompt, epoch.contexts[row] or "", float(epoch.advantages[row]), tokens)
+    return Scored(problem.id, problem.question, epoch.contexts[row] or "", float(epoch.advantages[row]), tokens)

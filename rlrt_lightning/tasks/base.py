@@ -31,6 +31,11 @@ class Problem:
     solution: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def question(self) -> str:
+        """The prompt as text: all of it, or the last message of a conversation."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
 
 @dataclass(frozen=True)
 class Verdict:
