@@ -26,6 +26,10 @@ METHODS = {
     "RLRT-all": "rlrt_all",
     "RLSD": "rlsd",
     "teacher-predicted": "teacher_predicted",
+    "SDPO": "sdpo",
+    "SRPO": "srpo",
+    "GRPO + entropy": "grpo_entropy",
+    "DIVER": "diver",
 }
 COLUMNS = {  # name in the table: tag, and how the curve becomes a figure
     "reward": ("rollout/reward", "mean"),

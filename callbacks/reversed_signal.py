@@ -99,8 +99,9 @@ def signal_statistics(epoch: EpochBatch, eps_w: float | None) -> dict[str, float
         advantages = epoch.advantages[:, None].expand_as(epoch.mask)[scored].abs().mean()
         stats["signal/up_weighted"] = float((weights > 1).float().mean())
         stats["signal/down_weighted"] = float((weights < 1).float().mean())
-        # Near 1, or the method changes the size of the step besides its direction.
-        stats["signal/effective_advantage"] = float(credit.advantages[scored].abs().mean() / advantages)
+        if advantages > 0:
+            # Near 1, or the method changes the size of the step besides its direction.
+            stats["signal/effective_advantage"] = float(credit.advantages[scored].abs().mean() / advantages)
         if eps_w is not None:
             clipped = weights.clamp(1 - eps_w, 1 + eps_w)
             stats["signal/weight_mean"] = float(clipped.mean())

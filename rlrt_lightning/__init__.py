@@ -15,11 +15,19 @@ __version__ = "0.1.0"
 _HOME = {
     "rlrt_lightning.objective": [
         "Credit",
+        "DIVER",
+        "Distilling",
+        "EntropyBonus",
         "GRPO",
         "Method",
         "RLRT",
         "RLSD",
+        "SDPO",
+        "SRPO",
         "clipped_surrogate",
+        "distillation_loss",
+        "divergence",
+        "dynamic_weights",
         "group_advantages",
         "pass_at_k",
     ],
@@ -50,12 +58,20 @@ if TYPE_CHECKING:
     from rlrt_lightning.metrics import AvgAtK, PassAtK
     from rlrt_lightning.module import RLRTModule
     from rlrt_lightning.objective import (
+        DIVER,
         GRPO,
         RLRT,
         RLSD,
+        SDPO,
+        SRPO,
         Credit,
+        Distilling,
+        EntropyBonus,
         Method,
         clipped_surrogate,
+        distillation_loss,
+        divergence,
+        dynamic_weights,
         group_advantages,
         pass_at_k,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.objective import Aggregation, Credit
-from rlrt_lightning.policy import pad_sequences
+from rlrt_lightning.policy import at_mask, pad_sequences
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks.base import Problem
+from rlrt_lightning.teacher import TeacherScore
 
 
 @dataclass
@@ -27,6 +29,7 @@ class EpochBatch:
         mask: True at response tokens, [N, T].
         logp_old: Log-probs of the tokens under the policy that made them, nats, [N, T].
         contexts: What the teacher was shown for each roll-out; None where it did not score it, N of them.
+        teacher: What the teacher said of each roll-out; None where it did not score it, N of them.
         logp_teacher: Log-probs of the tokens under the teacher, nats, [N, T]; 0 where it did not score.
         credit: What the method made of it, [N, T] each.
         stats: Figures for the logs by tag.
@@ -39,6 +42,7 @@ class EpochBatch:
     mask: Tensor
     logp_old: Tensor
     contexts: list[str | None]
+    teacher: list[TeacherScore | None]
     logp_teacher: Tensor
     credit: Credit
     stats: dict[str, float] = field(default_factory=dict)
@@ -53,6 +57,11 @@ class EpochBatch:
         """Which roll-outs the verifier called correct: bool [N]."""
         return torch.tensor([r.verdict is not None and r.verdict.correct for r in self.rollouts])
 
+    @property
+    def counted(self) -> Tensor:
+        """Which roll-outs count in the mean over the mini-batch: bool [N]."""
+        return torch.ones(len(self.rollouts), dtype=torch.bool) if self.credit.counted is None else self.credit.counted
+
 
 class MicroBatch(NamedTuple):
     """What one forward and backward pass sees.
@@ -63,6 +72,10 @@ class MicroBatch(NamedTuple):
         response_mask: True at response tokens, [B, T].
         logp_old: Log-probs under the policy that made the roll-outs, nats, [B, T].
         advantages: Token advantages, [B, T].
+        distillation: Weight of the divergence to the teacher at each token, [B, T]; None where the method has none.
+        top_tokens: The k tokens that are compared at each of the R response tokens, in reading order, int32 [R, k].
+        top_logp: Their log-probs under the teacher, nats, [R, k].
+        entropy_bonus: Coefficient of the entropy at each token, [B, T]; None where the method has none.
         share: What the micro-batch's own mean counts for, so that the gradients that Lightning averages over
             micro-batches and ranks add up to the mean over the whole mini-batch.
         temperature: Of the sampling.
@@ -73,6 +86,10 @@ class MicroBatch(NamedTuple):
     response_mask: Tensor
     logp_old: Tensor
     advantages: Tensor
+    distillation: Tensor | None
+    top_tokens: Tensor | None
+    top_logp: Tensor | None
+    entropy_bonus: Tensor | None
     share: float
     temperature: float
 
@@ -144,8 +161,8 @@ def micro_batches(
     """Cuts an epoch into mini-batches (one optimiser step each) of whole groups, and each of these into exactly
     `accumulate` micro-batches.
 
-    Roll-outs without any advantage are left out of the forward pass, since their gradient is 0; they still count in
-    the mean over the mini-batch.
+    Roll-outs without any gradient, such as those of a group that was all right or all wrong, are left out of the
+    forward pass; they still count in the mean over the mini-batch.
 
     Args:
         epoch: The roll-outs.
@@ -159,8 +176,9 @@ def micro_batches(
     if totals is None:
         totals = mini_batch_sizes(epoch, minibatches)
     tokens = epoch.mask.sum(-1)
-    useful = epoch.credit.advantages.ne(0).any(-1)
+    useful = epoch.credit.trains
     step_of = _step_of(epoch, minibatches)
+    by_token = aggregation == "token-mean"
     batches = []
     for step in range(minibatches):
         members = (step_of == step).nonzero()[:, 0]
@@ -170,18 +188,17 @@ def micro_batches(
         for part in balance(lengths, accumulate):
             # All ranks take all steps: where there is nothing to learn, a roll-out whose loss counts 0 stands in.
             rows = trained[part] if part else shortest[None]
-            if aggregation == "token-mean":
-                share = float(tokens[rows].sum() / totals[step, 0])
-            else:
-                share = float(len(rows) / totals[step, 1])
-            share = share * accumulate * world_size if part else 0.0
+            mine, all_ = (tokens[rows].sum(), totals[step, 0]) if by_token else (len(rows), totals[step, 1])
+            share = float(mine / all_) * accumulate * world_size if part else 0.0
             batches.append(_collate(epoch, rows, share, temperature))
     return Batches(batches)
 
 
 def mini_batch_sizes(epoch: EpochBatch, minibatches: int) -> Tensor:
-    """Response tokens and roll-outs of each mini-batch on this rank, those without advantage included, [M, 2]."""
+    """Response tokens and roll-outs that count in each mini-batch on this rank, those without gradient included,
+    [M, 2]."""
     sizes = torch.stack([epoch.mask.sum(-1), torch.ones(len(epoch.rollouts), dtype=torch.long)], 1)
+    sizes *= epoch.counted[:, None]
     return torch.zeros(minibatches, 2, dtype=torch.long).index_add_(0, _step_of(epoch, minibatches), sizes)
 
 
@@ -195,8 +212,34 @@ def _collate(epoch: EpochBatch, rows: Tensor, share: float, temperature: float) 
     ids, attention, response = pad_sequences([(r.prompt_ids, r.response_ids) for r in chosen])
 
     def spread(values: Tensor) -> Tensor:  # from response positions to positions of the whole sequence
-        return torch.zeros(ids.shape).masked_scatter(response, values[rows][epoch.mask[rows]].float())
+        return at_mask(values[rows][epoch.mask[rows]].float(), response)
 
+    credit = epoch.credit
+    top_tokens = top_logp = None
+    if credit.distillation is not None:
+        top_tokens, top_logp = _compared([epoch.teacher[i] for i in rows.tolist()], chosen)
     return MicroBatch(
-        ids, attention, response, spread(epoch.logp_old), spread(epoch.credit.advantages), share, temperature
+        input_ids=ids,
+        attention_mask=attention,
+        response_mask=response,
+        logp_old=spread(epoch.logp_old),
+        advantages=spread(credit.advantages),
+        distillation=None if credit.distillation is None else spread(credit.distillation),
+        top_tokens=top_tokens,
+        top_logp=top_logp,
+        entropy_bonus=None if credit.entropy_bonus is None else spread(credit.entropy_bonus),
+        share=share,
+        temperature=temperature,
     )
+
+
+def _compared(scores: Sequence[TeacherScore | None], rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """What the teacher said of the tokens that are compared, [R, k] each; where it said nothing, the divergence has
+    weight 0 and any tokens do."""
+    k = max((score.top_tokens.shape[1] for score in scores if score is not None), default=1)
+    tokens, logp = [], []
+    for score, rollout in zip(scores, rollouts, strict=True):
+        length = len(rollout.response_ids)
+        tokens.append(torch.arange(k, dtype=torch.int32).expand(length, k) if score is None else score.top_tokens)
+        logp.append(torch.full((length, k), -math.log(k + 1)) if score is None else score.top_logp)
+    return torch.cat(tokens), torch.cat(logp)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes, pad_rows
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.objective import group_advantages
+from rlrt_lightning.objective import Distilling, group_advantages
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
@@ -176,12 +177,14 @@ class RolloutDataModule(LightningDataModule):
                 rollouts = self._collect_verdicts(problems, drawn)
             rewards = torch.tensor([r.verdict.reward for r in rollouts if r.verdict])
             groups = torch.tensor([r.group for r in rollouts])
-            advantages = group_advantages(rewards, groups, method.normalize_std)
+            with clock("advantages"):
+                shaped = method.shape_rewards(rewards, groups, [r.text for r in rollouts])
+                advantages = group_advantages(shaped, groups, method.normalize_std)
 
+            wanted = method.uses_teacher(advantages, rewards)
             with clock("rescore"):
-                mismatch = self._rescore(rollouts, advantages != 0) if self.rescore else {}
+                mismatch = self._rescore(rollouts, (advantages != 0) | wanted) if self.rescore else {}
             with clock("teacher"):
-                wanted = method.uses_teacher(advantages, rewards)
                 contexts = module.teacher.contexts(
                     method.context,
                     problems,
@@ -192,21 +195,35 @@ class RolloutDataModule(LightningDataModule):
                     trainer.global_rank,
                 )
                 contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
-                scores = module.teacher.score(module.policy, problems, rollouts, contexts, self.sampling.temperature)
+                teacher, truncated = module.teacher.score(
+                    module.policy,
+                    problems,
+                    rollouts,
+                    contexts,
+                    self.sampling.temperature,
+                    method.context,
+                    top_k=(method.top_k or sys.maxsize) if isinstance(method, Distilling) else 0,
+                )
 
-        contexts = [None if logp is None else c for c, logp in zip(contexts, scores.logp, strict=True)]
+        contexts = [None if score is None else c for c, score in zip(contexts, teacher, strict=True)]
         mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
         logp_old = pad_rows([r.logp for r in rollouts])
-        logp_teacher = pad_rows(scores.logp, width=mask.shape[1])
+        logp_teacher = pad_rows([s.logp if s else None for s in teacher], width=mask.shape[1])
         has_context = torch.tensor([c is not None for c in contexts])
-        credit = method(advantages, rewards, logp_old, logp_teacher, mask, has_context)
+        figures = advantages, rewards, logp_old, logp_teacher, mask, has_context
+        if isinstance(method, Distilling):
+            teacher_entropy = pad_rows([s.entropy if s else None for s in teacher], width=mask.shape[1])
+            credit = method(*figures, teacher_entropy)
+        else:
+            credit = method(*figures)
 
         stats = {**_statistics(rollouts, rewards, groups), **mismatch, **clock.stats}
         stats["rollout/overlong_prompts"] = float(self._overlong)
-        stats["signal/context_truncated"] = float(scores.truncated)
+        stats["rollout/shaped_reward"] = float(shaped.mean())
+        stats["signal/context_truncated"] = float(truncated)
         self._epochs += 1
         self.epoch = EpochBatch(
-            problems, rollouts, rewards, advantages, mask, logp_old, contexts, logp_teacher, credit, stats
+            problems, rollouts, rewards, advantages, mask, logp_old, contexts, teacher, logp_teacher, credit, stats
         )
         return micro_batches(
             self.epoch,
@@ -340,6 +357,7 @@ class RolloutDataModule(LightningDataModule):
             self._problems = self.task.problems("train")
             if not len(self._problems):
                 raise ConfigError("data.task: there are no problems to train on")
+            self._check_context()
             if self.overlong_prompts == "error" and len(self._problems) <= EAGER_ROWS:
                 for problem in self._problems:
                     self._encode(problem)
@@ -387,6 +405,18 @@ class RolloutDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.prompts_per_epoch ({self.prompts_per_epoch}) has to be a multiple of data.minibatches "
                 f"({self.minibatches}) times the number of ranks ({trainer.world_size})"
+            )
+
+    def _check_context(self) -> None:
+        """A teacher without any context would make the method plain GRPO without a word."""
+        kind = self._module.method.context
+        if kind not in ("solution", "answer"):
+            return
+        first = self._problems[:100]
+        if all(getattr(problem, kind) is None for problem in first):
+            raise ConfigError(
+                f"model.method.context is {kind}, but none of the first {len(first)} training problems has one; name "
+                f"the data's column in data.task.{kind}, or take another context"
             )
 
     def _row(self, position: int) -> int:

@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlrt_lightning.batch import MicroBatch
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.objective import RLRT, Aggregation, Method, clipped_surrogate
-from rlrt_lightning.policy import Policy
+from rlrt_lightning.objective import (
+    RLRT,
+    Aggregation,
+    Distilling,
+    Method,
+    clipped_surrogate,
+    distillation_loss,
+    divergence_on_support,
+    token_mean,
+)
+from rlrt_lightning.policy import Policy, at_mask, log_probs_at, token_log_probs
 from rlrt_lightning.seeding import derive_seed
 from rlrt_lightning.teacher import Teacher
 
@@ -31,7 +41,8 @@ class RLRTModule(LightningModule):
     Args:
         policy: The language model that is trained.
         teacher: Whose weights score the roll-outs, and with what context.
-        method: How advantages are spread over tokens: GRPO, RLRT, RLSD, or a class of your own.
+        method: How advantages are spread over tokens: GRPO, RLRT, RLSD, SDPO, SRPO, EntropyBonus, DIVER, or a class
+            of your own.
         clip_low: The ratio to the roll-out policy may fall to 1 - clip_low before a token's gradient stops.
         clip_high: The ratio may rise to 1 + clip_high before a token's gradient stops.
         dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
@@ -75,9 +86,7 @@ class RLRTModule(LightningModule):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """One forward pass over a micro-batch; its loss is a share of the mean over the mini-batch."""
-        logp, entropy = self.policy.log_probs(
-            batch.input_ids, batch.attention_mask, batch.response_mask, batch.temperature
-        )
+        logp, entropy, divergence = self._token_figures(batch)
         surrogate = clipped_surrogate(
             logp,
             batch.logp_old,
@@ -88,18 +97,52 @@ class RLRTModule(LightningModule):
             self.dual_clip,
             self.aggregation,
         )
-        loss = surrogate.loss * batch.share
+        loss = surrogate.loss
         tokens = int(batch.response_mask.sum())
+        figures = {
+            "train/clip_fraction": surrogate.clip_fraction,
+            "train/entropy": entropy.detach().sum() / max(tokens, 1),
+            "train/kl": _kl(logp.detach(), batch),
+        }
+        if divergence is not None:
+            assert isinstance(self.method, Distilling)
+            assert batch.distillation is not None
+            loss = loss + distillation_loss(
+                divergence,
+                logp,
+                batch.logp_old,
+                batch.distillation,
+                batch.response_mask,
+                self.method.importance_cap,
+                self.aggregation,
+            )
+            distilled = batch.distillation != 0
+            figures["train/divergence"] = (divergence.detach() * distilled).sum() / distilled.sum().clamp(min=1)
+        if batch.entropy_bonus is not None:
+            loss = loss - token_mean(batch.entropy_bonus * entropy, batch.response_mask, self.aggregation)
+        loss = loss * batch.share
         self._log({"train/loss": loss}, batch_size=1)
-        self._log(
-            {
-                "train/clip_fraction": surrogate.clip_fraction,
-                "train/entropy": entropy.detach().sum() / max(tokens, 1),
-                "train/kl": _kl(logp.detach(), batch),
-            },
-            batch_size=tokens,
-        )
+        self._log(figures, batch_size=tokens)
         return loss
+
+    def _token_figures(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs and entropies of the response tokens and, where the method distils, the divergence between student
+        and teacher: [B, T] each, nats, 0 outside the response."""
+        sequences = batch.input_ids, batch.attention_mask, batch.response_mask, batch.temperature
+        if batch.top_tokens is None or batch.top_logp is None:
+            return *self.policy.log_probs(*sequences), None
+        assert isinstance(self.method, Distilling)
+        alpha = self.method.alpha
+
+        def compute(logits: Tensor, targets: Tensor, top_tokens: Tensor, top_logp: Tensor) -> tuple[Tensor, ...]:
+            student = log_probs_at(logits, top_tokens)
+            tail = top_tokens.shape[-1] < logits.shape[-1]
+            return *token_log_probs(logits, targets), divergence_on_support(student, top_logp, alpha, tail)
+
+        targets = batch.input_ids[batch.response_mask]
+        results = self.policy.from_logits(compute, *sequences, targets, batch.top_tokens, batch.top_logp)
+        logp, entropy, divergence = (at_mask(values, batch.response_mask) for values in results)
+        return logp, entropy, divergence
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the policy's weights, constant after a linear warm-up."""
@@ -107,6 +150,10 @@ class RLRTModule(LightningModule):
         optimizer = self.optimizer_factory(trained)
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, self.warmup_steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Says with what settings the method goes to work."""
+        rank_zero_info("method: %s", self.method)
 
     def on_train_epoch_start(self) -> None:
         """Logs what the roll-outs of the epoch were like."""

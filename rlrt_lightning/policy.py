@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+Compute = Callable[..., tuple[Tensor, ...]]
+"""From the logits [C, V] of some tokens, and what else is known of each, to figures [C, ...] of each."""
 
 EMBEDDED = Path(__file__).parent / "tasks" / "strategy_sum" / "model"
 
@@ -224,18 +227,53 @@ class Policy(nn.Module):
         Returns:
             Log-probs and entropies in nats, float32 [B, T], 0 outside the response. Gradient flows through both.
         """
+        targets = input_ids[response_mask.bool()]
+        logp, entropy = self.from_logits(
+            token_log_probs, input_ids, attention_mask, response_mask, temperature, targets
+        )
+        return at_mask(logp, response_mask), at_mask(entropy, response_mask)
+
+    def from_logits(
+        self,
+        compute: Compute,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        temperature: float,
+        *of_tokens: Tensor,
+    ) -> list[Tensor]:
+        """What can be computed from the logits of each response token, `logits_chunk` tokens at a time: the logits of a
+        chunk are dropped, and computed again in the backward pass, so that they are never all in memory.
+
+        Args:
+            compute: Takes float32 logits [C, V] of C tokens and their share of each of `of_tokens`, and returns tensors
+                [C, ...].
+            input_ids: As in `log_probs`; so are the next three.
+            attention_mask: [B, T].
+            response_mask: [B, T].
+            temperature: Divides the logits.
+            of_tokens: Whatever else `compute` needs of the R response tokens of the batch, in reading order, [R, ...].
+
+        Returns:
+            The tensors that `compute` returns, of all response tokens, [R, ...].
+        """
         mask = response_mask[:, 1:].bool()
-        targets = input_ids[:, 1:][mask]
         if self._head_is_known:
             states = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             states = states.last_hidden_state[:, :-1][mask]
         else:
             states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
             states = states[:, :-1][mask]
-        logp, entropy = self._token_log_probs(states, targets, temperature)
-        out = torch.zeros(2, *input_ids.shape, device=input_ids.device)
-        where = torch.nn.functional.pad(mask, (1, 0))
-        return out[0].masked_scatter(where, logp), out[1].masked_scatter(where, entropy)
+
+        def chunk(states: Tensor, *of_tokens: Tensor) -> tuple[Tensor, ...]:
+            return compute(self._logits(states).float() / temperature, *of_tokens)
+
+        # At least one chunk, so that a batch without responses has results too, empty ones.
+        parts = [
+            checkpoint(chunk, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk(*part)
+            for part in zip(*(t.split(self.logits_chunk) for t in (states, *of_tokens)), strict=True)
+        ]
+        return [torch.cat(results) for results in zip(*parts, strict=True)]
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, without gradient.
@@ -247,7 +285,29 @@ class Policy(nn.Module):
         Returns:
             For each sequence a float32 tensor on the CPU, as long as the response, in nats.
         """
-        scores: list[Tensor] = [torch.empty(0)] * len(sequences)
+        targets = [torch.tensor(response, dtype=torch.long) for _, response in sequences]
+        return [logp for logp, _ in self.score_by(token_log_probs, sequences, temperature, targets)]
+
+    def score_by(
+        self,
+        compute: Compute,
+        sequences: Sequence[tuple[list[int], list[int]]],
+        temperature: float,
+        *of_tokens: Sequence[Tensor],
+    ) -> list[tuple[Tensor, ...]]:
+        """What can be computed from the logits of given responses after given prompts (`from_logits`), without
+        gradient, in batches of about `score_tokens` tokens of similar length.
+
+        Args:
+            compute: As in `from_logits`.
+            sequences: Token ids of prompt and response.
+            temperature: Divides the logits.
+            of_tokens: Whatever else `compute` needs of each sequence's response, [T, ...] each.
+
+        Returns:
+            For each sequence what `compute` returns of its response, on the CPU, [T, ...] each.
+        """
+        scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
         by_length = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
         with self.evaluating():
             while by_length:
@@ -255,32 +315,12 @@ class Policy(nn.Module):
                 rows = max(1, self.score_tokens // longest)
                 chosen, by_length = by_length[-rows:], by_length[:-rows]
                 ids, attention, response = pad_sequences([sequences[i] for i in chosen], self.device)
-                logp = self.log_probs(ids, attention, response, temperature)[0].cpu()
-                for row, i in enumerate(chosen):
-                    prompt, answer = map(len, sequences[i])
-                    scores[i] = logp[row, prompt : prompt + answer].clone()
+                given = [torch.cat([values[i] for i in chosen]).to(self.device) for values in of_tokens]
+                results = self.from_logits(compute, ids, attention, response, temperature, *given)
+                lengths = [len(sequences[i][1]) for i in chosen]
+                for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
+                    scores[i] = tuple(part.clone() for part in parts)
         return scores
-
-    def _token_log_probs(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        chunks = [
-            # Recomputed in the backward pass, so that a chunk's logits are never kept.
-            checkpoint(self._chunk_log_probs, s, t, temperature, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else self._chunk_log_probs(s, t, temperature)
-            for s, t in zip(states.split(self.logits_chunk), targets.split(self.logits_chunk), strict=True)
-        ]
-        if not chunks:
-            empty = states.sum() * torch.zeros(0, device=states.device)
-            return empty, empty
-        logp, entropy = zip(*chunks, strict=True)
-        return torch.cat(logp), torch.cat(entropy)
-
-    def _chunk_log_probs(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = self._logits(states).float() / temperature
-        log_total = logits.logsumexp(-1)
-        logp = logits.gather(-1, targets[:, None])[:, 0] - log_total
-        entropy = log_total - ((logits - log_total[:, None]).exp() * logits).sum(-1)
-        return logp, entropy
 
     def _logits(self, states: Tensor) -> Tensor:
         """What the model's forward does after its decoder, for the architectures that do more than the head."""
@@ -315,6 +355,24 @@ class Policy(nn.Module):
                 type(self.model).__name__,
             )
         return same
+
+
+def token_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of tokens [C] and the entropies of their distributions, nats, [C] each, from logits [C, V]."""
+    log_total = logits.logsumexp(-1)
+    logp = logits.gather(-1, targets[:, None])[:, 0] - log_total
+    entropy = log_total - ((logits - log_total[:, None]).exp() * logits).sum(-1)
+    return logp, entropy
+
+
+def log_probs_at(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probs of several tokens [C, k] at each of C positions, nats, [C, k], from logits [C, V]."""
+    return logits.gather(-1, tokens.long()) - logits.logsumexp(-1, keepdim=True)
+
+
+def at_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [R] in reading order at the R places where a mask [B, T] is true, 0 elsewhere, [B, T]."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask.bool(), values)
 
 
 def pad_sequences(

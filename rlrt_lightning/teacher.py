@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective.methods import Context
+from rlrt_lightning.policy import log_probs_at, token_log_probs
 from rlrt_lightning.rollouts.base import Rollout
 from rlrt_lightning.seeding import generator
 from rlrt_lightning.tasks.base import Messages, Problem
@@ -21,26 +23,34 @@ from rlrt_lightning.tasks.base import Messages, Problem
 if TYPE_CHECKING:
     from rlrt_lightning.policy import Policy
 
-TEMPLATE = """{prompt}
+_SOLVE = "\n\nNow solve the problem yourself, step by step."
+_SOLUTION = "{prompt}\n\nHere is a correct solution to this problem:\n\n{context}" + _SOLVE
 
-Here is a correct solution to this problem:
-
-{context}
-
-Now solve the problem yourself, step by step."""
+TEMPLATES: dict[Context, str] = {
+    "sibling": _SOLUTION,
+    "solution": _SOLUTION,
+    "answer": "{prompt}\n\nThe correct answer to this problem is: {context}" + _SOLVE,
+    "feedback": "{prompt}\n\nThis is feedback on an earlier attempt at this problem:\n\n{context}" + _SOLVE,
+}
+"""What the teacher is shown where the user has written no template, for each kind of context."""
 
 
 @dataclass(frozen=True)
-class TeacherScores:
-    """What the teacher says of a batch of roll-outs.
+class TeacherScore:
+    """What the teacher says of one roll-out's T tokens.
 
     Args:
-        logp: For each roll-out log P_T of its tokens, nats, [T]; None where it had no context.
-        truncated: Contexts that were cut because they were too long.
+        logp: log P_T of the tokens, nats, float32 [T].
+        entropy: H(P_T) at each position, nats, float32 [T].
+        top_tokens: The k tokens that the student found likeliest at each position, int32 [T, k]; k is 0 unless asked
+            for.
+        top_logp: log P_T of these, nats, float32 [T, k].
     """
 
-    logp: list[Tensor | None]
-    truncated: int
+    logp: Tensor
+    entropy: Tensor
+    top_tokens: Tensor
+    top_logp: Tensor
 
 
 @final
@@ -51,15 +61,16 @@ class Teacher(nn.Module):
 
     Args:
         template: What the teacher is shown in place of the prompt; `{prompt}` and `{context}` are filled in. In a
-            conversation it takes the place of the last user's message, and the chat template goes around it.
+            conversation it takes the place of the last user's message, and the chat template goes around it. Null:
+            words for a mathematical problem that suit the method's kind of context.
         max_context_tokens: A longer context loses its end.
         strip_think: Leave out what the context has inside <think> and </think>.
     """
 
-    def __init__(self, template: str = TEMPLATE, max_context_tokens: int = 8192, strip_think: bool = True) -> None:
+    def __init__(self, template: str | None = None, max_context_tokens: int = 8192, strip_think: bool = True) -> None:
         super().__init__()
         for name in ("{prompt}", "{context}"):
-            if name not in template:
+            if template is not None and name not in template:
                 raise ConfigError(f"model.teacher.template has no {name}")
         if max_context_tokens < 1:
             raise ConfigError(f"model.teacher.max_context_tokens is {max_context_tokens}; it has to be at least 1")
@@ -84,8 +95,11 @@ class Teacher(nn.Module):
 
     # -- what context ----------------------------------------------------------------------------------------------
 
-    def prompt(self, policy: Policy, problem: Problem, context: str) -> tuple[list[int], bool]:
+    def prompt(
+        self, policy: Policy, problem: Problem, context: str, kind: Context = "sibling"
+    ) -> tuple[list[int], bool]:
         """Tokens of what the teacher is shown, and whether the context had to be cut."""
+        template = self.template or TEMPLATES[kind]
         if self.strip_think:
             context = re.sub(r".*</think>\s*", "", context, flags=re.DOTALL)
         ids = policy.tokenizer(context, add_special_tokens=False)["input_ids"]
@@ -94,7 +108,7 @@ class Teacher(nn.Module):
 
         def fill(text: str) -> str:  # not str.format: prompts and solutions are full of braces
             parts = {"{prompt}": text, "{context}": context}
-            return re.sub(r"\{prompt\}|\{context\}", lambda m: parts[m[0]], self.template)
+            return re.sub(r"\{prompt\}|\{context\}", lambda m: parts[m[0]], template)
 
         prompt: str | Messages = problem.prompt
         if isinstance(prompt, str):
@@ -110,7 +124,8 @@ class Teacher(nn.Module):
         gets another one, and nothing where it is the only success.
 
         Args:
-            kind: "sibling" or "answer".
+            kind: "sibling"; "solution" or "answer", those of the problem; "feedback", what the verifier said of the
+                roll-out itself.
             problems: The problems that `Rollout.group` counts.
             rollouts: N roll-outs.
             successful: Which of them count as r = 1, bool [N].
@@ -119,6 +134,10 @@ class Teacher(nn.Module):
         if kind == "answer":
             answers = [problems[r.group].answer for r in rollouts]
             return [None if answer is None else str(answer) for answer in answers]
+        if kind == "solution":
+            return [problems[r.group].solution for r in rollouts]
+        if kind == "feedback":
+            return [(r.verdict.message or None) if r.verdict is not None else None for r in rollouts]
         solved: dict[int, list[Rollout]] = defaultdict(list)
         for rollout, success in zip(rollouts, successful.tolist(), strict=True):
             if success:
@@ -142,8 +161,10 @@ class Teacher(nn.Module):
         rollouts: Sequence[Rollout],
         contexts: Sequence[str | None],
         temperature: float = 1.0,
-    ) -> TeacherScores:
-        """log P_T of each roll-out that has a context, its tokens exactly as they were sampled.
+        kind: Context = "sibling",
+        top_k: int = 0,
+    ) -> tuple[list[TeacherScore | None], int]:
+        """What the teacher says of each roll-out that has a context, its tokens exactly as they were sampled.
 
         Args:
             policy: The policy, whose tokenizer and, where the teacher has none of its own, weights are used.
@@ -151,6 +172,12 @@ class Teacher(nn.Module):
             rollouts: N roll-outs.
             contexts: Their contexts, [N].
             temperature: Divides the logits, as it did when the tokens were sampled.
+            kind: What the contexts are.
+            top_k: Compare the student's so many likeliest tokens too; costs a forward pass of the student.
+
+        Returns:
+            For each roll-out the scores, None where it has no context or does not fit into the model with it; and how
+            many contexts were cut, or did not fit.
         """
         prompts: dict[tuple[int, str], tuple[list[int], bool]] = {}
         sequences, which, truncated = [], [], 0
@@ -159,7 +186,7 @@ class Teacher(nn.Module):
                 continue
             key = (rollout.group, context)
             if key not in prompts:
-                prompts[key] = self.prompt(policy, problems[rollout.group], context)
+                prompts[key] = self.prompt(policy, problems[rollout.group], context, kind)
                 truncated += prompts[key][1]
             ids, _ = prompts[key]
             if policy.max_positions is None or len(ids) + len(rollout.response_ids) <= policy.max_positions:
@@ -167,8 +194,25 @@ class Teacher(nn.Module):
                 which.append(i)
             else:
                 truncated += 1  # no room in the model for context and response: the roll-out keeps weight 1
-        logp: list[Tensor | None] = [None] * len(rollouts)
+
+        chosen = [rollouts[i] for i in which]
+        if top_k:
+            asked = [(r.prompt_ids, r.response_ids) for r in chosen]
+            top = [tokens for (tokens,) in policy.score_by(partial(_likeliest, top_k), asked, temperature)]
+        else:
+            top = [torch.zeros(len(r.response_ids), 0, dtype=torch.int32) for r in chosen]
+        targets = [torch.tensor(r.response_ids) for r in chosen]
         with policy.weights_of(self):
-            for i, scores in zip(which, policy.score(sequences, temperature), strict=True):
-                logp[i] = scores
-        return TeacherScores(logp, truncated)
+            scored = policy.score_by(_teacher_figures, sequences, temperature, targets, top)
+        scores: list[TeacherScore | None] = [None] * len(rollouts)
+        for i, (logp, entropy, top_logp), tokens in zip(which, scored, top, strict=True):
+            scores[i] = TeacherScore(logp, entropy, tokens, top_logp)
+        return scores, truncated
+
+
+def _likeliest(k: int, logits: Tensor) -> tuple[Tensor]:
+    return (logits.topk(min(k, logits.shape[-1]), -1).indices.int(),)
+
+
+def _teacher_figures(logits: Tensor, targets: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (*token_log_probs(logits, targets), log_probs_at(logits, top))

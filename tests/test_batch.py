@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrt_lightning.batch import EpochBatch, balance, micro_batches, pad_rows
-from rlrt_lightning.objective import RLRT, clipped_surrogate, group_advantages
+from rlrt_lightning.batch import EpochBatch, balance, micro_batches, mini_batch_sizes, pad_rows
+from rlrt_lightning.module import RLRTModule
+from rlrt_lightning.objective import RLRT, SDPO, SRPO, clipped_surrogate, group_advantages
 from rlrt_lightning.policy import Policy
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks import Problem
+from rlrt_lightning.teacher import Teacher, TeacherScore
 from tests.tiny import policy
 
 
@@ -36,7 +38,9 @@ def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochBatch:
     a = group_advantages(rewards, groups)
     credit = RLRT()(a, rewards, old, teacher, mask, torch.ones(len(rewards)))
     problems = [Problem(str(i), "") for i in range(prompts)]
-    return EpochBatch(problems, rollouts, rewards, a, mask, old, [""] * len(rewards), teacher, credit)
+    return EpochBatch(
+        problems, rollouts, rewards, a, mask, old, [""] * len(rewards), [None] * len(rewards), teacher, credit
+    )
 
 
 def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int) -> torch.Tensor:
@@ -84,6 +88,74 @@ def test_rollouts_without_advantage_are_not_trained_on() -> None:
     assert second.advantages.ne(0).any(-1).all()
 
 
+def distilled(data: EpochBatch, made: Policy, k: int) -> EpochBatch:
+    """SRPO's credit on some roll-outs: wrong ones that the teacher, here the policy one token on, has seen."""
+    g = torch.Generator().manual_seed(1)
+    data.teacher = [
+        TeacherScore(
+            logp=-torch.rand(len(r.response_ids), generator=g),
+            entropy=torch.rand(len(r.response_ids), generator=g),
+            top_tokens=torch.stack([torch.randperm(28, generator=g)[:k] for _ in r.response_ids]).int(),
+            top_logp=(-6 - torch.rand(len(r.response_ids), k, generator=g)),
+        )
+        if reward == 0
+        else None
+        for r, reward in zip(data.rollouts, data.rewards.tolist(), strict=True)
+    ]
+    entropies = pad_rows([s.entropy if s else None for s in data.teacher], data.mask.shape[1])
+    has_context = torch.tensor([s is not None for s in data.teacher])
+    data.credit = SRPO()(
+        data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context, entropies
+    )
+    return data
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_distillation_has_the_gradient_of_the_plain_formula(aggregation: Any) -> None:
+    """Through chunks, micro-batches and the module's loss, against one roll-out after the other."""
+    made = policy()
+    made.logits_chunk = 3
+    data = distilled(epoch(), made, k=4)
+    module = RLRTModule(made, Teacher(), SRPO(top_k=4), aggregation=aggregation)
+    module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    made.zero_grad()
+    for batch in micro_batches(data, 1, 3, aggregation):
+        (module.training_step(batch, 0) / 3).backward()
+    got = torch.cat([p.grad.flatten() for p in made.parameters()]).clone()
+
+    made.zero_grad()
+    losses = []
+    for i, r in enumerate(data.rollouts):
+        logits = made.model(input_ids=torch.tensor([r.prompt_ids + r.response_ids])).logits[0]
+        logp_all = logits[len(r.prompt_ids) - 1 : -1].log_softmax(-1)
+        logp = logp_all.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
+        n = len(r.response_ids)
+        a, ratio = data.credit.advantages[i, :n], (logp - r.logp).exp()
+        loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
+        if (score := data.teacher[i]) is not None:
+            own = logp_all.gather(-1, score.top_tokens.long()).exp()
+            s = torch.cat([own, 1 - own.sum(-1, keepdim=True)], -1)
+            t = torch.cat([score.top_logp.exp(), 1 - score.top_logp.exp().sum(-1, keepdim=True)], -1)
+            m = (s + t) / 2
+            gap = ((s * (s / m).log()).sum(-1) + (t * (t / m).log()).sum(-1)) / 2
+            loss = loss + data.credit.distillation[i, :n] * ratio.detach().clamp(max=2) * gap
+        losses.append(loss.sum() if aggregation == "token-mean" else loss.mean())
+    (sum(losses) / (data.mask.sum() if aggregation == "token-mean" else len(losses))).backward()
+    expected = torch.cat([p.grad.flatten() for p in made.parameters()])
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_only_rollouts_with_a_context_count_in_sdpos_mean() -> None:
+    data = distilled(epoch(), policy(), k=4)
+    has_context = torch.tensor([s is not None for s in data.teacher])
+    data.credit = SDPO()(data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context)
+    sizes = mini_batch_sizes(data, 1)
+    assert sizes.tolist() == [[int(data.mask[has_context].sum()), int(has_context.sum())]]
+    (batch,) = micro_batches(data, 1, 1, "token-mean")
+    assert batch.share == pytest.approx(1.0)
+    assert len(batch.input_ids) == has_context.sum()
+
+
 def test_ranks_share_one_mean() -> None:
     """Two ranks with groups of their own step as one rank with all."""
     made, data = policy(), epoch()
@@ -97,8 +169,9 @@ def test_ranks_share_one_mean() -> None:
             [Rollout(**{**vars(data.rollouts[i]), "group": data.rollouts[i].group // 2}) for i in rows],
             *(x[rows] for x in (data.rewards, data.advantages, data.mask, data.logp_old)),
             [data.contexts[i] for i in rows],
+            [data.teacher[i] for i in rows],
             data.logp_teacher[rows],
-            type(data.credit)(*(x[rows] for x in vars(data.credit).values())),
+            type(data.credit)(*(x[rows] for x in vars(data.credit).values() if x is not None)),
         )
         cut = micro_batches(part, 1, 2, "token-mean", world_size=2, totals=totals)
         parts.append(gradient(made, list(cut), "token-mean", 2).clone())

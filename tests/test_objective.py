@@ -11,7 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlrt_lightning.objective import GRPO, RLRT, RLSD, clipped_surrogate, group_advantages, pass_at_k
+from rlrt_lightning.objective import (
+    DIVER,
+    GRPO,
+    RLRT,
+    RLSD,
+    SDPO,
+    SRPO,
+    EntropyBonus,
+    clipped_surrogate,
+    distillation_loss,
+    divergence,
+    dynamic_weights,
+    entropy,
+    group_advantages,
+    pass_at_k,
+)
 from tests.conftest import SHARED
 
 GOLDEN = SHARED / "golden" / "objective.json"
@@ -68,6 +83,17 @@ def test_golden_credit(case: dict[str, Any]) -> None:
 
 
 @needs_golden
+@pytest.mark.parametrize("case", [c for c in CASES if c["kind"] == "divergence"], ids=lambda c: c["name"])
+def test_golden_divergence(case: dict[str, Any]) -> None:
+    student, teacher = (torch.tensor(case[f"{who}_logits"], dtype=torch.float64) for who in ("student", "teacher"))
+    p, expect = case["params"], case["expect"]
+    close(divergence(student, teacher, p["alpha"], p["top_k"]), expect["divergence"])
+    close(entropy(teacher), expect["teacher_entropy"])
+    weights = dynamic_weights(entropy(teacher), torch.ones(len(teacher)), p["beta"])
+    close(weights, expect["dynamic_weight"])
+
+
+@needs_golden
 def test_golden_pass_at_k() -> None:
     (case,) = [c for c in CASES if c["kind"] == "pass_at_k"]
     for (n, c, k), expected in zip(case["inputs"], case["expect"], strict=True):
@@ -85,16 +111,23 @@ class Batch:
         self.mask = torch.arange(t)[None] < torch.randint(1, t + 1, (n, 1), generator=g)
         self.logp_student, self.logp_teacher = -3 * torch.rand(2, n, t, generator=g, dtype=torch.float64)
         self.has_context = torch.rand(n, generator=g) < 0.7
+        self.teacher_entropy = 2 * torch.rand(n, t, generator=g, dtype=torch.float64)
 
     def credit(self, method: Any, **changes: Any) -> Any:
         v = {**vars(self), **changes}
         a = group_advantages(v["rewards"], v["groups"], method.normalize_std)
-        return method(a, v["rewards"], v["logp_student"], v["logp_teacher"], v["mask"], v["has_context"])
+        figures = a, v["rewards"], v["logp_student"], v["logp_teacher"], v["mask"], v["has_context"]
+        return method(*figures, v["teacher_entropy"]) if isinstance(method, (SDPO, SRPO)) else method(*figures)
 
 
 seeds = st.integers(0, 2**31)
 batches = settings(max_examples=40, derandomize=True, deadline=None)
 WEIGHTED = [RLRT(), RLRT(gated=False), RLRT(lam=1.0, eps_w=0.5), RLSD(), RLSD(gated=True, lam=1.0)]
+METHODS = [GRPO(), EntropyBonus(), SDPO(), SRPO(), *WEIGHTED]
+
+
+def tensors(credit: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(credit).items() if value is not None}
 
 
 @given(seeds)
@@ -118,7 +151,7 @@ def test_without_context_the_weight_is_one(method: Any, seed: int) -> None:
     assert not out.asymmetry.any()
 
 
-@pytest.mark.parametrize("method", [GRPO(), *WEIGHTED])
+@pytest.mark.parametrize("method", METHODS)
 @given(seed=seeds)
 @batches
 def test_padding_changes_nothing(method: Any, seed: int) -> None:
@@ -129,20 +162,25 @@ def test_padding_changes_nothing(method: Any, seed: int) -> None:
         mask=torch.cat([batch.mask, torch.zeros(12, 3, dtype=torch.bool)], 1),
         logp_student=torch.cat([batch.logp_student, junk], 1),
         logp_teacher=torch.cat([batch.logp_teacher, junk], 1),
+        teacher_entropy=torch.cat([batch.teacher_entropy, junk], 1),
     )
-    for got, expected in zip(vars(wide).values(), vars(batch.credit(method)).values(), strict=True):
-        assert torch.equal(got[:, :6], expected)
-        assert not got[:, 6:].any()
+    narrow = tensors(batch.credit(method))
+    for name, got in tensors(wide).items():
+        if name != "counted":
+            torch.testing.assert_close(got[:, :6], narrow[name], rtol=0, atol=1e-12)
+            assert not got[:, 6:].any()
 
 
-@pytest.mark.parametrize("method", [GRPO(), *WEIGHTED])
+@pytest.mark.parametrize("method", METHODS)
 @given(seed=seeds)
 @batches
 def test_order_of_rollouts_changes_nothing(method: Any, seed: int) -> None:
     batch = Batch(seed)
     p = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
     shuffled = batch.credit(method, **{k: v[p] for k, v in vars(batch).items()})
-    torch.testing.assert_close(shuffled.advantages, batch.credit(method).advantages[p], rtol=0, atol=1e-12)
+    ordered = tensors(batch.credit(method))
+    for name, got in tensors(shuffled).items():
+        torch.testing.assert_close(got, ordered[name][p], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", WEIGHTED)
@@ -161,10 +199,13 @@ def test_perturbation_is_bounded_and_keeps_the_sign(method: Any, seed: int) -> N
 def test_the_teacher_is_asked_for_just_the_rollouts_that_it_changes(seed: int) -> None:
     """Leaving out the context of all others gives the same credit."""
     batch = Batch(seed)
-    for method in WEIGHTED:
+    for method in METHODS:
         a = group_advantages(batch.rewards, batch.groups, method.normalize_std)
         needed = batch.has_context & method.uses_teacher(a, batch.rewards)
-        assert torch.equal(batch.credit(method, has_context=needed).advantages, batch.credit(method).advantages)
+        asked, all_ = batch.credit(method, has_context=needed), batch.credit(method)
+        assert torch.equal(asked.advantages, all_.advantages)
+        if all_.distillation is not None:
+            assert torch.equal(asked.distillation, all_.distillation)
 
 
 def test_rlrt_credits_what_the_teacher_did_not_expect_and_rlsd_the_opposite() -> None:
@@ -175,6 +216,123 @@ def test_rlrt_credits_what_the_teacher_did_not_expect_and_rlsd_the_opposite() ->
     assert rlrt.weights[0, 0] > 1 > rlrt.weights[0, 1]
     assert rlsd.weights[0, 0] < 1 < rlsd.weights[0, 1]
     assert torch.equal(rlrt.weights[1], torch.ones(2)), "a wrong roll-out keeps plain GRPO credit"
+
+
+def test_rlrt_all_is_rlrt_where_every_rollout_is_correct_or_has_no_context() -> None:
+    batch = Batch(3)
+    correct = batch.rewards == 1
+    for has_context, rewards in (
+        (batch.has_context & correct, batch.rewards),
+        (batch.has_context, 0.5 + 0.5 * batch.rewards),  # partial credit: all succeed, and still differ
+    ):
+        gated, all_ = (batch.credit(m, has_context=has_context, rewards=rewards) for m in (RLRT(), RLRT(gated=False)))
+        assert torch.equal(gated.advantages, all_.advantages)
+        assert gated.weights.ne(batch.mask.double()).any()
+    assert not torch.equal(batch.credit(RLRT()).advantages, batch.credit(RLRT(gated=False)).advantages)
+
+
+def test_teacher_predicted_is_rlrt_with_the_inverse_weight() -> None:
+    batch = Batch(4)
+    torch.testing.assert_close(
+        batch.credit(RLSD(gated=True)).weights, torch.where(batch.mask, 1 / batch.credit(RLRT()).weights, 0.0)
+    )
+
+
+def test_sdpo_pulls_every_rollout_with_a_context_and_nothing_else_counts() -> None:
+    batch = Batch(5)
+    credit = batch.credit(SDPO())
+    assert not credit.advantages.any()
+    assert torch.equal(credit.distillation, (batch.mask & batch.has_context[:, None]).double())
+    assert torch.equal(credit.counted, batch.has_context)
+    assert torch.equal(credit.trains, batch.has_context)
+
+
+def test_srpo_routes_by_reward_and_shares_one_denominator() -> None:
+    batch = Batch(6)
+    credit, grpo = batch.credit(SRPO()), batch.credit(GRPO())
+    corrected = (batch.rewards == 0) & batch.has_context
+    assert 0 < corrected.sum() < len(corrected)
+    assert torch.equal(credit.advantages[~corrected], grpo.advantages[~corrected])
+    assert not credit.advantages[corrected].any()
+    assert not credit.distillation[~corrected].any()
+    assert credit.counted is None, "every roll-out is in the mean"
+
+    tokens = batch.mask & corrected[:, None]
+    weights = torch.exp(-batch.teacher_entropy) * tokens
+    torch.testing.assert_close(credit.distillation, weights / weights.sum() * tokens.sum())
+    assert torch.equal(batch.credit(SRPO(beta=0.0)).distillation, tokens.double())
+
+    old, new = batch.logp_student, batch.logp_student - 0.1
+    gap = batch.teacher_entropy  # stands for some divergence
+    loss = clipped_surrogate(new, old, credit.advantages, batch.mask).loss
+    loss = loss + distillation_loss(gap, new, old, credit.distillation, batch.mask)
+    ratio, a = (new - old).exp(), credit.advantages
+    surrogate = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)[batch.mask].sum()
+    divergences = (credit.distillation * ratio * gap)[batch.mask].sum()
+    torch.testing.assert_close(loss, (surrogate + divergences) / batch.mask.sum())
+
+
+def test_the_importance_weight_of_distillation_is_capped_and_has_no_gradient() -> None:
+    new = torch.tensor([[0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    gap = torch.tensor([[1.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    loss = distillation_loss(gap, new, torch.tensor([[-5.0, 1.0]]), torch.ones(1, 2), torch.ones(1, 2))
+    loss.backward()
+    torch.testing.assert_close(gap.grad, torch.tensor([[2.0, torch.e**-1]], dtype=torch.float64) / 2)
+    assert new.grad is None
+
+
+def test_the_entropy_bonus_trains_on_groups_without_advantage_too() -> None:
+    batch = Batch(7)
+    same = torch.ones_like(batch.rewards)
+    assert not batch.credit(GRPO(), rewards=same).trains.any()
+    credit = batch.credit(EntropyBonus(coef=0.1), rewards=same)
+    assert torch.equal(credit.entropy_bonus, 0.1 * batch.mask.double())
+    assert credit.trains.all()
+    assert torch.equal(batch.credit(EntropyBonus()).advantages, batch.credit(GRPO()).advantages)
+
+
+TEXTS = ["the sum of two is $4$", "the sum of two is $4$", "add one more: $x=4$ so $4$", "no idea at all, sorry"]
+
+
+def test_diver_pays_correct_rollouts_for_being_unlike_their_siblings() -> None:
+    rewards, groups = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.long)
+    for method in (DIVER(scale=0.5), DIVER(scale=0.5, diversity="formulas")):
+        gain = method.shape_rewards(rewards, groups, TEXTS) - rewards
+        assert gain[3] == 0, "a wrong roll-out is left alone, however unlike the others"
+        assert gain[0] == gain[1] < gain[2] <= 0.5
+    assert (DIVER(scale=0.5, diversity="formulas").shape_rewards(rewards, groups, TEXTS) - rewards)[2] == 0.25
+    capped = DIVER(scale=0.5, cap=0.2).shape_rewards(rewards, groups, TEXTS) - rewards
+    torch.testing.assert_close(capped.max(), torch.tensor(0.1))
+
+
+def test_diver_compares_within_the_group_only_and_stops_after_its_steps() -> None:
+    rewards, groups = torch.ones(4), torch.tensor([0, 1, 0, 1])
+    alone = DIVER().shape_rewards(rewards, torch.arange(4), TEXTS)
+    assert torch.equal(alone, rewards), "without siblings there is nothing to be unlike"
+    pairs = DIVER().shape_rewards(rewards, groups, ["same words here now", "a b c", "same words here now", "d e f"])
+    torch.testing.assert_close(pairs, torch.tensor([1.0, 1.1, 1.0, 1.1]))
+    method = DIVER(steps=10)
+    assert method.at(9) is method
+    assert torch.equal(method.at(10).shape_rewards(rewards, groups, TEXTS), rewards)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("top_k", [None, 3, 7])
+def test_divergence_is_never_negative_and_its_gradient_is_right(alpha: float, top_k: int | None) -> None:
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (2 * torch.randn(5, 7, generator=g, dtype=torch.float64) for _ in range(2))
+    assert (divergence(student, teacher, alpha, top_k) > 0).all()
+    assert divergence(student, student, alpha, top_k).abs().max() < 1e-12
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: divergence(s, teacher, alpha, top_k), student)
+
+
+def test_divergence_where_one_side_is_certain_is_finite_in_float32() -> None:
+    sure = torch.tensor([[200.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    for alpha in (0.0, 0.5, 1.0):
+        out = divergence(sure, torch.zeros(1, 4), alpha, top_k=2)
+        assert torch.isfinite(out).all()
+        assert torch.isfinite(torch.autograd.grad(out.sum(), sure)[0]).all()
 
 
 def test_lam_decays_linearly_to_zero() -> None:
@@ -201,6 +359,25 @@ def test_surrogate_ignores_what_is_masked_and_has_no_gradient_there() -> None:
     "bad", [{"lam": 1.5}, {"eps_w": -0.1}, {"eps_w": 2.0}, {"context": "none"}, {"lam_decay_steps": 0}]
 )
 def test_settings_out_of_range_are_refused_by_name(method: Any, bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{method.__name__}.{next(iter(bad))}"):
+        method(**bad)
+
+
+@pytest.mark.parametrize(
+    ("method", "bad"),
+    [
+        (SDPO, {"alpha": 1.5}),
+        (SDPO, {"top_k": 0}),
+        (SRPO, {"importance_cap": 0.0}),
+        (SRPO, {"beta": -1.0}),
+        (SRPO, {"context": "none"}),
+        (EntropyBonus, {"coef": -1.0}),
+        (DIVER, {"scale": -1.0}),
+        (DIVER, {"steps": 0}),
+        (DIVER, {"tokenize": "nonsense"}),
+    ],
+)
+def test_settings_of_the_other_methods_are_refused_by_name(method: Any, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{method.__name__}.{next(iter(bad))}"):
         method(**bad)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlrt_lightning import ConfigError, Policy, Problem, Rollout, Teacher
+from rlrt_lightning import ConfigError, Policy, Problem, Rollout, Teacher, Verdict
 from tests.tiny import policy
 
 TEMPLATE = "{prompt}<sol>{context}"
@@ -56,6 +56,27 @@ def test_the_answer_as_context() -> None:
     assert Teacher().contexts("answer", problems(1), rollouts, torch.tensor([True, True])) == [None, None]
 
 
+def test_solution_and_feedback_as_context() -> None:
+    rollouts = [rollout(0, 0), rollout(1, 0)]
+    rollouts[0].verdict = Verdict(0.0, False, message="wrong: the sign")
+    rollouts[1].verdict = Verdict(1.0, True)
+    asked = [Problem("0", "a", solution="La1"), Problem("1", "b")]
+    success = torch.tensor([False, True])
+    assert Teacher().contexts("solution", asked, rollouts, success) == ["La1", None]
+    assert Teacher().contexts("feedback", asked, rollouts, success) == ["wrong: the sign", None]
+
+
+def test_without_a_template_the_words_suit_the_context() -> None:
+    made, shown = Policy(), []
+    made.encode_prompt = lambda prompt: shown.append(prompt) or [0]
+    for kind in ("sibling", "solution", "answer", "feedback"):
+        Teacher().prompt(made, problems()[0], "CONTEXT", kind)
+    assert all(text.startswith("a0b2") and "CONTEXT" in text for text in shown)
+    assert "correct solution" in shown[0] == shown[1]
+    assert "correct answer" in shown[2]
+    assert "feedback" in shown[3]
+
+
 def test_prompts_with_braces_and_conversations() -> None:
     made = Policy(chat=True)
     teacher = Teacher(template="A {prompt}<sol>{context} B")
@@ -82,24 +103,30 @@ def test_thinking_is_cut_out_and_long_contexts_lose_their_end() -> None:
 def test_scores_are_those_of_the_sampled_tokens_after_the_teachers_prompt() -> None:
     made, teacher = policy(), Teacher(TEMPLATE)
     rollouts = [rollout(0, 0, "D#1"), rollout(0, 1, "La0#2"), rollout(0, 2)]
-    scores = teacher.score(made, problems(), rollouts, ["Pb2", None, "D#3"])
-    assert scores.logp[1] is None
+    scores, truncated = teacher.score(made, problems(), rollouts, ["Pb2", None, "D#3"], top_k=5)
+    assert truncated == 0
+    assert scores[1] is None
     for i, context in ((0, "Pb2"), (2, "D#3")):
         ids = made.encode_prompt(f"a0b2<sol>{context}") + rollouts[i].response_ids
         with made.evaluating() as model:
             logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         response = torch.tensor(rollouts[i].response_ids)
-        expected = logp[-len(response) - 1 : -1].gather(-1, response[:, None])[:, 0]
-        torch.testing.assert_close(scores.logp[i], expected, rtol=0, atol=1e-5)
-        assert not scores.logp[i].requires_grad
+        logp = logp[-len(response) - 1 : -1]
+        score = scores[i]
+        torch.testing.assert_close(score.logp, logp.gather(-1, response[:, None])[:, 0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(score.entropy, -(logp.exp() * logp).sum(-1), rtol=0, atol=1e-5)
+        assert not score.logp.requires_grad
+        # the student's likeliest tokens, with the teacher's log-probs
+        with made.evaluating() as model:
+            plain = model(input_ids=torch.tensor([rollouts[i].prompt_ids + rollouts[i].response_ids])).logits[0]
+        assert torch.equal(score.top_tokens, plain[-len(response) - 1 : -1].topk(5).indices.int())
+        torch.testing.assert_close(score.top_logp, logp.gather(-1, score.top_tokens.long()), rtol=0, atol=1e-5)
 
 
 def test_a_context_for_which_the_model_has_no_room_is_counted_and_left_out() -> None:
     made = policy()
     made.config.max_position_embeddings = 12
-    scores = Teacher(TEMPLATE).score(made, problems(), [rollout(0, 0)], ["Pb2a3456"])
-    assert scores.logp == [None]
-    assert scores.truncated == 1
+    assert Teacher(TEMPLATE).score(made, problems(), [rollout(0, 0)], ["Pb2a3456"]) == ([None], 1)
 
 
 def test_refreshed_each_epoch_the_teacher_has_no_weights_of_its_own() -> None:
@@ -114,7 +141,7 @@ def test_own_weights_stay_until_refreshed_and_the_policys_are_put_back() -> None
     teacher.load(made)
     assert not any(p.requires_grad for p in teacher.parameters())
     rollouts = [rollout(0, 0), rollout(0, 1)]
-    score = lambda: teacher.score(made, problems(), rollouts, ["Pb2", "Pb2"]).logp[0]  # noqa: E731
+    score = lambda: teacher.score(made, problems(), rollouts, ["Pb2", "Pb2"])[0][0].logp  # noqa: E731
     before, model = score(), made.model
     start = copy.deepcopy(list(made.parameters()))
     with torch.no_grad():

@@ -65,10 +65,40 @@ def clipped_surrogate(
         objective = torch.where((advantages < 0) & (objective < floor), floor, objective)
     objective = torch.where(mask, objective, 0.0)
 
-    tokens = mask.sum(-1).to(objective.dtype)
+    tokens = mask.sum().to(objective.dtype).clamp(min=1)
+    return Surrogate(-token_mean(objective, mask, aggregation), (cut & mask).sum() / tokens)
+
+
+def distillation_loss(
+    divergence: Tensor,
+    logp_new: Tensor,
+    logp_old: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    importance_cap: float = 2.0,
+    aggregation: Aggregation = "token-mean",
+) -> Tensor:
+    """mean weights * min(P_new / P_old, importance_cap) * divergence: SDPO's loss (arXiv:2601.20802), and with SRPO's
+    weights SRPO's (arXiv:2604.02288). The gradient flows through the divergence alone.
+
+    Args:
+        divergence: Of student and teacher at each response token, nats, [N, T].
+        logp_new: log-probs under the policy that is trained, nats, [N, T].
+        logp_old: log-probs under the policy that made the roll-outs, nats, [N, T].
+        weights: Weight of each token, [N, T].
+        mask: True at the response tokens that the mean is taken over, [N, T].
+        importance_cap: Upper limit of the ratio.
+        aggregation: As in `clipped_surrogate`.
+    """
+    mask = mask.bool()
+    ratio = torch.where(mask, logp_new - logp_old, 0.0).detach().exp().clamp(max=importance_cap)
+    return token_mean(torch.where(mask, weights.detach() * ratio * divergence, 0.0), mask, aggregation)
+
+
+def token_mean(values: Tensor, mask: Tensor, aggregation: Aggregation = "token-mean") -> Tensor:
+    """Mean of token losses [N, T], which are 0 outside the mask [N, T]: over all tokens, or within each roll-out first.
+    A scalar, 0 without tokens."""
+    tokens = mask.sum(-1).to(values.dtype)
     if aggregation == "token-mean":
-        loss = -objective.sum() / tokens.sum().clamp(min=1)
-    else:
-        loss = -(objective.sum(-1) / tokens.clamp(min=1)).sum() / max(len(tokens), 1)
-    clip_fraction = (cut & mask).sum() / tokens.sum().clamp(min=1)
-    return Surrogate(loss, clip_fraction)
+        return values.sum() / tokens.sum().clamp(min=1)
+    return (values.sum(-1) / tokens.clamp(min=1)).sum() / max(len(tokens), 1)

@@ -1,0 +1,93 @@
+"""Divergences between student and teacher at each position: what SDPO and SRPO minimise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_IMPOSSIBLE = -1e30  # log 0 that can be multiplied by 0
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: float, top_k: int | None = None) -> Tensor:
+    """Generalised Jensen-Shannon divergence of P_S and P_T (SDPO, arXiv:2601.20802).
+
+    With M = (1 - alpha) P_S + alpha P_T it is (1 - alpha) KL(P_S || M) + alpha KL(P_T || M); at the ends, where that
+    vanishes, it is KL(P_T || P_S) for alpha = 0 and KL(P_S || P_T) for alpha = 1.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        alpha: Within 0 and 1.
+        top_k: Compare the student's k likeliest tokens, and the rest as one bucket; None compares all tokens.
+
+    Returns:
+        Nats, [...], in the dtype of the logits. Gradient flows through both.
+
+    Raises:
+        ValueError: If alpha or top_k is out of range.
+    """
+    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    if top_k is None or top_k >= student.shape[-1]:
+        return divergence_on_support(student, teacher, alpha, tail=False)
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it has to be at least 1, or None for all tokens")
+    support = student.topk(top_k, -1).indices
+    return divergence_on_support(student.gather(-1, support), teacher.gather(-1, support), alpha, tail=True)
+
+
+def divergence_on_support(student: Tensor, teacher: Tensor, alpha: float, tail: bool) -> Tensor:
+    """`divergence` from the log-probs of some tokens.
+
+    Args:
+        student: log P_S of k tokens, nats, [..., k].
+        teacher: log P_T of the same tokens, nats, [..., k].
+        alpha: As in `divergence`.
+        tail: Whether there are other tokens, which then count as one more.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it has to be within 0 and 1")
+    if tail:
+        student, teacher = (torch.cat([logp, _tail(logp)], -1) for logp in (student, teacher))
+    student, teacher = student.clamp(min=_IMPOSSIBLE), teacher.clamp(min=_IMPOSSIBLE)
+    if alpha == 0:
+        return _kl(teacher, student)
+    if alpha == 1:
+        return _kl(student, teacher)
+    mixture = torch.logaddexp(student + math.log(1 - alpha), teacher + math.log(alpha))
+    return (1 - alpha) * _kl(student, mixture) + alpha * _kl(teacher, mixture)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(P || Q) of log-probs [..., k]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _tail(logp: Tensor) -> Tensor:
+    """log of what the tokens leave of probability 1, [..., 1]; rounding may leave nothing, or less."""
+    total = logp.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(logp.dtype).eps)
+    return torch.log(-torch.expm1(total))
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of the distribution that logits [..., V] stand for, nats, [...]."""
+    logp = logits.log_softmax(-1).clamp(min=_IMPOSSIBLE)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def dynamic_weights(teacher_entropy: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """exp(-beta H(P_T)), brought to a mean of 1 over the tokens in the mask (SRPO, arXiv:2604.02288): where the teacher
+    hesitates it has less to say.
+
+    Args:
+        teacher_entropy: H(P_T), nats, of any shape.
+        mask: True at the tokens that are weighted, same shape.
+        beta: 0 weighs all tokens the same.
+
+    Returns:
+        Same shape and dtype, 0 outside the mask.
+    """
+    mask = mask.bool()
+    weights = torch.where(mask, torch.exp(-beta * teacher_entropy), 0.0)
+    return weights * (mask.sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny))
