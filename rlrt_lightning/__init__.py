@@ -29,6 +29,7 @@ _HOME = {
         "divergence",
         "dynamic_weights",
         "group_advantages",
+        "importance_weights",
         "pass_at_k",
     ],
     "rlrt_lightning.metrics": ["AvgAtK", "PassAtK"],
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
         divergence,
         dynamic_weights,
         group_advantages,
+        importance_weights,
         pass_at_k,
     )
     from rlrt_lightning.policy import Policy

@@ -28,6 +28,7 @@ class EpochBatch:
         advantages: Group advantages, [N].
         mask: True at response tokens, [N, T].
         logp_old: Log-probs of the tokens under the policy that made them, nats, [N, T].
+        importance: Weight of each token that corrects for the sampler's arithmetic, [N, T].
         contexts: What the teacher was shown for each roll-out; None where it did not score it, N of them.
         teacher: What the teacher said of each roll-out; None where it did not score it, N of them.
         logp_teacher: Log-probs of the tokens under the teacher, nats, [N, T]; 0 where it did not score.
@@ -41,6 +42,7 @@ class EpochBatch:
     advantages: Tensor
     mask: Tensor
     logp_old: Tensor
+    importance: Tensor
     contexts: list[str | None]
     teacher: list[TeacherScore | None]
     logp_teacher: Tensor
@@ -71,6 +73,7 @@ class MicroBatch(NamedTuple):
         attention_mask: 0 at padding, [B, T].
         response_mask: True at response tokens, [B, T].
         logp_old: Log-probs under the policy that made the roll-outs, nats, [B, T].
+        importance: Weight of each token that corrects for the sampler's arithmetic, [B, T].
         advantages: Token advantages, [B, T].
         distillation: Weight of the divergence to the teacher at each token, [B, T]; None where the method has none.
         top_tokens: The k tokens that are compared at each of the R response tokens, in reading order, int32 [R, k].
@@ -85,6 +88,7 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor
     response_mask: Tensor
     logp_old: Tensor
+    importance: Tensor
     advantages: Tensor
     distillation: Tensor | None
     top_tokens: Tensor | None
@@ -223,6 +227,7 @@ def _collate(epoch: EpochBatch, rows: Tensor, share: float, temperature: float) 
         attention_mask=attention,
         response_mask=response,
         logp_old=spread(epoch.logp_old),
+        importance=spread(epoch.importance),
         advantages=spread(credit.advantages),
         distillation=None if credit.distillation is None else spread(credit.distillation),
         top_tokens=top_tokens,

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes, pad_rows
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.objective import Distilling, group_advantages
+from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
@@ -82,8 +82,8 @@ class RolloutDataModule(LightningDataModule):
         eval_prompts: Problems in one batch of an evaluation.
         max_prompt_tokens: Longest prompt, in tokens.
         overlong_prompts: What to do with a longer one: drop it and count it, or stop with an error.
-        rescore: Take the policy's log-probs from the trainer's forward pass instead of from the sampler. One more
-            forward pass; needed where the two differ, as in bfloat16.
+        rescore: Take the policy's log-probs from the trainer's forward pass instead of from the sampler, and correct
+            for the difference (`model.importance`). One more forward pass; needed where the two differ, as in bfloat16.
         verifier_workers: Processes that check completions, for tasks whose verifier is not trusted code.
         verifier_timeout_s: Time limit of one verdict, in seconds.
         verifier_memory_gb: Memory limit of a verifier process, in GiB.
@@ -183,7 +183,8 @@ class RolloutDataModule(LightningDataModule):
 
             wanted = method.uses_teacher(advantages, rewards)
             with clock("rescore"):
-                mismatch = self._rescore(rollouts, (advantages != 0) | wanted) if self.rescore else {}
+                if self.rescore:
+                    self._rescore(rollouts, (advantages != 0) | wanted)
             with clock("teacher"):
                 contexts = module.teacher.contexts(
                     method.context,
@@ -208,6 +209,8 @@ class RolloutDataModule(LightningDataModule):
         contexts = [None if score is None else c for c, score in zip(contexts, teacher, strict=True)]
         mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
         logp_old = pad_rows([r.logp for r in rollouts])
+        logp_sampler = pad_rows([r.logp if r.sampler_logp is None else r.sampler_logp for r in rollouts])
+        importance = importance_weights(logp_old, logp_sampler, mask, module.importance, module.importance_cap)
         logp_teacher = pad_rows([s.logp if s else None for s in teacher], width=mask.shape[1])
         has_context = torch.tensor([c is not None for c in contexts])
         figures = advantages, rewards, logp_old, logp_teacher, mask, has_context
@@ -217,13 +220,27 @@ class RolloutDataModule(LightningDataModule):
         else:
             credit = method(*figures)
 
-        stats = {**_statistics(rollouts, rewards, groups), **mismatch, **clock.stats}
+        stats = {**_statistics(rollouts, rewards, groups), **clock.stats}
+        if self.rescore:
+            rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
+            stats |= _mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
         stats["rollout/overlong_prompts"] = float(self._overlong)
         stats["rollout/shaped_reward"] = float(shaped.mean())
         stats["signal/context_truncated"] = float(truncated)
         self._epochs += 1
         self.epoch = EpochBatch(
-            problems, rollouts, rewards, advantages, mask, logp_old, contexts, teacher, logp_teacher, credit, stats
+            problems=problems,
+            rollouts=rollouts,
+            rewards=rewards,
+            advantages=advantages,
+            mask=mask,
+            logp_old=logp_old,
+            importance=importance,
+            contexts=contexts,
+            teacher=teacher,
+            logp_teacher=logp_teacher,
+            credit=credit,
+            stats=stats,
         )
         return micro_batches(
             self.epoch,
@@ -300,18 +317,12 @@ class RolloutDataModule(LightningDataModule):
             )
         return rollouts
 
-    def _rescore(self, rollouts: Sequence[Rollout], needed: Tensor) -> dict[str, float]:
+    def _rescore(self, rollouts: Sequence[Rollout], needed: Tensor) -> None:
         """Replaces the sampler's log-probs by the policy's own, where they are going to be used."""
         chosen = [r for r, used in zip(rollouts, needed.tolist(), strict=True) if used]
         scores = self._module.policy.score([(r.prompt_ids, r.response_ids) for r in chosen], self.sampling.temperature)
-        differences = []
         for rollout, logp in zip(chosen, scores, strict=True):
-            differences.append((rollout.logp - logp).abs())
-            rollout.logp = logp
-        if not differences:
-            return {}
-        apart = torch.cat(differences)
-        return {"rollout/mismatch_mean": float(apart.mean()), "rollout/mismatch_max": float(apart.max())}
+            rollout.sampler_logp, rollout.logp = rollout.logp, logp
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -476,6 +487,20 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.stats[f"time/{phase}"] = time.perf_counter() - start
+
+
+def _mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
+    """How far the sampler is from the trainer, from log P_trainer - log P_sampler of the sampled tokens [R] and whether
+    the importance weight was capped [R]."""
+    if not len(difference):
+        return {}
+    # (rho - 1) - log rho estimates KL(sampler || trainer) and is never negative.
+    return {
+        "rollout/mismatch_mean": float(difference.abs().mean()),
+        "rollout/mismatch_max": float(difference.abs().max()),
+        "rollout/mismatch_kl": float((difference.exp() - 1 - difference).mean()),
+        "rollout/mismatch_capped": float(capped.float().mean()),
+    }
 
 
 def _statistics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ from rlrt_lightning.objective import (
     RLRT,
     Aggregation,
     Distilling,
+    Importance,
     Method,
     clipped_surrogate,
     distillation_loss,
@@ -48,6 +49,9 @@ class RLRTModule(LightningModule):
         dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
         aggregation: token-mean weighs all tokens of a mini-batch the same; seq-mean-token-mean averages within each
             roll-out first.
+        importance: Where the trainer rescores the roll-outs (`data.rescore`), each token's surrogate is weighted by
+            min(P_trainer / P_sampler, importance_cap): for each token, for the whole sequence, or off.
+        importance_cap: Upper limit of that weight; the paper has 2.
         optimizer: Class path and settings of the optimiser; the paper has AdamW with lr 1e-6.
         warmup_steps: Optimiser steps over which the learning rate rises linearly to its constant value.
     """
@@ -61,6 +65,8 @@ class RLRTModule(LightningModule):
         clip_high: float = 0.28,
         dual_clip: float | None = None,
         aggregation: Aggregation = "token-mean",
+        importance: Importance = "token",
+        importance_cap: float = 2.0,
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
         warmup_steps: int = 10,
     ) -> None:
@@ -73,11 +79,15 @@ class RLRTModule(LightningModule):
             raise ConfigError(f"model.dual_clip is {dual_clip}; it has to be above 1, or null")
         if warmup_steps < 0:
             raise ConfigError(f"model.warmup_steps is {warmup_steps}; it has to be 0 or more")
+        if importance_cap < 1:
+            raise ConfigError(f"model.importance_cap is {importance_cap}; it has to be at least 1")
         self.policy = policy
         self.method = method
         self.teacher = teacher
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.aggregation: Aggregation = aggregation
+        self.importance: Importance = importance
+        self.importance_cap = importance_cap
         self.optimizer_factory = optimizer
         self.warmup_steps = warmup_steps
         self._epoch_start = 0.0
@@ -96,6 +106,7 @@ class RLRTModule(LightningModule):
             self.clip_high,
             self.dual_clip,
             self.aggregation,
+            batch.importance,
         )
         loss = surrogate.loss
         tokens = int(batch.response_mask.sum())

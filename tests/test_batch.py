@@ -38,9 +38,8 @@ def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochBatch:
     a = group_advantages(rewards, groups)
     credit = RLRT()(a, rewards, old, teacher, mask, torch.ones(len(rewards)))
     problems = [Problem(str(i), "") for i in range(prompts)]
-    return EpochBatch(
-        problems, rollouts, rewards, a, mask, old, [""] * len(rewards), [None] * len(rewards), teacher, credit
-    )
+    shown, said = [""] * len(rewards), [None] * len(rewards)
+    return EpochBatch(problems, rollouts, rewards, a, mask, old, mask.float(), shown, said, teacher, credit)
 
 
 def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int) -> torch.Tensor:
@@ -167,7 +166,7 @@ def test_ranks_share_one_mean() -> None:
         part = EpochBatch(
             data.problems[rank::2],
             [Rollout(**{**vars(data.rollouts[i]), "group": data.rollouts[i].group // 2}) for i in rows],
-            *(x[rows] for x in (data.rewards, data.advantages, data.mask, data.logp_old)),
+            *(x[rows] for x in (data.rewards, data.advantages, data.mask, data.logp_old, data.importance)),
             [data.contexts[i] for i in rows],
             [data.teacher[i] for i in rows],
             data.logp_teacher[rows],

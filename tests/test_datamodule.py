@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from rlrt_lightning import (
     Policy,
     Problem,
     RLRTModule,
+    Rollout,
     RolloutDataModule,
     Sampling,
     StrategySum,
     Task,
     Teacher,
+    TransformersEngine,
     Verdict,
 )
 from rlrt_lightning.objective import Method
@@ -164,8 +167,32 @@ def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path: Path) ->
 def test_rescoring_replaces_the_samplers_log_probs_by_the_policys(tmp_path: Path) -> None:
     recorder, _ = fit(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8)
     stats = recorder.epochs[0].stats
-    assert stats["rollout/mismatch_max"] < 1e-4
-    assert stats["time/rescore"] > 0
+    assert 0 <= stats["rollout/mismatch_mean"] <= stats["rollout/mismatch_max"] < 1e-4
+    assert stats["rollout/mismatch_kl"] == pytest.approx(0, abs=1e-6)
+    assert stats["rollout/mismatch_capped"] == 0
+    torch.testing.assert_close(recorder.epochs[0].importance, recorder.epochs[0].mask.float(), rtol=0, atol=1e-3)
+
+
+class AnotherProgram(TransformersEngine):
+    """Says of every token that it was this much less likely than it was."""
+
+    def generate(self, *args: Any) -> Iterator[Rollout]:
+        for rollout in super().generate(*args):
+            rollout.logp = rollout.logp - 1.5
+            yield rollout
+
+
+def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) -> None:
+    recorder, _ = fit(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8, engine=AnotherProgram())
+    epoch = recorder.epochs[0]
+    rescored = torch.tensor([r.sampler_logp is not None for r in epoch.rollouts])
+    assert torch.equal(rescored, epoch.advantages != 0)
+    assert epoch.importance[epoch.mask & rescored[:, None]].unique().tolist() == [2.0], "e^1.5, capped"
+    assert epoch.importance[epoch.mask & ~rescored[:, None]].unique().tolist() == [1.0]
+    assert epoch.stats["rollout/mismatch_mean"] == pytest.approx(1.5, abs=1e-3)
+    assert epoch.stats["rollout/mismatch_kl"] == pytest.approx(math.exp(1.5) - 2.5, abs=1e-2)
+    assert epoch.stats["rollout/mismatch_capped"] == 1
+    assert epoch.stats["time/rescore"] > 0
 
 
 def test_no_problems_is_an_error(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rlrt_lightning.objective import (
     dynamic_weights,
     entropy,
     group_advantages,
+    importance_weights,
     pass_at_k,
 )
 from tests.conftest import SHARED
@@ -279,6 +280,18 @@ def test_the_importance_weight_of_distillation_is_capped_and_has_no_gradient() -
     loss.backward()
     torch.testing.assert_close(gap.grad, torch.tensor([[2.0, torch.e**-1]], dtype=torch.float64) / 2)
     assert new.grad is None
+
+
+def test_importance_weights_are_truncated_ratios_that_scale_the_surrogate() -> None:
+    policy_, sampler = torch.tensor([[-1.0, -1.0, 9.0]]), torch.tensor([[-2.0, -0.5, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    expected = {"token": [[2.0, 0.6065307, 0.0]], "sequence": [[1.6487213, 1.6487213, 0.0]], "off": [[1.0, 1.0, 0.0]]}
+    for level, values in expected.items():
+        torch.testing.assert_close(importance_weights(policy_, sampler, mask, level), torch.tensor(values))
+    plain = clipped_surrogate(policy_, policy_, torch.ones(1, 3), mask)
+    weighted = clipped_surrogate(policy_, policy_, torch.ones(1, 3), mask, importance=torch.tensor([[3.0, 1.0, 9.0]]))
+    assert (plain.loss, weighted.loss) == (-1, -2)
+    assert importance_weights(policy_, sampler, mask, "sequence", cap=1.5).max() == 1.5
 
 
 def test_the_entropy_bonus_trains_on_groups_without_advantage_too() -> None:

@@ -22,7 +22,15 @@ from rlrt_lightning.objective.methods import (
     EntropyBonus,
     Method,
 )
-from rlrt_lightning.objective.surrogate import Aggregation, Surrogate, clipped_surrogate, distillation_loss, token_mean
+from rlrt_lightning.objective.surrogate import (
+    Aggregation,
+    Importance,
+    Surrogate,
+    clipped_surrogate,
+    distillation_loss,
+    importance_weights,
+    token_mean,
+)
 
 __all__ = [
     "DIVER",
@@ -35,6 +43,7 @@ __all__ = [
     "Credit",
     "Distilling",
     "EntropyBonus",
+    "Importance",
     "Method",
     "Surrogate",
     "clipped_surrogate",
@@ -44,6 +53,7 @@ __all__ = [
     "dynamic_weights",
     "entropy",
     "group_advantages",
+    "importance_weights",
     "pass_at_k",
     "token_mean",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean"]
+Importance = Literal["token", "sequence", "off"]
 
 
 class Surrogate(NamedTuple):
@@ -31,6 +32,7 @@ def clipped_surrogate(
     clip_high: float = 0.28,
     dual_clip: float | None = None,
     aggregation: Aggregation = "token-mean",
+    importance: Tensor | None = None,
 ) -> Surrogate:
     """-mean min(rho A_t, clip(rho, 1 - clip_low, 1 + clip_high) A_t) with rho = P_new / P_old (PPO's surrogate,
     arXiv:1707.06347, with DAPO's asymmetric clip and token mean, arXiv:2503.14476).
@@ -46,6 +48,7 @@ def clipped_surrogate(
             no bound.
         aggregation: "token-mean" gives all tokens of the batch the same weight; "seq-mean-token-mean" averages within
             each roll-out first.
+        importance: `importance_weights` of the roll-outs where another program sampled them, [N, T]; None for 1.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -63,10 +66,40 @@ def clipped_surrogate(
     if dual_clip is not None:
         floor = dual_clip * advantages
         objective = torch.where((advantages < 0) & (objective < floor), floor, objective)
+    if importance is not None:
+        objective = objective * importance.detach()
     objective = torch.where(mask, objective, 0.0)
 
     tokens = mask.sum().to(objective.dtype).clamp(min=1)
     return Surrogate(-token_mean(objective, mask, aggregation), (cut & mask).sum() / tokens)
+
+
+def importance_weights(
+    logp_policy: Tensor, logp_sampler: Tensor, mask: Tensor, level: Importance = "token", cap: float = 2.0
+) -> Tensor:
+    """min(P_policy / P_sampler, cap): corrects for a sampler whose arithmetic is not the trainer's (truncated
+    importance sampling; arXiv:2605.10781 has it at token level with a cap of 2).
+
+    Args:
+        logp_policy: log-probs of the sampled tokens by the trainer, with the weights that sampled them, nats, [N, T].
+        logp_sampler: log-probs that the sampler gave, nats, [N, T].
+        mask: True at response tokens, [N, T].
+        level: "token", a ratio for each token; "sequence", the product of a roll-out's ratios for all of its tokens;
+            "off", 1.
+        cap: Upper limit of the ratio.
+
+    Returns:
+        Weights [N, T], 0 outside the mask. No gradient.
+    """
+    if level not in get_args(Importance):
+        raise ValueError(f"level is {level!r}; it has to be one of {', '.join(get_args(Importance))}")
+    mask = mask.bool()
+    difference = torch.where(mask, logp_policy - logp_sampler, 0.0).detach()
+    if level == "off":
+        difference = torch.zeros_like(difference)
+    if level == "sequence":
+        difference = difference.sum(-1, keepdim=True).expand_as(difference)
+    return torch.where(mask, difference.exp().clamp(max=cap), 0.0)
 
 
 def distillation_loss(

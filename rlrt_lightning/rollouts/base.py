@@ -63,6 +63,7 @@ class Rollout:
         truncated: True where the response was cut at `max_new_tokens`.
         text: The response as text, special tokens removed.
         verdict: What the verifier said, once it has spoken.
+        sampler_logp: What the sampler gave as `logp`, where the trainer has put its own there (`data.rescore`).
     """
 
     group: int
@@ -74,6 +75,7 @@ class Rollout:
     text: str
     entropy: Tensor | None = None
     verdict: Verdict | None = None
+    sampler_logp: Tensor | None = None
 
 
 @runtime_checkable
