@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from typing import Any, TextIO
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rlrt_lightning.callbacks.boards import run_folder, tensorboards
+from torchmetrics import MeanMetric
 
 from rlrt_lightning.datamodule import Evaluated
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import AvgAtK, PassAtK
+from rlrt_lightning.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
+
+if TYPE_CHECKING:
+    from rlrt_lightning.datamodule import RolloutDataModule
+    from rlrt_lightning.module import RLRTModule
+
+T = TypeVar("T")
 
 
 class Evaluation(Callback):
-    """Counts the verdicts of `validate`, `test` and the validation within `fit`, and shows samples.
+    """Counts the verdicts of `validate`, `test`, `predict` and the validation within `fit`, and shows samples.
 
-    Logs `eval/<benchmark>/avg@n`, `pass@k`, `length`, `truncated` and the share of each label, and writes a table of
-    samples to TensorBoard's text page. In `predict` and `test` every completion goes to `completions.jsonl` in the
-    run's folder.
+    Logs `eval/<benchmark>/avg@n` and `pass@k` with half the width of their 95 % confidence intervals over problems
+    (`_ci95`), `length`, `truncated` and the share of each label, and writes a table of samples to TensorBoard's text
+    page. Outside of `fit` every completion with its verdict goes to `<benchmark>.jsonl` as soon as it is judged, and
+    at the end each problem to `<benchmark>.parquet` and the curves to `pass_at_k.csv`.
 
     Args:
         ks: Which pass@k to log; null is the number of samples of the benchmark alone.
         table: Samples in the table of each benchmark, half of them wrong where there are so many; 0 for no table.
+        results: Folder of these files; null is `evaluation` in the run's folder. An evaluation that finds its own
+            results there, of the same weights and settings, goes on where they end.
     """
 
-    def __init__(self, ks: list[int] | None = None, table: int = 8) -> None:
+    def __init__(self, ks: list[int] | None = None, table: int = 8, results: str | None = None) -> None:
         if ks is not None and (not ks or min(ks) < 1):
             raise ConfigError(f"evaluation.ks is {ks}; it has to name numbers of at least 1, or null")
         if table < 0:
             raise ConfigError(f"evaluation.table is {table}; it has to be 0 or more")
         self.ks = ks
         self.table = table
+        self.results = results
         self._counts: dict[str, _Counts] = {}
-        self._file: TextIO | None = None
+        self._results: dict[str, Results] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that there are enough samples for each k."""
-        for name, spec in getattr(trainer, "datamodule").benchmarks.items():  # noqa: B009 - not in Trainer's type
+        for name, spec in _data(trainer).benchmarks.items():
             too_large = [k for k in self.ks or [] if k > spec.samples]
             if too_large:
                 raise ConfigError(
@@ -48,111 +62,134 @@ class Evaluation(Callback):
 
     # -- collecting ------------------------------------------------------------------------------------------------
 
-    def _start(self, *_: Any) -> None:
-        self._counts = {}
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = _data(trainer)
+        self._counts = {
+            name: _Counts(self.ks or [spec.samples], spec.samples, pl_module.device)
+            for name, spec in data.benchmarks.items()
+        }
+        self._results, data.evaluated = {}, {}
+        if trainer.state.fn != "fit":
+            self._resume(trainer, cast("RLRTModule", pl_module))
+
+    def _resume(self, trainer: Trainer, module: RLRTModule) -> None:
+        """Opens the files, and counts what is in them."""
+        data, folder = _data(trainer), self._folder(trainer)
+        weights = fingerprint(module.policy.model)
+        self._results = {name: Results(folder, name, trainer.global_rank) for name in data.benchmarks}
+        wrong = None
+        if trainer.is_global_zero:
+            try:
+                for name, results in self._results.items():
+                    results.begin(description(data, name, weights))
+            except ConfigError as error:
+                wrong = error
+        if (wrong := trainer.strategy.broadcast(wrong)) is not None:
+            raise wrong
+        for name, results in self._results.items():
+            finished = results.read()
+            mine = data.benchmark_problems(name)[trainer.global_rank :: trainer.world_size]
+            self._counts[name].add([finished[p.id] for p in mine if p.id in finished], self.table)
+            data.evaluated[name] = set(finished)
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         done: Evaluated = outputs
-        if done.benchmark not in self._counts:
-            self._counts[done.benchmark] = _Counts(self.ks or [done.samples], done.samples, pl_module.device)
-        self._counts[done.benchmark].add(done, self.table)
-        if not trainer.validating and not trainer.training and not trainer.sanity_checking:
-            self._write(trainer, done)
+        rows = rows_of(done)
+        self._counts[done.benchmark].add(rows, self.table)
+        if self._results:
+            self._results[done.benchmark].add(rows)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         for name, counts in self._counts.items():
-            values = {f"eval/{name}/{tag}": value for tag, value in counts.values().items()}
+            values = {f"eval/{name}/{tag}": value for tag, value in counts.values(trainer).items()}
             if trainer.sanity_checking:
                 # Lightning drops what is logged in its sanity check, which is our measurement before training.
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step)
-            else:
+            elif not trainer.predicting:  # where Lightning takes no figures
                 pl_module.log_dict(values, sync_dist=False, rank_zero_only=True)
             if self.table:
                 for board in tensorboards(trainer):
                     board.add_text(f"samples/{name}", counts.markdown(self.table), step)
-
-    def _write(self, trainer: Trainer, done: Evaluated) -> None:
-        if self._file is None:
-            folder = run_folder(trainer)
-            folder.mkdir(parents=True, exist_ok=True)
-            name = "completions" if trainer.world_size == 1 else f"completions-rank{trainer.global_rank}"
-            self._file = (folder / f"{name}.jsonl").open("w", encoding="utf-8")
-        for rollout in done.rollouts:
-            verdict = rollout.verdict
-            assert verdict is not None
-            problem = done.problems[rollout.group]
-            row = {
-                "benchmark": done.benchmark,
-                "problem": problem.id,
-                "sample": rollout.index,
-                "prompt": problem.prompt,
-                "completion": rollout.text,
-                "tokens": len(rollout.response_ids),
-                "truncated": rollout.truncated,
-                "expected": problem.answer,
-                "answer": verdict.answer,
-                "reward": verdict.reward,
-                "correct": verdict.correct,
-                "label": verdict.label,
-                "message": verdict.message,
+        if self._results:
+            tables = {
+                name: sorted(chain(*_gather(trainer, counts.problems)), key=lambda row: row["problem"])
+                for name, counts in self._counts.items()
             }
-            self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        self._file.flush()
+            if trainer.is_global_zero:
+                write_tables(self._folder(trainer), tables)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Closes the file of completions."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.results) if self.results else run_folder(trainer) / "evaluation"
 
-    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start  # type: ignore[assignment]
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _collect  # type: ignore[assignment]
-    on_validation_epoch_end = on_test_epoch_end = _report
+    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _report
 
 
 class _Counts:
-    """One benchmark's metrics and samples."""
+    """One benchmark's metrics and samples on this rank."""
 
     def __init__(self, ks: list[int], samples: int, device: torch.device) -> None:
         self.samples = samples
-        self.avg = AvgAtK().to(device)
-        self.passed = {k: PassAtK(k).to(device) for k in ks}
-        self.lengths: list[int] = []
-        self.truncated = 0
+        self.avg = AvgAtK(interval=True).to(device)
+        self.passed = {k: PassAtK(k, interval=True).to(device) for k in ks}
+        self.length, self.truncated = MeanMetric().to(device), MeanMetric().to(device)
         self.labels: Counter[str] = Counter()
-        self.shown: dict[bool, list[tuple[str, str, str, str]]] = {True: [], False: []}
+        self.problems: list[Row] = []
+        self.shown: dict[bool, list[Row]] = {True: [], False: []}
 
-    def add(self, done: Evaluated, table: int) -> None:
-        verdicts = [r.verdict for r in done.rollouts if r.verdict is not None]
-        correct = torch.tensor([v.correct for v in verdicts], device=self.avg.device).view(-1, done.samples)
+    def add(self, rows: Sequence[Sequence[Row]], table: int) -> None:
+        if not rows:
+            return
+        device = self.avg.device
+        correct = torch.tensor([[row["correct"] for row in of_problem] for of_problem in rows], device=device)
         for metric in (self.avg, *self.passed.values()):
             metric.update(correct)
-        self.lengths += [len(r.response_ids) for r in done.rollouts]
-        self.truncated += sum(r.truncated for r in done.rollouts)
-        self.labels.update(v.label for v in verdicts if v.label is not None)
-        for rollout, verdict in zip(done.rollouts, verdicts, strict=True):
-            rows = self.shown[verdict.correct]
-            if len(rows) < table and rollout.index == 0:  # one of each problem shows more than eight of one
-                problem = done.problems[rollout.group]
-                rows.append(
-                    (problem.question, rollout.text, str(problem.answer), verdict.message or str(verdict.answer))
-                )
+        for of_problem in rows:
+            self.length.update(torch.tensor([float(row["tokens"]) for row in of_problem], device=device))
+            self.truncated.update(torch.tensor([float(row["truncated"]) for row in of_problem], device=device))
+            self.labels.update(row["label"] for row in of_problem)
+            self.problems.append(summary(of_problem))
+            first = of_problem[0]  # one of each problem shows more than eight of one
+            if len(self.shown[first["correct"]]) < table:
+                self.shown[first["correct"]].append(first)
 
-    def values(self) -> dict[str, float]:
-        n = len(self.lengths)
-        values = {f"avg@{self.samples}": float(self.avg.compute())}
-        values |= {f"pass@{k}": float(metric.compute()) for k, metric in self.passed.items()}
-        values |= {"length": sum(self.lengths) / n, "truncated": self.truncated / n}
-        return values | {f"labels/{label}": count / n for label, count in self.labels.items()}
+    def values(self, trainer: Trainer) -> dict[str, float]:
+        """The figures over all ranks, by tag."""
+        values = {}
+        metrics = {f"avg@{self.samples}": self.avg, **{f"pass@{k}": metric for k, metric in self.passed.items()}}
+        for tag, metric in metrics.items():
+            values[tag], half_width = metric.compute().tolist()
+            if half_width == half_width:  # one problem has no interval
+                values[f"{tag}_ci95"] = half_width
+        values |= {"length": float(self.length.compute()), "truncated": float(self.truncated.compute())}
+        labels = sum(_gather(trainer, self.labels), Counter())
+        return values | {f"labels/{name}": n / labels.total() for name, n in labels.items() if name is not None}
 
     def markdown(self, table: int) -> str:
         wrong = self.shown[False][: max(table // 2, table - len(self.shown[True]))]
         rows = [("✓", row) for row in self.shown[True][: table - len(wrong)]] + [("✗", row) for row in wrong]
         lines = ["| | prompt | completion | expected | verdict |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {mark} | {' | '.join(_cell(text) for text in row)} |" for mark, row in rows]
+        for mark, row in rows:
+            question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            cells = (question, row["completion"], str(row["expected"]), row["message"] or str(row["answer"]))
+            lines.append(f"| {mark} | {' | '.join(map(_cell, cells))} |")
         return "\n".join(lines)
+
+
+def _data(trainer: Trainer) -> RolloutDataModule:
+    return cast("RolloutDataModule", cast(Any, trainer).datamodule)
+
+
+def _gather(trainer: Trainer, value: T) -> list[T]:
+    """What each rank has."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _cell(text: str, longest: int = 1500) -> str:

@@ -142,6 +142,8 @@ class RolloutDataModule(LightningDataModule):
 
         self.epoch: EpochBatch | None = None
         """The roll-outs of the epoch that is being trained on; callbacks read them."""
+        self.evaluated: dict[str, set[str]] = {}
+        """Names of the problems whose results are known already, by benchmark; the `Evaluation` callback knows them."""
         self._made: tuple[int, Batches[MicroBatch]] | None = None
         self._epochs = 0
         self._cursor = 0
@@ -328,31 +330,41 @@ class RolloutDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[Batches[list[int]]]:
         """For each benchmark its problems' numbers in batches; `evaluate` does the work."""
-        trainer = self._trainer
+        rank, ranks = self._trainer.global_rank, self._trainer.world_size
         loaders = []
         for problems in self._eval_problems.values():
-            mine = list(range(len(problems)))[trainer.global_rank :: trainer.world_size]
-            loaders.append(Batches([mine[i : i + self.eval_prompts] for i in range(0, len(mine), self.eval_prompts)]))
+            mine = list(range(rank, len(problems), ranks))
+            # All ranks take as many batches, or one would wait for the others for ever; the last may be empty.
+            starts = range(0, -(-len(problems) // ranks), self.eval_prompts)
+            loaders.append(Batches([mine[i : i + self.eval_prompts] for i in starts]))
         return loaders
 
     test_dataloader = predict_dataloader = val_dataloader
 
     def evaluate(self, benchmark: int, indices: Sequence[int]) -> Evaluated:
-        """Rolls some problems of a benchmark out. The seeds depend on the problem alone: evaluations of one run differ
-        by the policy only.
+        """Rolls some problems of a benchmark out, those that are not in `evaluated` yet. The seeds depend on the
+        problem alone: evaluations of one run differ by the policy only.
 
         Args:
             benchmark: Number of the benchmark.
             indices: Numbers of its problems.
         """
         name, spec = list(self.benchmarks.items())[benchmark]
+        finished = self.evaluated.get(name, set())
+        indices = [i for i in indices if self._eval_problems[name][i].id not in finished]
         problems = [self._eval_problems[name][i] for i in indices]
+        if not problems:
+            return Evaluated(name, spec.samples, [], [])
         seeds = [derive_seed(self.seed, "evaluation", name, i) for i in indices]
         with self._computing():
             prompts = [self._module.policy.encode_prompt(p.prompt) for p in problems]
             sampling = spec.sampling or self.sampling
             drawn = self._roll_out(spec.task or self.task, problems, prompts, spec.samples, sampling, seeds)
         return Evaluated(name, spec.samples, problems, self._collect_verdicts(problems, drawn))
+
+    def benchmark_problems(self, name: str) -> Sequence[Problem]:
+        """The problems of a benchmark, over all ranks; known after `setup`."""
+        return self._eval_problems[name]
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 

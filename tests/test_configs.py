@@ -76,3 +76,17 @@ def test_the_papers_config_runs_on_a_shrunk_random_model(tmp_path: Path, shared:
     ]
     # Longer than the small model's 128 positions are most of the prompts, which are dropped.
     assert main(["fit", RLRT_YAML, *flags]) == 0
+
+
+@pytest.mark.parametrize("name", ["paper", "local"])
+def test_benchmarks_take_the_place_of_the_configs_own(name: str, resolved: Any) -> None:
+    benchmarks = resolved(f"--config={ROOT / 'configs' / 'benchmarks' / name}.yaml")["data"]["benchmarks"]
+    paper = {"aime24", "aime25", "aime26", "hmmt26", "amc23", "math500"}
+    assert set(benchmarks) == (paper if name == "paper" else paper - {"aime26", "hmmt26"})
+    for benchmark in benchmarks.values():
+        assert benchmark["samples"] == 16
+        assert benchmark["task"]["init_args"]["heldout"]
+    if name == "paper":
+        assert len({benchmark["task"]["init_args"]["heldout"] for benchmark in benchmarks.values()}) == 6
+        assert {b["task"]["init_args"]["prompt"] for b in benchmarks.values()} == {"problem", "question"}
+        assert all("boxed" in b["task"]["init_args"]["prompt_template"] for b in benchmarks.values())

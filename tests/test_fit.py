@@ -128,11 +128,6 @@ def test_rlrt_without_strength_is_grpo(tmp_path: Path) -> None:
         assert torch.equal(value, weights(tmp_path, version=1)[name]), name
 
 
-@pytest.mark.parametrize("method", sorted(p.name for p in (ROOT / "configs" / "methods").glob("*.yaml")))
-def test_each_methods_config_trains(method: str, tmp_path: Path) -> None:
-    assert command("fit", tmp_path, "--trainer.max_epochs=1", configs=(f"configs/methods/{method}",)) == 0
-
-
 @pytest.mark.parametrize("every", ["1", "2", "null"])
 def test_the_teachers_weights_follow_the_refresh(every: str, tmp_path: Path) -> None:
     flags = ["--trainer.max_epochs=3", f"--teacher_refresh.every_n_epochs={every}"]
@@ -157,14 +152,14 @@ def test_the_teachers_weights_follow_the_refresh(every: str, tmp_path: Path) -> 
 def test_a_checkpoint_is_evaluated(name: str, run4: Path, tmp_path: Path) -> None:
     shutil.copytree(run4 / "rlrt" / "version_0", tmp_path / "rlrt" / "version_0")
     assert command(name, tmp_path, "--ckpt_path=last") == 0
-    if name == "validate":
-        trained = dict(scalars(run4)["eval/heldout/avg@8"])[7]
+    trained = dict(scalars(run4)["eval/heldout/avg@8"])[7]
+    if name != "predict":
         assert scalars(tmp_path, 1)["eval/heldout/avg@8"][0][1] == trained
-    else:
-        lines = (tmp_path / "rlrt" / "version_1" / "completions.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        assert len(rows) == (6 + 3) * 8
-        assert {"problem", "completion", "reward", "correct", "label", "expected"} <= set(rows[0])
+    lines = (tmp_path / "rlrt" / "version_1" / "evaluation" / "heldout.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 6 * 8
+    assert {"problem", "completion", "reward", "correct", "label", "expected"} <= set(rows[0])
+    assert sum(row["correct"] for row in rows) / len(rows) == pytest.approx(trained)
 
 
 def test_training_learns(tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+"""An evaluation's results as files: every completion as soon as it is judged, so that a long evaluation goes on where
+it was stopped, and tables at the end.
+
+In the folder, for each benchmark: `<benchmark>.json` (what was evaluated, and how), `<benchmark>.jsonl` (a line for
+each completion; other ranks have files of their own) and, at the end, `<benchmark>.parquet` (a row for each problem).
+`pass_at_k.csv` holds the curves of all benchmarks.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.metrics import PassAtK
+
+if TYPE_CHECKING:
+    from rlrt_lightning.datamodule import Evaluated, RolloutDataModule
+
+Row = dict[str, Any]
+
+
+def rows_of(done: Evaluated) -> list[list[Row]]:
+    """A row for each completion, by problem and sample."""
+    rows: list[list[Row]] = [[] for _ in done.problems]
+    for rollout in done.rollouts:
+        problem, verdict = done.problems[rollout.group], rollout.verdict
+        assert verdict is not None
+        rows[rollout.group].append(
+            {
+                "benchmark": done.benchmark,
+                "problem": problem.id,
+                "sample": rollout.index,
+                "prompt": problem.prompt,
+                "completion": rollout.text,
+                "tokens": len(rollout.response_ids),
+                "truncated": rollout.truncated,
+                "expected": problem.answer,
+                "answer": verdict.answer,
+                "reward": verdict.reward,
+                "correct": verdict.correct,
+                "label": verdict.label,
+                "message": verdict.message,
+            }
+        )
+    return rows
+
+
+def description(data: RolloutDataModule, benchmark: str, weights: str) -> dict[str, Any]:
+    """What decides a benchmark's results. Two evaluations with the same description draw the same completions.
+
+    Args:
+        data: The data module, after its `setup`.
+        benchmark: The benchmark's name.
+        weights: `fingerprint` of the policy.
+    """
+    spec = data.benchmarks[benchmark]
+    return {
+        "weights": weights,
+        "samples": spec.samples,
+        "sampling": asdict(spec.sampling or data.sampling),
+        "seed": data.seed,
+        "task": type(spec.task or data.task).__name__,
+        "problems": _digest(f"{p.id}\x1f{p.prompt}" for p in data.benchmark_problems(benchmark)),
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for a model's weights that other weights do not have, save by intent."""
+    return _digest(f"{name} {list(p.shape)} {p.detach().double().sum():.17g}" for name, p in model.named_parameters())
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.encode() + b"\x1e")
+    return digest.hexdigest()
+
+
+class Results:
+    """The results of one benchmark in a folder.
+
+    Args:
+        folder: The folder, which other benchmarks share.
+        benchmark: The benchmark's name.
+        rank: Which rank of the run this is; each writes a file of its own.
+    """
+
+    def __init__(self, folder: Path, benchmark: str, rank: int = 0) -> None:
+        self.folder, self.benchmark = folder, benchmark
+        self.path = folder / (f"{benchmark}.jsonl" if rank == 0 else f"{benchmark}-rank{rank}.jsonl")
+
+    def begin(self, described: dict[str, Any]) -> None:
+        """Makes the folder ready; for one rank only. Completions of problems that were not finished are dropped.
+
+        Args:
+            described: `description` of the evaluation.
+
+        Raises:
+            ConfigError: If the folder holds results of another evaluation.
+        """
+        path = self.folder / f"{self.benchmark}.json"
+        if path.exists():
+            earlier = _parsed(path.read_text(encoding="utf-8"), {"weights"}) or {}
+            differs = [key for key, value in described.items() if earlier.get(key) != value]
+            if differs:
+                raise ConfigError(
+                    f"evaluation.results: {self.folder} holds results for {self.benchmark} of another evaluation "
+                    f"(other {', '.join(differs)}); name another folder, or delete this one"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, json.dumps(described, indent=2) + "\n")
+        for file in self._files():
+            lines = _lines(file)
+            complete = self._complete(lines, described["samples"])
+            kept = [line for line in lines if (row := _parsed(line)) and row["problem"] in complete]
+            if kept != lines:
+                _write_whole(file, "".join(kept))
+
+    def read(self) -> dict[str, list[Row]]:
+        """The completions that are there, of finished problems (after `begin`), by problem and sample."""
+        rows: dict[str, list[Row]] = {}
+        for file in self._files():
+            for line in _lines(file):
+                row = json.loads(line)
+                rows.setdefault(row["problem"], []).append(row)
+        for of_problem in rows.values():
+            of_problem.sort(key=lambda row: row["sample"])
+        return rows
+
+    def add(self, rows: Sequence[Sequence[Row]]) -> None:
+        """Writes the completions of some problems."""
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for of in rows for row in of)
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a character
+            file.write(text)
+
+    def _files(self) -> list[Path]:
+        others = self.folder.glob(f"{self.benchmark}-rank*.jsonl")
+        return [file for file in (self.folder / f"{self.benchmark}.jsonl", *sorted(others)) if file.exists()]
+
+    @staticmethod
+    def _complete(lines: Iterable[str], samples: int) -> set[str]:
+        found: dict[str, set[int]] = {}
+        for line in lines:
+            if row := _parsed(line):
+                found.setdefault(row["problem"], set()).add(row["sample"])
+        return {problem for problem, numbers in found.items() if len(numbers) == samples}
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    """One problem's completions in a row."""
+    return {
+        "benchmark": rows[0]["benchmark"],
+        "problem": rows[0]["problem"],
+        "samples": len(rows),
+        "correct": sum(row["correct"] for row in rows),
+        "reward": sum(row["reward"] for row in rows) / len(rows),
+        "tokens": sum(row["tokens"] for row in rows) / len(rows),
+        "truncated": sum(row["truncated"] for row in rows) / len(rows),
+    }
+
+
+def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
+    """Writes `<benchmark>.parquet` with a row for each problem, and `pass_at_k.csv` with pass@k and its 95 % confidence
+    interval over problems for k = 1, 2, 4, ... and n.
+
+    Args:
+        folder: Where to.
+        tables: `summary` of each problem, by benchmark.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    curves = []
+    for benchmark, table in tables.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / f"{benchmark}.parquet")
+        curves += [{"benchmark": benchmark, **point} for point in pass_curve(table)]
+    with (folder / "pass_at_k.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["benchmark", "k", "pass", "ci95"])
+        writer.writeheader()
+        writer.writerows(curves)
+
+
+def pass_curve(table: Sequence[Row]) -> list[Row]:
+    """pass@k for k = 1, 2, 4, ... and n, from `samples` and `correct` of each problem: dicts of `k`, `pass` and `ci95`,
+    half the width of the 95 % confidence interval over problems. n is that of the problem with the fewest samples."""
+    n = min(row["samples"] for row in table)
+    curve = []
+    for k in sorted({*(2**i for i in range(n.bit_length())), n}):
+        metric = PassAtK(k, interval=True)
+        for row in table:
+            metric.update(torch.arange(row["samples"])[None] < row["correct"])
+        mean, half = metric.compute().tolist()
+        curve.append({"k": k, "pass": mean, "ci95": half})
+    return curve
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file, ends included; not `splitlines`, which splits at characters that JSON may hold."""
+    with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+        return list(stream)
+
+
+def _parsed(line: str, needed: Set[str] = frozenset({"problem", "sample"})) -> Row | None:
+    """A line's row; None for one that was cut off, or is none of ours."""
+    try:
+        row = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and needed <= row.keys() else None
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file aside and renames it, so that it is never half there."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
