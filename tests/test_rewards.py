@@ -9,88 +9,12 @@ from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.tasks import DatasetTask, ExactMatch, MathReward, Problem, Verdict
 from rlrt_lightning.tasks.rewards import as_verdict, last_boxed
 from rlrt_lightning.tasks.verifier import Verifier
+from tests.grader_cases import DISAGREEMENTS, EQUAL, UNEQUAL
 
 
 def judge(reward, answer, completion):
     return as_verdict(reward(Problem("p", "question", answer), completion))
 
-
-EQUAL = [
-    ("1/2", "0.5"),
-    ("\\frac{1}{2}", "\\dfrac12"),
-    ("\\frac34", "3/4"),
-    ("\\frac{1}{3}", "0.333333"),
-    ("1\\frac12", "1.5"),
-    ("-\\frac{2}{3}", "\\frac{-2}{3}"),
-    ("5", "x=5"),
-    ("5", "5\\text{ cm}"),
-    ("5", "5.0"),
-    ("540", " 540 "),
-    ("540", "$540$"),
-    ("0.5", ".5"),
-    ("1000", "1,000"),
-    ("2\\cdot 10^3", "2000"),
-    ("8", "2^3"),
-    ("3", "4-1"),
-    ("10\\%", "0.1"),
-    ("10\\%", "10"),
-    ("10", "10\\%"),
-    ("90^\\circ", "90"),
-    ("\\$32", "32"),
-    ("\\sqrt{8}", "2\\sqrt2"),
-    ("\\pi", "3.14159265"),
-    ("x^2+2x+1", "(x+1)^2"),
-    ("y=2x+1", "2x+1"),
-    ("2x+1", "y=2x+1"),
-    ("\\{1,2\\}", "\\{2,1\\}"),
-    ("1,2", "2,1"),
-    ("1,2", "1 \\text{ and } 2"),
-    ("(1,2)", "x\\in(1,2)"),
-    ("1<x<2", "(1,2)"),
-    ("(1,2)", "\\left( 1, 2 \\right)"),
-    ("\\left(3,\\frac{\\pi}{2}\\right)", "(3,\\pi/2)"),
-    ("(-\\infty,2)\\cup(3,\\infty)", "(3,\\infty)\\cup(-\\infty,2)"),
-    ("\\emptyset", "\\{\\}"),
-    ("\\text{Evelyn}", "Evelyn"),
-    ("\\text{(C)}", "C"),
-    ("A", "a"),
-    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
-    ("5", "\\boxed{5}"),
-    ("\\boxed{5}", "5"),
-    ("\\text{June 20}", "\\text{June 20}"),
-]
-
-UNEQUAL = [
-    ("1/3", "0.33"),
-    ("1/2", "2/1"),
-    ("5", "5 or 6"),
-    ("5", "5, 6"),
-    ("5", "-5"),
-    ("5", "5x"),
-    ("5", "50"),
-    ("1", "0.999999999"),
-    ("\\pi", "3.14"),
-    ("1,2", "1"),
-    ("(1,2)", "(2,1)"),
-    ("[1,2)", "[1,2]"),
-    ("(1,2)", "1<x<2"),
-    ("\\{1,2\\}", "\\{1,2,3\\}"),
-    ("12", "1,2"),
-    ("\\infty", "-\\infty"),
-    ("i", "-i"),
-    ("x+1", "x+2"),
-    ("x^2", "y^2"),
-    ("A", "B"),
-    ("\\text{Evelyn}", "Carla"),
-    ("\\sqrt{2}", "\\sqrt{3}"),
-    ("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 2 & 1 \\end{pmatrix}"),
-    ("5", "?"),
-    ("5", "\\frac{5}{0}"),
-    ("5", "\\frac{5"),
-    ("5", "\\text{5 is wrong, so 7}"),
-    ("5", "the answer"),
-    ("5", "()[]{}"),
-]
 
 COMPLETIONS = [  # completion, whether it is right (the answer is 5), the answer found
     ("so \\boxed{5}", True, "5"),
@@ -117,17 +41,29 @@ COMPLETIONS = [  # completion, whether it is right (the answer is 5), the answer
 ]
 
 
-@pytest.mark.parametrize(("gold", "answer"), EQUAL)
-def test_equal_answers(gold, answer):
-    assert judge(MathReward(), gold, rf"Hence \boxed{{{answer}}}.").correct
+@pytest.mark.parametrize("category", EQUAL)
+def test_equal_answers(category):
+    wrong = [pair for pair in EQUAL[category] if not judge_pair(*pair).correct]
+    assert wrong == [pair for pair in EQUAL[category] if pair in DISAGREEMENTS]
 
 
-@pytest.mark.parametrize(("gold", "answer"), UNEQUAL)
-def test_unequal_and_malformed_answers(gold, answer):
-    verdict = judge(MathReward(), gold, rf"Hence \boxed{{{answer}}}.")
-    assert not verdict.correct
-    assert not verdict.fault
-    assert verdict.reward == 0
+@pytest.mark.parametrize("category", UNEQUAL)
+def test_unequal_malformed_and_adversarial_answers(category):
+    verdicts = {pair: judge_pair(*pair) for pair in UNEQUAL[category]}
+    assert [pair for pair, verdict in verdicts.items() if verdict.correct] == [
+        pair for pair in UNEQUAL[category] if pair in DISAGREEMENTS
+    ]
+    assert all(verdict.reward == verdict.correct and not verdict.fault for verdict in verdicts.values())
+
+
+def judge_pair(gold, answer):
+    return judge(MathReward(), gold, rf"Hence \boxed{{{answer}}}.")
+
+
+def test_the_cases_are_many_and_distinct():
+    pairs = [pair for cases in (EQUAL, UNEQUAL) for of_category in cases.values() for pair in of_category]
+    assert len(pairs) == len(set(pairs)) >= 300
+    assert set(DISAGREEMENTS) <= set(pairs)
 
 
 @pytest.mark.parametrize(("completion", "correct", "answer"), COMPLETIONS)

@@ -82,7 +82,10 @@ class MathReward(Reward):
             answer, text = answer.strip(), rf"\boxed{{{answer}}}"
         if not answer:
             return Verdict(0.0, False, message="no answer found")
-        correct = any(_plain(str(gold)) == _plain(answer) or _same(str(gold), text) for gold in golds)
+        correct = any(
+            _plain(str(gold)) == _plain(answer) or (_comparable(str(gold), answer) and _same(str(gold), text))
+            for gold in golds
+        )
         message = "right" if correct else f"wrong: the answer is {' or '.join(map(str, golds))}"
         return Verdict(float(correct), correct, answer, message)
 
@@ -123,6 +126,9 @@ class ExactMatch(Reward):
 
 _TAIL = 2_000  # the characters at the end in which an answer without a box is sought: the search is slow in long texts
 
+_DENIAL = re.compile(r"\\neq?(?![a-zA-Z])|≠|!=|\\not(?![a-zA-Z])")
+_BASE = re.compile(r"\d_\{?(\d+)")
+
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 
 
@@ -146,6 +152,13 @@ def _plain(answer: str) -> str:
     """An answer without what never changes its meaning: equal texts are equal even if nothing can parse them."""
     answer = re.sub(r"\\(?:left|right|,|!|;|:)(?![a-zA-Z])|\$|\s+", "", answer)
     return re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer).rstrip(".")
+
+
+def _comparable(gold: str, answer: str) -> bool:
+    r"""Whether an answer differs from the ground truth in nothing that math-verify overlooks: a denial (`\neq 5`), and
+    the base of a number (`101_2`, `101_3`)."""
+    denied, other_base = (pattern.findall(gold) != pattern.findall(answer) for pattern in (_DENIAL, _BASE))
+    return not denied and not (other_base and _BASE.search(gold) and _BASE.search(answer))
 
 
 def _found(text: str) -> str | None:
