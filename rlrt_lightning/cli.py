@@ -17,6 +17,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
@@ -103,7 +104,10 @@ class RLRTParser(LightningArgumentParser):
         if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
             return f"there is no command {found[1]}; there are {found[2]}".replace("'", "")
         if message.startswith('expected "subcommand"'):
-            return "which command? fit, validate, test or predict; each explains its settings with --help"
+            return (
+                "which command? fit, validate, test, predict, reflection, shift, curves or pass_at_k; each explains "
+                "its settings with --help"
+            )
         if found := re.search(r"the following arguments are required: (.*)", message):
             message = message.replace(found[0], f"{self.class_name or 'this command'} needs a value for {found[1]}")
         return self._of_one_setting(message)
@@ -172,10 +176,12 @@ class RLRTCli(LightningCLI):
         super().__init__(
             RLRTModule,
             RolloutDataModule,
+            trainer_class=InstrumentTrainer,
             parser_class=RLRTParser,
             parser_kwargs={
                 "prog": "rlrt_lightning",
-                "description": "RLRT (arXiv:2605.10781) and its relatives: train, evaluate, predict.",
+                "description": "RLRT (arXiv:2605.10781) and its relatives: train, evaluate, predict, look inside. "
+                "Two further commands compare what runs have written: curves and pass_at_k.",
                 # The full list of flags would take four screens before the first word of help.
                 **{c: {"usage": "%(prog)s [--config FILE]... [--SETTING=VALUE]..."} for c in self.subcommands()},
             },
@@ -185,6 +191,12 @@ class RLRTCli(LightningCLI):
             auto_configure_optimizers=False,
             args=args,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """See `LightningCLI.subcommands`."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "reflection": own, "shift": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See `LightningCLI.add_arguments_to_parser`."""

@@ -170,7 +170,7 @@ class RolloutDataModule(LightningDataModule):
         trainer, module = self._trainer, self._module
         method = module.method.at(trainer.global_step)
         clock = _Clock()
-        with self._computing():
+        with self.computing():
             problems, prompts, seeds = self._draw_prompts()
 
             with clock("rollout"):
@@ -288,7 +288,7 @@ class RolloutDataModule(LightningDataModule):
     ) -> list[tuple[Rollout, Future[Verdict]]]:
         """Roll-outs ordered by problem, each with its verdict under way: it goes to the verifier as soon as it is
         finished, so that verification runs beside generation."""
-        verifier = self._verifier(task)
+        verifier = self.verifier(task)
         self.engine.sync(self._module.policy)
         drawn = []
         with self._progress("roll-outs", len(prompts) * n) as bar:
@@ -350,17 +350,31 @@ class RolloutDataModule(LightningDataModule):
             indices: Numbers of its problems.
         """
         name, spec = list(self.benchmarks.items())[benchmark]
+        task, sampling = spec.task or self.task, spec.sampling or self.sampling
         finished = self.evaluated.get(name, set())
         indices = [i for i in indices if self._eval_problems[name][i].id not in finished]
         problems = [self._eval_problems[name][i] for i in indices]
         if not problems:
             return Evaluated(name, spec.samples, [], [])
         seeds = [derive_seed(self.seed, "evaluation", name, i) for i in indices]
-        with self._computing():
+        return Evaluated(name, spec.samples, problems, self.draw(task, problems, spec.samples, sampling, seeds))
+
+    def draw(
+        self, task: Task, problems: Sequence[Problem], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """Roll-outs with their verdicts, ordered by problem.
+
+        Args:
+            task: Whose verifier judges them.
+            problems: The problems, which `Rollout.group` counts.
+            n: Roll-outs of each problem.
+            sampling: How they are drawn.
+            seeds: A seed for each problem.
+        """
+        with self.computing():
             prompts = [self._module.policy.encode_prompt(p.prompt) for p in problems]
-            sampling = spec.sampling or self.sampling
-            drawn = self._roll_out(spec.task or self.task, problems, prompts, spec.samples, sampling, seeds)
-        return Evaluated(name, spec.samples, problems, self._collect_verdicts(problems, drawn))
+            drawn = self._roll_out(task, problems, prompts, n, sampling, seeds)
+        return self._collect_verdicts(problems, drawn)
 
     def benchmark_problems(self, name: str) -> Sequence[Problem]:
         """The problems of a benchmark, over all ranks; known after `setup`."""
@@ -462,7 +476,8 @@ class RolloutDataModule(LightningDataModule):
             )
         return None
 
-    def _verifier(self, task: Task) -> Verifier:
+    def verifier(self, task: Task) -> Verifier:
+        """The verifier of a task; all share their worker processes, which end with `teardown`."""
         if id(task) not in self._verifiers:
             first = next(iter(self._verifiers.values()), None)
             self._verifiers[id(task)] = (
@@ -472,7 +487,7 @@ class RolloutDataModule(LightningDataModule):
             )
         return self._verifiers[id(task)]
 
-    def _computing(self) -> AbstractContextManager[Any]:
+    def computing(self) -> AbstractContextManager[Any]:
         """The trainer's precision (autocast), which Lightning itself enters for its own steps only."""
         return self._trainer.precision_plugin.forward_context()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -12,6 +15,12 @@ from rlrt_lightning.objective import pass_at_k
 
 Z95 = 1.959963984540054
 """Standard deviations of the normal distribution on either side of the mean that hold 95 % of it."""
+
+
+def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % confidence interval (normal approximation; NaN with fewer than two)."""
+    half_width = Z95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return fmean(values), half_width
 
 
 class MeanOverProblems(Metric):

@@ -257,13 +257,7 @@ class Policy(nn.Module):
         Returns:
             The tensors that `compute` returns, of all response tokens, [R, ...].
         """
-        mask = response_mask[:, 1:].bool()
-        if self._head_is_known:
-            states = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            states = states.last_hidden_state[:, :-1][mask]
-        else:
-            states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-            states = states[:, :-1][mask]
+        states = self._states(input_ids, attention_mask, response_mask)
 
         def chunk(states: Tensor, *of_tokens: Tensor) -> tuple[Tensor, ...]:
             return compute(self._logits(states).float() / temperature, *of_tokens)
@@ -274,6 +268,15 @@ class Policy(nn.Module):
             for part in zip(*(t.split(self.logits_chunk) for t in (states, *of_tokens)), strict=True)
         ]
         return [torch.cat(results) for results in zip(*parts, strict=True)]
+
+    def _states(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+        """What `_logits` makes the logits of each response token of, [R, H]."""
+        mask = response_mask[:, 1:].bool()
+        if self._head_is_known:
+            out = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return out.last_hidden_state[:, :-1][mask]
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return out.logits[:, :-1][mask]
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, without gradient.
@@ -308,19 +311,57 @@ class Policy(nn.Module):
             For each sequence what `compute` returns of its response, on the CPU, [T, ...] each.
         """
         scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
-        by_length = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
         with self.evaluating():
-            while by_length:
-                longest = sum(map(len, sequences[by_length[-1]]))
-                rows = max(1, self.score_tokens // longest)
-                chosen, by_length = by_length[-rows:], by_length[:-rows]
-                ids, attention, response = pad_sequences([sequences[i] for i in chosen], self.device)
+            for chosen in self._by_length([sum(map(len, sequence)) for sequence in sequences]):
+                padded = pad_sequences([sequences[i] for i in chosen], self.device)
                 given = [torch.cat([values[i] for i in chosen]).to(self.device) for values in of_tokens]
-                results = self.from_logits(compute, ids, attention, response, temperature, *given)
-                lengths = [len(sequences[i][1]) for i in chosen]
-                for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
-                    scores[i] = tuple(part.clone() for part in parts)
+                results = self.from_logits(compute, *padded, temperature, *given)
+                _deal(results, chosen, sequences, scores)
         return scores
+
+    def compare(
+        self,
+        compute: Compute,
+        sequences: Sequence[tuple[list[int], list[int]]],
+        others: Sequence[tuple[list[int], list[int]]],
+        other: nn.Module,
+        temperature: float = 1.0,
+    ) -> list[tuple[Tensor, ...]]:
+        """What can be computed from two sets of logits at each token of the same responses: this policy's after one
+        prompt, and another model's, or its own, after another prompt. Without gradient, a chunk at a time.
+
+        Args:
+            compute: Takes float32 logits [C, V] of C tokens from either side and returns tensors [C, ...].
+            sequences: Token ids of prompt and response, for this policy.
+            others: The same responses after what the other side is shown.
+            other: Whose weights the other side has, as in `weights_of`.
+            temperature: Divides the logits.
+
+        Returns:
+            For each sequence what `compute` returns of its response, on the CPU, [T, ...] each.
+        """
+        scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
+        lengths = [max(sum(map(len, a)), sum(map(len, b))) for a, b in zip(sequences, others, strict=True)]
+        with self.evaluating():
+            for chosen in self._by_length(lengths):
+                ours = self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
+                with self.weights_of(other):
+                    theirs = self._states(*pad_sequences([others[i] for i in chosen], self.device))
+                parts = []
+                for a, b in zip(ours.split(self.logits_chunk), theirs.split(self.logits_chunk), strict=True):
+                    first = self._logits(a).float() / temperature
+                    with self.weights_of(other):
+                        parts.append(compute(first, self._logits(b).float() / temperature))
+                _deal([torch.cat(results) for results in zip(*parts, strict=True)], chosen, sequences, scores)
+        return scores
+
+    def _by_length(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Sequences in batches of about `score_tokens` tokens of similar length, the longest first."""
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        while order:
+            rows = max(1, self.score_tokens // lengths[order[-1]])
+            yield order[-rows:]
+            order = order[:-rows]
 
     def _logits(self, states: Tensor) -> Tensor:
         """What the model's forward does after its decoder, for the architectures that do more than the head."""
@@ -355,6 +396,18 @@ class Policy(nn.Module):
                 type(self.model).__name__,
             )
         return same
+
+
+def _deal(
+    results: Sequence[Tensor],
+    chosen: Sequence[int],
+    sequences: Sequence[tuple[list[int], list[int]]],
+    scores: list[tuple[Tensor, ...]],
+) -> None:
+    """Gives each chosen sequence its response's share of figures of all their tokens, [R, ...] each."""
+    lengths = [len(sequences[i][1]) for i in chosen]
+    for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
+        scores[i] = tuple(part.clone() for part in parts)
 
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,14 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.metrics import PassAtK
+from rlrt_lightning.metrics import mean_and_ci95
+from rlrt_lightning.objective import pass_at_k
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import Evaluated, RolloutDataModule
@@ -190,16 +191,21 @@ def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
 
 
 def pass_curve(table: Sequence[Row]) -> list[Row]:
-    """pass@k for k = 1, 2, 4, ... and n, from `samples` and `correct` of each problem: dicts of `k`, `pass` and `ci95`,
-    half the width of the 95 % confidence interval over problems. n is that of the problem with the fewest samples."""
+    """pass@k for k = 1, 2, 4, ... and n: dicts of `k`, `pass` and `ci95`, half the width of the 95 % confidence
+    interval over problems. n is that of the row with the fewest samples.
+
+    Args:
+        table: Rows with `problem`, `samples` and `correct`. Several rows of one problem, such as those of several
+            seeds, are averaged: pass@k of samples put together would be that of no policy.
+    """
     n = min(row["samples"] for row in table)
     curve = []
     for k in sorted({*(2**i for i in range(n.bit_length())), n}):
-        metric = PassAtK(k, interval=True)
+        of_problem: dict[str, list[float]] = {}
         for row in table:
-            metric.update(torch.arange(row["samples"])[None] < row["correct"])
-        mean, half = metric.compute().tolist()
-        curve.append({"k": k, "pass": mean, "ci95": half})
+            of_problem.setdefault(row["problem"], []).append(float(pass_at_k(row["samples"], row["correct"], k)))
+        mean, half_width = mean_and_ci95([fmean(values) for values in of_problem.values()])
+        curve.append({"k": k, "pass": mean, "ci95": half_width})
     return curve
 
 

@@ -139,7 +139,7 @@ def test_curves_to_256(tmp_path: Path) -> None:
 
 
 def test_the_curve_ends_where_the_problem_with_the_fewest_samples_does() -> None:
-    table = [{"samples": 6, "correct": 1}, {"samples": 9, "correct": 9}]
+    table = [{"problem": "a", "samples": 6, "correct": 1}, {"problem": "b", "samples": 9, "correct": 9}]
     assert [point["k"] for point in pass_curve(table)] == [1, 2, 4, 6]
     assert pass_curve(table)[0]["pass"] == pytest.approx((1 / 6 + 1) / 2)
 

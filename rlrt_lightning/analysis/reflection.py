@@ -1,0 +1,236 @@
+"""Reflection injection (arXiv:2605.10781, Fig. 6): does it matter *where* the policy is made to reconsider?
+
+A wrong roll-out of a hard problem, or a right one of an easy problem, is cut where student and teacher differ most,
+where they differ least, or anywhere; a text is put there and the policy goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlrt_lightning.analysis.figures import panels, save, style
+from rlrt_lightning.datamodule import RolloutDataModule
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.metrics import mean_and_ci95
+from rlrt_lightning.module import RLRTModule
+from rlrt_lightning.objective import divergence
+from rlrt_lightning.objective.methods import Context
+from rlrt_lightning.rollouts import Rollout
+from rlrt_lightning.seeding import derive_seed, generator
+from rlrt_lightning.tasks import Problem, Verdict
+
+WHERE = ("largest", "smallest", "random")
+HARD, EASY = (0.0, 0.25), (0.625, 0.875)  # of 8 roll-outs: 0 to 2, and 5 to 7
+
+
+def position_kl(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor]:
+    """KL(P_S || P_T) at each position, nats, [C], from logits [C, V]."""
+    return (divergence(student_logits, teacher_logits, alpha=1.0),)
+
+
+def choose_positions(kl: Tensor, pick: torch.Generator) -> dict[str, int]:
+    """The position of the largest, the smallest and a random KL [T]."""
+    return {
+        "largest": int(kl.argmax()),
+        "smallest": int(kl.argmin()),
+        "random": int(torch.randint(len(kl), (), generator=pick)),
+    }
+
+
+def kind_of(correct: int, samples: int) -> str | None:
+    """Whether a problem with so many right roll-outs is "hard" or "easy"; None for neither."""
+    share = correct / samples
+    if HARD[0] <= share <= HARD[1]:
+        return "hard"
+    return "easy" if EASY[0] <= share <= EASY[1] else None
+
+
+def flip_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The share of continuations that flipped the verdict, for each kind of problem, text and place: the mean over
+    problems, and half the width of its 95 % confidence interval over problems (NaN with one).
+
+    Args:
+        rows: Dicts with `kind`, `text`, `where`, `problem`, `flipped`.
+    """
+    by_problem: dict[tuple[str, str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        by_problem[row["kind"], row["text"], row["where"]][row["problem"]].append(row["flipped"])
+    rates = []
+    for (kind, text, where), problems in by_problem.items():
+        shares = [fmean(flips) for flips in problems.values()]
+        mean, half_width = mean_and_ci95(shares)
+        group = {"kind": kind, "text": text, "where": where, "problems": len(shares)}
+        rates.append({**group, "flipped": mean, "ci95": half_width})
+    return rates
+
+
+@dataclass
+class Reflection:
+    """The instrument.
+
+    Args:
+        samples: Roll-outs of each problem.
+        text: What is put in.
+        context: What the teacher sees.
+        per_problem: Roll-outs of each problem that are cut, at most.
+        continuations: How often the policy goes on from each place.
+    """
+
+    samples: int
+    text: str
+    context: Context
+    per_problem: int
+    continuations: int
+
+    def __call__(
+        self, module: RLRTModule, data: RolloutDataModule, benchmark: str, limit: int | None, out: Path
+    ) -> list[Path]:
+        """Draws, cuts, goes on, counts; returns the files written.
+
+        Raises:
+            ConfigError: If the text has unknown tokens, or no roll-out can be cut.
+        """
+        inserted = self._tokens(module)
+        spec = data.benchmarks[benchmark]
+        problems = list(data.benchmark_problems(benchmark)[:limit])
+        sampling = spec.sampling or data.sampling
+        seeds = [derive_seed(data.seed, "reflection", i) for i in range(len(problems))]
+        rollouts = data.draw(spec.task or data.task, problems, self.samples, sampling, seeds)
+
+        chosen, contexts, left_out = self._choose(module, data, problems, rollouts)
+        student = [(r.prompt_ids, r.response_ids) for r, _ in chosen]
+        shown = [
+            module.teacher.prompt(module.policy, problems[r.group], context, self.context)[0]
+            for (r, _), context in zip(chosen, contexts, strict=True)
+        ]
+        teacher = [(ids, r.response_ids) for ids, (r, _) in zip(shown, chosen, strict=True)]
+        with data.computing():
+            kls = module.policy.compare(position_kl, student, teacher, module.teacher, sampling.temperature)
+
+        rows: list[dict[str, Any]] = []
+        prefixes: list[tuple[Rollout, list[int]]] = []
+        for (rollout, kind), (kl,) in zip(chosen, kls, strict=True):
+            pick = generator(data.seed, "positions", rollout.group, rollout.index)
+            for where, position in choose_positions(kl, pick).items():
+                for text, ids in inserted.items():
+                    row = {"problem": problems[rollout.group].id, "sample": rollout.index, "kind": kind, "where": where}
+                    rows.append({**row, "text": text, "position": position, "kl": float(kl[position])})
+                    prefixes.append((rollout, rollout.response_ids[:position] + ids))
+        finished = self._go_on(module, data, benchmark, problems, prefixes)
+        done = [
+            {**row, "continuation": n, "flipped": verdict.correct != (row["kind"] == "easy")}
+            for row, verdicts in zip(rows, finished, strict=True)
+            for n, verdict in enumerate(verdicts)
+        ]
+        print(f"cut {len(chosen)} roll-outs; {left_out} others had no context for the teacher")
+        return self._write(done, out)
+
+    def _tokens(self, module: RLRTModule) -> dict[str, list[int]]:
+        """The texts that are put in, the control among them, with their tokens."""
+        tokenizer = module.policy.tokenizer
+        ids = list(tokenizer(self.text, add_special_tokens=False)["input_ids"]) if self.text else []
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise ConfigError(
+                f"text is {self.text!r}, of which the tokenizer does not know all; take other words, or --text= to "
+                "let the policy go on from there anew"
+            )
+        return {self.text: ids, "": []}
+
+    def _choose(
+        self, module: RLRTModule, data: RolloutDataModule, problems: list[Problem], rollouts: list[Rollout]
+    ) -> tuple[list[tuple[Rollout, str]], list[str], int]:
+        """The roll-outs that are cut, each with the kind of its problem; what the teacher sees for them; and how many
+        could not be cut for want of a context."""
+        correct = torch.tensor([r.verdict is not None and r.verdict.correct for r in rollouts])
+        contexts = module.teacher.contexts(self.context, problems, rollouts, correct, data.seed)
+        of_problem: dict[int, int] = defaultdict(int)
+        for rollout, right in zip(rollouts, correct.tolist(), strict=True):
+            of_problem[rollout.group] += right
+        chosen: list[tuple[Rollout, str]] = []
+        shown: list[str] = []
+        taken: dict[int, int] = defaultdict(int)
+        left_out = 0
+        for rollout, right, context in zip(rollouts, correct.tolist(), contexts, strict=True):
+            kind = kind_of(of_problem[rollout.group], self.samples)
+            if kind is None or right != (kind == "easy") or taken[rollout.group] == self.per_problem:
+                continue
+            if context is None:
+                left_out += 1
+                continue
+            taken[rollout.group] += 1
+            chosen.append((rollout, kind))
+            shown.append(context)
+        if not chosen:
+            raise ConfigError(
+                f"no roll-out can be cut: of {len(problems)} problems none is hard or easy with a {self.context} for "
+                "the teacher; take more problems, more samples, or another context"
+            )
+        return chosen, shown, left_out
+
+    def _go_on(
+        self,
+        module: RLRTModule,
+        data: RolloutDataModule,
+        benchmark: str,
+        problems: list[Problem],
+        prefixes: list[tuple[Rollout, list[int]]],
+    ) -> list[list[Verdict]]:
+        """Verdicts of the whole responses that begin with each prefix."""
+        spec = data.benchmarks[benchmark]
+        verifier = data.verifier(spec.task or data.task)
+        prompts = [rollout.prompt_ids + prefix for rollout, prefix in prefixes]
+        seeds = [derive_seed(data.seed, "continuations", i) for i in range(len(prompts))]
+        verdicts: list[list[Future[Verdict]]] = [[] for _ in prompts]
+        with data.computing():
+            for further in data.engine.generate(prompts, self.continuations, spec.sampling or data.sampling, seeds):
+                rollout, prefix = prefixes[further.group]
+                text = module.policy.decode(prefix + further.response_ids)
+                verdicts[further.group].append(verifier.submit(problems[rollout.group], text))
+        return [[future.result() for future in futures] for futures in verdicts]
+
+    def _write(self, rows: list[dict[str, Any]], out: Path) -> list[Path]:
+        rates = flip_rates(rows)
+        paths = [out / "reflection.csv", out / "reflection_summary.csv"]
+        for path, table in zip(paths, (rows, rates), strict=True):
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(table[0]))
+                writer.writeheader()
+                writer.writerows(table)
+
+        figure, axes = panels(["hard problems: wrong to right", "easy problems: right to wrong"])
+        texts = list(dict.fromkeys(row["text"] for row in rates))
+        for axis, kind in zip(axes, ("hard", "easy"), strict=True):
+            width = 0.8 / len(texts)
+            for i, text in enumerate(texts):
+                found = {rate["where"]: rate for rate in rates if (rate["kind"], rate["text"]) == (kind, text)}
+                shown = [where for where in WHERE if where in found]
+                axis.bar(
+                    [WHERE.index(where) + (i - (len(texts) - 1) / 2) * width for where in shown],
+                    [100 * found[where]["flipped"] for where in shown],
+                    width * 0.92,
+                    yerr=[0 if math.isnan(found[w]["ci95"]) else 100 * found[w]["ci95"] for w in shown],
+                    color=style(i).color,
+                    hatch=style(i).hatch,
+                    edgecolor="white",
+                    error_kw={"elinewidth": 0.8, "capsize": 2},
+                    label=f"“{text}”" if text else "nothing: goes on anew",
+                )
+            counts = [rate["problems"] for rate in rates if rate["kind"] == kind]
+            axis.set_xticks(range(len(WHERE)), WHERE)
+            axis.set_xlabel(f"KL(student ‖ teacher) at the cut   ({max(counts, default=0)} problems)")
+            axis.set_ylim(bottom=0)
+        axes[0].set_ylabel("flipped (%)")
+        handles = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[0]))
+        figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        return [*paths, *save(figure, out, "reflection")]

@@ -1,0 +1,195 @@
+"""What several runs or evaluations have written, side by side: training curves and pass@k.
+
+`python -m rlrt_lightning curves GRPO=runs/grpo RLRT=runs/rlrt --out figures`
+`python -m rlrt_lightning pass_at_k GRPO=results/grpo RLRT=results/rlrt --out figures`
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rlrt_lightning.analysis.figures import legend, panels, save, style
+from rlrt_lightning.errors import ConfigError
+
+TAGS = {
+    "rollout/reward": "reward",
+    "rollout/length": "response length (tokens)",
+    "rollout/entropy": "policy entropy (nats)",
+}
+"""What the paper's Figs. 5, 9 and 11 show, and what the axes call it."""
+
+COMMANDS = ("curves", "pass_at_k")
+
+
+def main(words: Sequence[str]) -> None:
+    """Runs one of `COMMANDS`.
+
+    Args:
+        words: The command and its arguments.
+    """
+    parser = argparse.ArgumentParser(prog="rlrt_lightning", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = {
+        "curves": "Training curves of several runs (Figs. 5, 9, 11): curves.csv, curves.png, curves.svg.",
+        "pass_at_k": "pass@k of several evaluations (Fig. 8): pass_at_k.csv, pass_at_k.png, pass_at_k.svg.",
+    }
+    for name, text in about.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument(
+            "folders",
+            nargs="+",
+            metavar="NAME=FOLDER",
+            help="a name, and a folder with its run or results; where there are several inside, they are its seeds",
+        )
+        command.add_argument("--out", type=Path, default=Path("figures"), help="folder to write to (default: figures)")
+    commands.choices["curves"].add_argument(
+        "--tags", nargs="+", default=list(TAGS), metavar="TAG", help=f"a panel for each (default: {' '.join(TAGS)})"
+    )
+    args = parser.parse_args(words)
+    folders = _named(args.folders)
+    args.out.mkdir(parents=True, exist_ok=True)
+    paths = curves(folders, args.out, args.tags) if args.command == "curves" else pass_at_k(folders, args.out)
+    print("wrote", *paths)
+
+
+def curves(folders: dict[str, Path], out: Path, tags: Sequence[str] = tuple(TAGS)) -> list[Path]:
+    """Draws the mean over the runs of each folder, with a band of one standard deviation.
+
+    Args:
+        folders: Folder of TensorBoard events, by name.
+        out: Folder to write to.
+        tags: A panel for each.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: If a folder has no events, or not one run has a tag.
+    """
+    values = {name: [_events(run, tags) for run in _runs(name, folder)] for name, folder in folders.items()}
+    for tag in tags:
+        if not any(run[tag] for runs in values.values() for run in runs):
+            raise ConfigError(f"curves: no run has the tag {tag}")
+    with (out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "run", "step", "tag", "value"])
+        for name, runs in values.items():
+            for number, run in enumerate(runs):
+                writer.writerows([name, number, step, tag, v] for tag in tags for step, v in run[tag].items())
+
+    figure, axes = panels([TAGS.get(tag, tag) for tag in tags])
+    for axis, tag in zip(axes, tags, strict=True):
+        for i, (name, runs) in enumerate(values.items()):
+            by_step: dict[int, list[float]] = defaultdict(list)
+            for run in runs:
+                for step, value in run[tag].items():
+                    by_step[step].append(value)
+            steps = sorted(by_step)
+            mean = [fmean(by_step[step]) for step in steps]
+            spread = [stdev(by_step[step]) if len(by_step[step]) > 1 else 0.0 for step in steps]
+            look = style(i)
+            axis.plot(steps, mean, color=look.color, linestyle=look.linestyle, linewidth=1.3, label=name)
+            if any(spread) and len(folders) <= 4:  # more bands hide each other
+                low, high = zip(*((m - s, m + s) for m, s in zip(mean, spread, strict=True)), strict=True)
+                axis.fill_between(steps, low, high, color=look.color, alpha=0.12, linewidth=0)
+        axis.set_xlabel("optimiser step")
+    legend(figure, axes[0])
+    return [out / "curves.csv", *save(figure, out, "curves")]
+
+
+def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
+    """Draws pass@k over k with 95 % confidence bands over problems, a panel for each benchmark.
+
+    Args:
+        folders: Folder of evaluation results (`<benchmark>.parquet`), by name. Where there are several inside, those
+            of several seeds, pass@k is their mean.
+        out: Folder to write to.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: If a folder has no results.
+    """
+    from rlrt_lightning.results import pass_curve
+
+    tables = {name: _problems(name, folder) for name, folder in folders.items()}
+    benchmarks = list(dict.fromkeys(benchmark for table in tables.values() for benchmark in table))
+    points = [
+        {"name": name, "benchmark": benchmark, **point}
+        for name, table in tables.items()
+        for benchmark, problems in table.items()
+        for point in pass_curve(problems)
+    ]
+    with (out / "pass_at_k.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["name", "benchmark", "k", "pass", "ci95"])
+        writer.writeheader()
+        writer.writerows(points)
+
+    figure, axes = panels(benchmarks)
+    for axis, benchmark in zip(axes, benchmarks, strict=True):
+        for i, name in enumerate(folders):
+            curve = [p for p in points if p["name"] == name and p["benchmark"] == benchmark]
+            look, ks, mean = style(i), [p["k"] for p in curve], [p["pass"] for p in curve]
+            axis.plot(
+                ks, mean, color=look.color, linestyle=look.linestyle, marker=look.marker, ms=3, lw=1.2, label=name
+            )
+            low, high = ([p["pass"] + sign * p["ci95"] for p in curve] for sign in (-1, 1))
+            axis.fill_between(ks, low, high, color=look.color, alpha=0.12, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("k")
+        axis.set_ylabel("pass@k")
+        axis.set_ylim(top=min(1.02, axis.get_ylim()[1]))
+    legend(figure, axes[0])
+    return [out / "pass_at_k.csv", *save(figure, out, "pass_at_k")]
+
+
+def _named(words: Sequence[str]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder):
+            raise ConfigError(f"{word} has to be NAME=FOLDER, such as RLRT=runs/rlrt")
+        if name in folders:
+            raise ConfigError(f"the name {name} is given twice")
+        if not Path(folder).is_dir():
+            raise ConfigError(f"{name}: there is no folder {folder}")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _runs(name: str, folder: Path) -> list[Path]:
+    """Folders with TensorBoard events."""
+    found = sorted({path.parent for path in folder.glob("**/events.out.tfevents.*")})
+    if not found:
+        raise ConfigError(f"{name}: there is no run with TensorBoard events in {folder}")
+    return found
+
+
+def _events(run: Path, tags: Sequence[str]) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    known = set(log.Tags()["scalars"])
+    return {tag: {e.step: e.value for e in log.Scalars(tag)} if tag in known else {} for tag in tags}
+
+
+def _problems(name: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """`problem`, `samples` and `correct`, by benchmark, of all results in a folder."""
+    import pyarrow.parquet
+
+    tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(folder.glob("**/*.parquet")):
+        with path.open("rb") as file:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+        if rows and {"benchmark", "problem", "samples", "correct"} <= rows[0].keys():  # not of another instrument
+            tables[rows[0]["benchmark"]] += rows
+    if not tables:
+        raise ConfigError(f"{name}: there are no evaluation results (<benchmark>.parquet) in {folder}")
+    return tables
