@@ -143,6 +143,8 @@ def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
             low, high = ([p["pass"] + sign * p["ci95"] for p in curve] for sign in (-1, 1))
             axis.fill_between(ks, low, high, color=look.color, alpha=0.12, linewidth=0)
         axis.set_xscale("log", base=2)
+        ks = sorted({p["k"] for p in points if p["benchmark"] == benchmark})
+        axis.set_xticks(ks[::2], [str(k) for k in ks[::2]])
         axis.set_xlabel("k")
         axis.set_ylabel("pass@k")
         axis.set_ylim(top=min(1.02, axis.get_ylim()[1]))
