@@ -108,7 +108,7 @@ class Evaluation(Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step)
             elif not trainer.predicting:  # where Lightning takes no figures
-                pl_module.log_dict(values, sync_dist=False, rank_zero_only=True)
+                pl_module.log_dict(values, sync_dist=True)  # the same on all ranks
             if self.table:
                 for board in tensorboards(trainer):
                     board.add_text(f"samples/{name}", counts.markdown(self.table), step)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 from rlrt_lightning import RolloutDataModule, StrategySum
 from rlrt_lightning.results import pass_curve
 from tests.test_fit import ROOT, command, scalars
+from tests.test_fit import SMALL as SMALL_DATA
 
 SMALL = ("--data.eval_prompts=2", "--data.sampling.max_new_tokens=12")
 
@@ -162,6 +166,30 @@ def test_each_rank_takes_as_many_batches_and_every_problem_is_taken_once() -> No
             taken += [i for batch in batches for i in batch]
         assert sorted(taken) == list(range(size))
         assert len(counts) == 1
+
+
+def test_two_ranks_find_what_one_finds(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The 3 problems of `longer` are unevenly many for two ranks: the second takes one batch of one problem."""
+    whole, figures = undisturbed
+    flags = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu")
+    words = [f"--config={ROOT / 'configs' / 'rlrt.yaml'}", *SMALL_DATA, *SMALL, *flags]
+    words += [f"--evaluation.results={tmp_path / 'results'}", f"--trainer.logger.save_dir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlrt_lightning", "validate", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("heldout.parquet", "longer.parquet", "pass_at_k.csv"):
+        assert (tmp_path / "results" / name).read_bytes() == (whole / name).read_bytes()
+    logged = {tag: curve for tag, curve in scalars(tmp_path).items() if tag.startswith("eval/")}
+    assert logged.keys() == figures.keys()
+    for tag, curve in logged.items():
+        assert curve[0][1] == pytest.approx(figures[tag][0][1], rel=1e-5), tag
 
 
 def test_the_papers_benchmarks_are_layers(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,10 +34,10 @@ class InstrumentTrainer(Trainer):
         per_problem: int = 2,
         continuations: int = 4,
     ) -> None:
-        """Reflection injection (Fig. 6): what changes when the policy is made to reconsider where it and the teacher
-        differ most, least, or anywhere.
+        """Reflection injection (Fig. 6): where does it help to reconsider?
 
-        Writes reflection.csv, reflection_summary.csv, reflection.png and reflection.svg.
+        Responses are cut where policy and teacher differ most, least, or anywhere, and the policy goes on. Writes
+        reflection.csv, reflection_summary.csv, reflection.png and reflection.svg.
 
         Args:
             model: The module.
@@ -67,10 +67,10 @@ class InstrumentTrainer(Trainer):
         limit: int | None = None,
         samples: int = 2,
     ) -> None:
-        """Distribution shift (Fig. 7): how far training has moved the policy from the model it began with, position by
-        position.
+        """Distribution shift (Fig. 7): how far training has moved the policy.
 
-        Writes shift.parquet, shift_summary.csv, shift.png and shift.svg.
+        Compares it with the model that it began with, position by position. Writes shift.parquet, shift_summary.csv,
+        shift.png and shift.svg.
 
         Args:
             model: The module.
