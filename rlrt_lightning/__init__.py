@@ -35,7 +35,14 @@ _HOME = {
     "rlrt_lightning.metrics": ["AvgAtK", "PassAtK"],
     "rlrt_lightning.policy": ["Policy"],
     "rlrt_lightning.teacher": ["Teacher"],
-    "rlrt_lightning.rollouts": ["Rollout", "RolloutEngine", "Sampling", "TransformersEngine"],
+    "rlrt_lightning.rollouts": [
+        "Rollout",
+        "RolloutEngine",
+        "Sampling",
+        "TransformersEngine",
+        "VllmColocateEngine",
+        "VllmServerEngine",
+    ],
     "rlrt_lightning.tasks": [
         "DatasetTask",
         "ExactMatch",
@@ -78,7 +85,14 @@ if TYPE_CHECKING:
         pass_at_k,
     )
     from rlrt_lightning.policy import Policy
-    from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
+    from rlrt_lightning.rollouts import (
+        Rollout,
+        RolloutEngine,
+        Sampling,
+        TransformersEngine,
+        VllmColocateEngine,
+        VllmServerEngine,
+    )
     from rlrt_lightning.tasks import (
         DatasetTask,
         ExactMatch,

@@ -105,8 +105,8 @@ class RLRTParser(LightningArgumentParser):
             return f"there is no command {found[1]}; there are {found[2]}".replace("'", "")
         if message.startswith('expected "subcommand"'):
             return (
-                "which command? fit, validate, test, predict, reflection, shift, curves or pass_at_k; each explains "
-                "its settings with --help"
+                "which command? fit, validate, test, predict, reflection, shift, serve, curves or pass_at_k; each "
+                "explains its settings with --help"
             )
         if found := re.search(r"the following arguments are required: (.*)", message):
             message = message.replace(found[0], f"{self.class_name or 'this command'} needs a value for {found[1]}")
@@ -196,7 +196,7 @@ class RLRTCli(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """See `LightningCLI.subcommands`."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "reflection": own, "shift": own}
+        return {**LightningCLI.subcommands(), "reflection": own, "shift": own, "serve": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See `LightningCLI.add_arguments_to_parser`."""

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes, pad_rows
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
-from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
+from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
@@ -144,6 +144,7 @@ class RolloutDataModule(LightningDataModule):
         """The roll-outs of the epoch that is being trained on; callbacks read them."""
         self.evaluated: dict[str, set[str]] = {}
         """Names of the problems whose results are known already, by benchmark; the `Evaluation` callback knows them."""
+        self._synced: int | None = None
         self._made: tuple[int, Batches[MicroBatch]] | None = None
         self._epochs = 0
         self._cursor = 0
@@ -206,7 +207,9 @@ class RolloutDataModule(LightningDataModule):
                     self.sampling.temperature,
                     method.context,
                     top_k=(method.top_k or sys.maxsize) if isinstance(method, Distilling) else 0,
+                    engine=self._scoring_engine(),
                 )
+                self.engine.release()
 
         contexts = [None if score is None else c for c, score in zip(contexts, teacher, strict=True)]
         mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
@@ -215,7 +218,9 @@ class RolloutDataModule(LightningDataModule):
         importance = importance_weights(logp_old, logp_sampler, mask, module.importance, module.importance_cap)
         logp_teacher = pad_rows([s.logp if s else None for s in teacher], width=mask.shape[1])
         has_context = torch.tensor([c is not None for c in contexts])
-        figures = advantages, rewards, logp_old, logp_teacher, mask, has_context
+        # Both sides of D_t from the same arithmetic.
+        logp_student = logp_old if module.teacher.scored_by == "trainer" else logp_sampler
+        figures = advantages, rewards, logp_student, logp_teacher, mask, has_context
         if isinstance(method, Distilling):
             teacher_entropy = pad_rows([s.entropy if s else None for s in teacher], width=mask.shape[1])
             credit = method(*figures, teacher_entropy)
@@ -289,7 +294,9 @@ class RolloutDataModule(LightningDataModule):
         """Roll-outs ordered by problem, each with its verdict under way: it goes to the verifier as soon as it is
         finished, so that verification runs beside generation."""
         verifier = self.verifier(task)
-        self.engine.sync(self._module.policy)
+        if self._synced != self._trainer.global_step or not self.engine.ready:
+            self.engine.sync(self._module.policy)
+            self._synced = self._trainer.global_step
         drawn = []
         with self._progress("roll-outs", len(prompts) * n) as bar:
             for rollout in self.engine.generate(prompts, n, sampling, seeds):
@@ -384,6 +391,7 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads the data and checks what can be checked before the weights are loaded."""
+        self._synced = None
         policy = self._module.policy
         _ = policy.tokenizer, policy.end_tokens
         limit = policy.max_positions
@@ -395,6 +403,8 @@ class RolloutDataModule(LightningDataModule):
             if not len(self._problems):
                 raise ConfigError("data.task: there are no problems to train on")
             self._check_context()
+            self._check_cuts()
+            self._scoring_engine()
             if self.overlong_prompts == "error" and len(self._problems) <= EAGER_ROWS:
                 for problem in self._problems:
                     self._encode(problem)
@@ -407,7 +417,8 @@ class RolloutDataModule(LightningDataModule):
             self._eval_problems[name] = problems[: spec.limit] if spec.limit is not None else problems
 
     def teardown(self, stage: str) -> None:
-        """Ends the verifier's worker processes."""
+        """Ends the engine and the verifier's worker processes."""
+        self.engine.close()
         for verifier in self._verifiers.values():
             verifier.close()
         self._verifiers.clear()
@@ -442,6 +453,36 @@ class RolloutDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.prompts_per_epoch ({self.prompts_per_epoch}) has to be a multiple of data.minibatches "
                 f"({self.minibatches}) times the number of ranks ({trainer.world_size})"
+            )
+
+    def _scoring_engine(self) -> ScoringEngine | None:
+        """The engine, where it scores for the teacher.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+        if self._module.teacher.scored_by == "trainer":
+            return None
+        wrong = None
+        if not isinstance(self.engine, ScoringEngine):
+            wrong = f"{type(self.engine).__name__} does not score; take a vLLM engine"
+        elif self._module.teacher.own_weights:
+            wrong = (
+                "the engine has the policy's weights, and this teacher its own: set teacher_refresh.every_n_epochs=1"
+            )
+        elif isinstance(self._module.method, Distilling):
+            wrong = f"{type(self._module.method).__name__} needs the teacher's whole distribution"
+        elif self.sampling.temperature != 1:
+            wrong = "vLLM scores at temperature 1 only"
+        if wrong is not None:
+            raise ConfigError(f"model.teacher.scored_by is engine, but {wrong}; or set it to trainer")
+        return cast(ScoringEngine, self.engine)
+
+    def _check_cuts(self) -> None:
+        if self.engine.cuts_before_logp and self.sampling.cuts and not self.rescore:
+            raise ConfigError(
+                "data.sampling cuts the distribution (top_p, top_k or min_p), and this engine gives log-probs after "
+                "the cut: set data.rescore=true, so that the trainer computes those of the policy"
             )
 
     def _check_context(self) -> None:

@@ -192,6 +192,10 @@ class RLRTModule(LightningModule):
 
     test_step = predict_step = validation_step
 
+    def on_validation_end(self) -> None:
+        """Lets the engine give back its memory."""
+        self._data.engine.release()
+
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective.methods import Context
 from rlrt_lightning.policy import log_probs_at, token_log_probs
-from rlrt_lightning.rollouts.base import Rollout
+from rlrt_lightning.rollouts.base import Rollout, ScoringEngine
 from rlrt_lightning.seeding import generator
 from rlrt_lightning.tasks.base import Messages, Problem
 
@@ -41,14 +41,14 @@ class TeacherScore:
 
     Args:
         logp: log P_T of the tokens, nats, float32 [T].
-        entropy: H(P_T) at each position, nats, float32 [T].
+        entropy: H(P_T) at each position, nats, float32 [T]; None where an engine scored.
         top_tokens: The k tokens that the student found likeliest at each position, int32 [T, k]; k is 0 unless asked
             for.
         top_logp: log P_T of these, nats, float32 [T, k].
     """
 
     logp: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     top_tokens: Tensor
     top_logp: Tensor
 
@@ -65,9 +65,18 @@ class Teacher(nn.Module):
             words for a mathematical problem that suit the method's kind of context.
         max_context_tokens: A longer context loses its end.
         strip_think: Leave out what the context has inside <think> and </think>.
+        scored_by: "trainer", by a forward pass with the teacher's weights, or "engine", by the roll-out engine, which
+            reads a demonstration once for all of its siblings; both sides of D_t then come from the engine. For a vLLM
+            engine, a teacher that is refreshed each epoch, and methods that need no more than log-probs.
     """
 
-    def __init__(self, template: str | None = None, max_context_tokens: int = 8192, strip_think: bool = True) -> None:
+    def __init__(
+        self,
+        template: str | None = None,
+        max_context_tokens: int = 8192,
+        strip_think: bool = True,
+        scored_by: Literal["trainer", "engine"] = "trainer",
+    ) -> None:
         super().__init__()
         for name in ("{prompt}", "{context}"):
             if template is not None and name not in template:
@@ -77,6 +86,7 @@ class Teacher(nn.Module):
         self.template = template
         self.max_context_tokens = max_context_tokens
         self.strip_think = strip_think
+        self.scored_by = scored_by
         self.own_weights = False
         """Whether the teacher keeps a copy; set before the weights are loaded, by `TeacherRefresh`."""
 
@@ -163,6 +173,7 @@ class Teacher(nn.Module):
         temperature: float = 1.0,
         kind: Context = "sibling",
         top_k: int = 0,
+        engine: ScoringEngine | None = None,
     ) -> tuple[list[TeacherScore | None], int]:
         """What the teacher says of each roll-out that has a context, its tokens exactly as they were sampled.
 
@@ -174,6 +185,7 @@ class Teacher(nn.Module):
             temperature: Divides the logits, as it did when the tokens were sampled.
             kind: What the contexts are.
             top_k: Compare the student's so many likeliest tokens too; costs a forward pass of the student.
+            engine: What scores in place of the policy's forward pass.
 
         Returns:
             For each roll-out the scores, None where it has no context or does not fit into the model with it; and how
@@ -195,6 +207,13 @@ class Teacher(nn.Module):
             else:
                 truncated += 1  # no room in the model for context and response: the roll-out keeps weight 1
 
+        scores: list[TeacherScore | None] = [None] * len(rollouts)
+        if engine is not None:
+            nothing = torch.zeros(0, 0)
+            for i, logp in zip(which, engine.score(sequences, temperature), strict=True):
+                scores[i] = TeacherScore(logp, None, nothing.int(), nothing)
+            return scores, truncated
+
         chosen = [rollouts[i] for i in which]
         if top_k:
             asked = [(r.prompt_ids, r.response_ids) for r in chosen]
@@ -204,7 +223,6 @@ class Teacher(nn.Module):
         targets = [torch.tensor(r.response_ids) for r in chosen]
         with policy.weights_of(self):
             scored = policy.score_by(_teacher_figures, sequences, temperature, targets, top)
-        scores: list[TeacherScore | None] = [None] * len(rollouts)
         for i, (logp, entropy, top_logp), tokens in zip(which, scored, top, strict=True):
             scores[i] = TeacherScore(logp, entropy, tokens, top_logp)
         return scores, truncated

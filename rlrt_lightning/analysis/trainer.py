@@ -1,8 +1,10 @@
-"""The instruments that draw roll-outs, as commands of the command line beside `fit`."""
+"""Further commands of the command line beside `fit`: the instruments that draw roll-outs, and the vLLM server."""
 
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,10 +17,12 @@ from rlrt_lightning.analysis.shift import Shift
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
+from rlrt_lightning.rollouts.vllm_common import require_vllm
+from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, server_command, server_environment
 
 
 class InstrumentTrainer(Trainer):
-    """Lightning's trainer with `reflection` and `shift`."""
+    """Lightning's trainer with `reflection`, `shift` and `serve`."""
 
     def reflection(
         self,
@@ -85,6 +89,30 @@ class InstrumentTrainer(Trainer):
             raise ConfigError("shift compares a trained policy with the model that it began with: give --ckpt_path")
         module, data, base = self._attach(model, datamodule, ckpt_path)
         self._look(Shift(samples, base), module, data, benchmark, limit, out)
+
+    def serve(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        flags: list[str] | None = None,
+    ) -> None:
+        """Starts a vLLM server for the policy, with what the engine of the config needs, and stays until it ends.
+
+        Args:
+            model: The module.
+            datamodule: The data module, with a VllmServerEngine.
+            host: Address to listen at. Whoever reaches it can change the weights: loopback or a trusted network only.
+            port: Port to listen at.
+            flags: Further flags of vLLM, such as ["--tensor-parallel-size", "2"].
+        """
+        engine, policy = cast(RolloutDataModule, datamodule).engine, cast(RLRTModule, model).policy
+        if not isinstance(engine, VllmServerEngine):
+            raise ConfigError("serve starts a server for data.engine=VllmServerEngine; the config has another engine")
+        require_vllm("serve")
+        # A process in place of this one: signals and exit code are vLLM's own.
+        os.execve(sys.executable, server_command(policy, engine, host, port, flags or []), server_environment())
 
     def _attach(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None

@@ -1,6 +1,16 @@
 """Roll-outs: responses of the policy, with the log-probs that they were drawn with."""
 
-from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, ScoringEngine
 from rlrt_lightning.rollouts.transformers import TransformersEngine
+from rlrt_lightning.rollouts.vllm_colocate import VllmColocateEngine
+from rlrt_lightning.rollouts.vllm_server import VllmServerEngine
 
-__all__ = ["Rollout", "RolloutEngine", "Sampling", "TransformersEngine"]
+__all__ = [
+    "Rollout",
+    "RolloutEngine",
+    "Sampling",
+    "ScoringEngine",
+    "TransformersEngine",
+    "VllmColocateEngine",
+    "VllmServerEngine",
+]

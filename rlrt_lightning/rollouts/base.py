@@ -35,6 +35,11 @@ class Sampling:
     min_p: float = 0.0
     stop: list[str] = field(default_factory=list)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens that are possible are not drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
     def __post_init__(self) -> None:
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
@@ -79,11 +84,40 @@ class Rollout:
 
 
 @runtime_checkable
+class ScoringEngine(Protocol):
+    """An engine that can also say how likely given responses are."""
+
+    def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
+        """Log-probs of given responses after given prompts, as `Policy.score` gives them.
+
+        Args:
+            sequences: Token ids of prompt and response.
+            temperature: Divides the logits.
+        """
+
+
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Draws roll-outs from the policy. Implementations hold settings until `sync` gives them the weights."""
 
+    cuts_before_logp: bool = False
+    """Whether top-p, top-k and min-p change the log-probs that it gives, which `Rollout.logp` does not want."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has weights to sample from."""
+        return True
+
     def sync(self, policy: Policy) -> None:
-        """Takes the policy's current weights; called before each round of roll-outs."""
+        """Takes the policy's current weights; called before roll-outs when they have changed, or it is not `ready`."""
+
+    def release(self) -> None:
+        """Gives back the memory that it can do without until it is asked for roll-outs again."""
+        return None
+
+    def close(self) -> None:
+        """Ends what it has started; `sync` starts it again."""
+        return None
 
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]

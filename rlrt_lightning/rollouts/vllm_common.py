@@ -1,0 +1,159 @@
+"""What the two vLLM engines share: what vLLM is asked for, and the proof that it has the policy's weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
+from rlrt_lightning.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from rlrt_lightning.policy import Policy
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
+"""Mean |difference| in nats between vLLM's log-probs and the policy's own that arithmetic explains. In float32 it is
+about 1e-6; a head that was not sent is off by more than 1e-2 after 1 % of change."""
+
+
+class EngineError(ConfigError):
+    """An engine that cannot go on. What was trained before it can be resumed from the last checkpoint."""
+
+
+class VllmEngine(RolloutEngine):
+    """What the engine in the training process and the one on servers share.
+
+    Args:
+        dtype: Type of vLLM's weights; None: the policy's.
+        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's own; None: 1e-4 in
+            float32, 0.05 in half precision.
+        check_rollouts: After each sync the log-probs of so many roll-outs are compared.
+    """
+
+    cuts_before_logp = True
+
+    def __init__(self, dtype: Dtype | None, tolerance: float | None, check_rollouts: int) -> None:
+        if tolerance is not None and tolerance <= 0:
+            raise ConfigError(f"data.engine.tolerance is {tolerance}; it has to be above 0, or null")
+        if check_rollouts < 1:
+            raise ConfigError(f"data.engine.check_rollouts is {check_rollouts}; it has to be at least 1")
+        self.dtype = dtype
+        self.tolerance = tolerance
+        self.check_rollouts = check_rollouts
+        self._policy: Policy | None = None
+        self._unchecked = False
+
+    def sync(self, policy: Policy) -> None:
+        """See `RolloutEngine.sync`."""
+        self._policy = policy
+        self._send_weights(policy)
+        self._unchecked = True
+
+    def generate(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[Rollout]:
+        """See `RolloutEngine.generate`."""
+        if self._policy is None or not self.ready:
+            raise RuntimeError("sync the engine with a policy before it generates")
+        rollouts = self._sample(prompts, n, sampling, seeds)
+        if self._unchecked and sampling.temperature > 0 and not sampling.cuts:
+            first = list(islice(rollouts, self.check_rollouts))
+            self._check(first, sampling.temperature)
+            rollouts = chain(first, rollouts)
+        yield from rollouts
+
+    @abstractmethod
+    def _send_weights(self, policy: Policy) -> None:
+        """Gives vLLM the policy's weights, and empties its prefix cache."""
+
+    @abstractmethod
+    def _sample(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[Rollout]:
+        """`generate`, of weights that may be wrong."""
+
+    def _check(self, rollouts: Sequence[Rollout], temperature: float) -> None:
+        """Compares vLLM's log-probs with the policy's own.
+
+        Raises:
+            EngineError: If they differ by more than arithmetic explains.
+        """
+        assert self._policy is not None
+        own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
+        apart = torch.cat([(r.logp - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
+        limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
+        if not float(apart.mean()) <= limit:  # NaN is no agreement either
+            raise EngineError(
+                f"data.engine: after a sync vLLM's log-probs differ from the policy's by {float(apart.mean()):.3g} "
+                f"nats on average ({float(apart.max()):.3g} at most), more than data.engine.tolerance ({limit:g}) "
+                "allows: it samples from other weights than the policy's, or in another precision"
+            )
+        self._unchecked = False
+
+
+def require_vllm(engine: str) -> None:
+    """Says at once what is missing.
+
+    Raises:
+        ConfigError: If vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"data.engine: {engine} needs vLLM, which is not installed: pip install 'rlrt-lightning[vllm]'"
+        )
+
+
+def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """The policy's weights by their names in a checkpoint, one at a time. A head that is tied to the embeddings is
+    among them: vLLM may have packed it for itself, and would keep the old one."""
+    for name, tensor in policy.model.state_dict().items():
+        yield name, tensor.detach()
+    head, tied = "lm_head.weight", policy.model.get_output_embeddings()
+    if tied is not None and head not in policy.model.state_dict():
+        yield head, tied.weight.detach()
+
+
+def request(sampling: Sampling, seed: int, index: int, policy: Policy) -> dict[str, Any]:
+    """vLLM's names for how one roll-out is sampled. `vllm.SamplingParams` and the server take the same."""
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop": sampling.stop,
+        "include_stop_str_in_output": True,
+        "stop_token_ids": policy.end_tokens,
+        "seed": derive_seed(seed, "sampling", index),
+        "logprobs": 0,
+    }
+
+
+def as_rollout(
+    group: int,
+    index: int,
+    prompt: list[int],
+    response: Sequence[int],
+    logp: Sequence[float],
+    finish_reason: str | None,
+    policy: Policy,
+) -> Rollout:
+    """What vLLM says of one finished request."""
+    return Rollout(
+        group=group,
+        index=index,
+        prompt_ids=prompt,
+        response_ids=list(response),
+        logp=torch.tensor(logp, dtype=torch.float32),
+        truncated=finish_reason == "length",
+        text=policy.decode(response),
+    )
