@@ -1,5 +1,5 @@
-"""An evaluation's results as files: every completion as soon as it is judged, so that a long evaluation goes on where
-it was stopped, and tables at the end.
+"""An evaluation's results as files: every completion once its batch of problems is judged, so that a long evaluation
+goes on where it was stopped, and tables at the end.
 
 In the folder, for each benchmark: `<benchmark>.json` (what was evaluated, and how), `<benchmark>.jsonl` (a line for
 each completion; other ranks have files of their own) and, at the end, `<benchmark>.parquet` (a row for each problem).
@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import mean_and_ci95
@@ -70,13 +71,19 @@ def description(data: RolloutDataModule, benchmark: str, weights: str) -> dict[s
         "sampling": asdict(spec.sampling or data.sampling),
         "seed": data.seed,
         "task": type(spec.task or data.task).__name__,
-        "problems": _digest(f"{p.id}\x1f{p.prompt}" for p in data.benchmark_problems(benchmark)),
+        "problems": _digest(f"{p.id}\x1f{p.prompt}\x1f{p.answer}" for p in data.benchmark_problems(benchmark)),
     }
 
 
 def fingerprint(model: nn.Module) -> str:
     """A name for a model's weights that other weights do not have, save by intent."""
-    return _digest(f"{name} {list(p.shape)} {p.detach().double().sum():.17g}" for name, p in model.named_parameters())
+    return _digest(f"{name} {list(p.shape)} {_sum_of_bits(p)}" for name, p in model.named_parameters())
+
+
+def _sum_of_bits(weights: Tensor) -> int:
+    """The sum of the numbers' bit patterns, modulo 2^64: unlike a sum of the numbers, the same on every device."""
+    patterns = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(weights.detach().view(patterns[weights.element_size()]).sum(dtype=torch.int64))
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -99,16 +106,20 @@ class Results:
         self.folder, self.benchmark = folder, benchmark
         self.path = folder / (f"{benchmark}.jsonl" if rank == 0 else f"{benchmark}-rank{rank}.jsonl")
 
-    def begin(self, described: dict[str, Any]) -> None:
+    def begin(self, described: dict[str, Any], resume: bool = True) -> None:
         """Makes the folder ready; for one rank only. Completions of problems that were not finished are dropped.
 
         Args:
             described: `description` of the evaluation.
+            resume: Whether to go on with what is there; otherwise it is deleted.
 
         Raises:
             ConfigError: If the folder holds results of another evaluation.
         """
         path = self.folder / f"{self.benchmark}.json"
+        if not resume:
+            for file in (path, *self._files()):
+                file.unlink(missing_ok=True)
         if path.exists():
             earlier = _parsed(path.read_text(encoding="utf-8"), {"weights"}) or {}
             differs = [key for key, value in described.items() if earlier.get(key) != value]
