@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -16,13 +16,12 @@ from torchmetrics import MeanMetric
 from rlrt_lightning.datamodule import Evaluated
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import AvgAtK, PassAtK
+from rlrt_lightning.ranks import gather
 from rlrt_lightning.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
-
-T = TypeVar("T")
 
 
 class Evaluation(Callback):
@@ -30,14 +29,14 @@ class Evaluation(Callback):
 
     Logs `eval/<benchmark>/avg@n` and `pass@k` with half the width of their 95 % confidence intervals over problems
     (`_ci95`), `length`, `truncated` and the share of each label, and writes a table of samples to TensorBoard's text
-    page. Outside of `fit` every completion with its verdict goes to `<benchmark>.jsonl` as soon as it is judged, and
-    at the end each problem to `<benchmark>.parquet` and the curves to `pass_at_k.csv`.
+    page. Outside of `fit` every completion with its verdict goes to `<benchmark>.jsonl`, a batch of `data.eval_prompts`
+    problems at a time, and at the end each problem to `<benchmark>.parquet` and the curves to `pass_at_k.csv`.
 
     Args:
         ks: Which pass@k to log; null is the number of samples of the benchmark alone.
         table: Samples in the table of each benchmark, half of them wrong where there are so many; 0 for no table.
-        results: Folder of these files; null is `evaluation` in the run's folder. An evaluation that finds its own
-            results there, of the same weights and settings, goes on where they end.
+        results: Folder of these files. An evaluation that finds its own results there, of the same weights and
+            settings, goes on where they end. Null is `evaluation` in the run's folder, and begins anew.
     """
 
     def __init__(self, ks: list[int] | None = None, table: int = 8, results: str | None = None) -> None:
@@ -81,9 +80,11 @@ class Evaluation(Callback):
         if trainer.is_global_zero:
             try:
                 for name, results in self._results.items():
-                    results.begin(description(data, name, weights))
+                    results.begin(description(data, name, weights), resume=self.results is not None)
             except ConfigError as error:
                 wrong = error
+            except OSError as error:
+                wrong = ConfigError(f"evaluation.results: cannot write to {folder}: {error}")
         if (wrong := trainer.strategy.broadcast(wrong)) is not None:
             raise wrong
         for name, results in self._results.items():
@@ -91,6 +92,7 @@ class Evaluation(Callback):
             mine = data.benchmark_problems(name)[trainer.global_rank :: trainer.world_size]
             self._counts[name].add([finished[p.id] for p in mine if p.id in finished], self.table)
             data.evaluated[name] = set(finished)
+        trainer.strategy.barrier()  # nobody adds to a file that another rank still reads
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         done: Evaluated = outputs
@@ -114,7 +116,7 @@ class Evaluation(Callback):
                     board.add_text(f"samples/{name}", counts.markdown(self.table), step)
         if self._results:
             tables = {
-                name: sorted(chain(*_gather(trainer, counts.problems)), key=lambda row: row["problem"])
+                name: sorted(chain(*gather(trainer, counts.problems)), key=lambda row: row["problem"])
                 for name, counts in self._counts.items()
             }
             if trainer.is_global_zero:
@@ -165,7 +167,7 @@ class _Counts:
             if half_width == half_width:  # one problem has no interval
                 values[f"{tag}_ci95"] = half_width
         values |= {"length": float(self.length.compute()), "truncated": float(self.truncated.compute())}
-        labels = sum(_gather(trainer, self.labels), Counter())
+        labels = sum(gather(trainer, self.labels), Counter())
         return values | {f"labels/{name}": n / labels.total() for name, n in labels.items() if name is not None}
 
     def markdown(self, table: int) -> str:
@@ -181,15 +183,6 @@ class _Counts:
 
 def _data(trainer: Trainer) -> RolloutDataModule:
     return cast("RolloutDataModule", cast(Any, trainer).datamodule)
-
-
-def _gather(trainer: Trainer, value: T) -> list[T]:
-    """What each rank has."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _cell(text: str, longest: int = 1500) -> str:

@@ -28,6 +28,6 @@ class HFExport(Callback):
         folder = Path(self.path) if self.path else run_folder(trainer) / "export"
         policy = cast("RLRTModule", pl_module).policy
         if trainer.is_global_zero:
-            policy.model.save_pretrained(folder)
+            policy.model.save_pretrained(folder, state_dict=dict(policy.merged_weights()))
             policy.tokenizer.save_pretrained(folder)
             rank_zero_info(f"exported the policy to {folder}")

@@ -11,6 +11,7 @@ from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_pa
 
 from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.ranks import mean_over_ranks
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -46,7 +47,8 @@ class ReversedSignalLogger(Callback):
         if epoch is None or module.method.context == "none":
             return
         eps_w = getattr(module.method, "eps_w", None)
-        pl_module.log_dict(signal_statistics(epoch, eps_w), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        stats = mean_over_ranks(trainer, signal_statistics(epoch, eps_w))
+        pl_module.log_dict(stats, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
         scored = epoch.mask & epoch.has_context[:, None]

@@ -33,7 +33,7 @@ _HOME = {
         "pass_at_k",
     ],
     "rlrt_lightning.metrics": ["AvgAtK", "PassAtK"],
-    "rlrt_lightning.policy": ["Policy"],
+    "rlrt_lightning.policy": ["LoRA", "Policy"],
     "rlrt_lightning.teacher": ["Teacher"],
     "rlrt_lightning.rollouts": [
         "Rollout",
@@ -84,7 +84,7 @@ if TYPE_CHECKING:
         importance_weights,
         pass_at_k,
     )
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy import LoRA, Policy
     from rlrt_lightning.rollouts import (
         Rollout,
         RolloutEngine,

@@ -27,6 +27,7 @@ from rlrt_lightning.objective import (
     token_mean,
 )
 from rlrt_lightning.policy import Policy, at_mask, log_probs_at, token_log_probs
+from rlrt_lightning.ranks import mean_over_ranks
 from rlrt_lightning.seeding import derive_seed
 from rlrt_lightning.teacher import Teacher
 
@@ -171,7 +172,7 @@ class RLRTModule(LightningModule):
         # Dropout, where a model has any: the same in a resumed run.
         torch.manual_seed(derive_seed(self._data.seed, "training", self.global_step, self.global_rank))
         if self._data.epoch is not None:
-            self._log(self._data.epoch.stats, batch_size=1)
+            self._log(mean_over_ranks(self.trainer, self._data.epoch.stats), batch_size=1)
         self._epoch_start = time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,38 @@ Compute = Callable[..., tuple[Tensor, ...]]
 EMBEDDED = Path(__file__).parent / "tasks" / "strategy_sum" / "model"
 
 
+@dataclass
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685) by peft, in place in the model.
+
+    Args:
+        rank: Rank of the adapters.
+        alpha: Their output is scaled by alpha / rank.
+        dropout: Of their input, while training.
+        targets: Names of the layers that get one; null is all linear layers but the head.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+    def add_to(self, model: PreTrainedModel) -> None:
+        """Puts the adapters in and freezes everything else.
+
+        Raises:
+            ConfigError: If the model has no such layers.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets: Any = self.targets or "all-linear"
+        settings: Any = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        try:
+            inject_adapter_in_model(LoraConfig(target_modules=targets, **settings), model)
+        except ValueError as error:
+            raise ConfigError(f"model.policy.lora: {_first_line(error)}") from error
+
+
 @final
 class Policy(nn.Module):
     """The language model that is trained. Nothing is read from disk before it is needed; the weights come last.
@@ -43,6 +77,7 @@ class Policy(nn.Module):
         chat: Put prompts into the model's chat template; null does so where the tokenizer has one.
         chat_kwargs: Passed to the chat template, for example `enable_thinking: false`.
         system_prompt: Put before the conversation as the system's message; needs a chat template.
+        lora: Train low-rank adapters in place of the weights; null trains all weights.
     """
 
     def __init__(
@@ -56,6 +91,7 @@ class Policy(nn.Module):
         chat: bool | None = None,
         chat_kwargs: dict[str, Any] | None = None,
         system_prompt: str | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"logits_chunk": logits_chunk, "score_tokens": score_tokens}.items():
@@ -70,6 +106,11 @@ class Policy(nn.Module):
         self.chat = chat
         self.chat_kwargs = chat_kwargs or {}
         self.system_prompt = system_prompt
+        self.lora = lora
+        if lora is not None and importlib.util.find_spec("peft") is None:
+            raise ConfigError(
+                "model.policy.lora needs peft, which is not installed: pip install 'rlrt-lightning[lora]'"
+            )
         self._head_is_known = True
 
     # -- what can be known before the weights are there ------------------------------------------------------------
@@ -178,12 +219,31 @@ class Policy(nn.Module):
             # Renamed in later releases of transformers, which warn of the old name.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+        if self.lora is not None:
+            self.lora.add_to(model)
         self.adopt(model)
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Takes a loaded model as the policy's weights."""
         self.model = model.train()
         self._head_is_known = self._chunks_match_the_model()
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights by their names in a checkpoint, one at a time and without gradient, adapters merged into them. A
+        head that is tied to the embeddings is among them: a sampler may have packed it for itself, and would keep the
+        old one."""
+        state = self.model.state_dict()
+        for name, tensor in state.items():
+            if ".lora_" in name:
+                continue
+            owner, base, kind = name.rpartition(".base_layer.")
+            if base and kind == "weight":
+                with torch.no_grad():
+                    tensor = tensor + cast(Any, self.model.get_submodule(owner)).get_delta_weight("default").to(tensor)
+            yield (f"{owner}.{kind}" if base else name), tensor.detach()
+        head = self.model.get_output_embeddings()
+        if head is not None and "lm_head.weight" not in state:
+            yield "lm_head.weight", cast(Tensor, head.weight).detach()
 
     @property
     def device(self) -> torch.device:

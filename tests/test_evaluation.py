@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -13,9 +14,15 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import torch
+from lightning import Trainer
+from rlrt_lightning.callbacks import Evaluation
+from torch import nn
 
-from rlrt_lightning import RolloutDataModule, StrategySum
-from rlrt_lightning.results import pass_curve
+from rlrt_lightning import Policy, RLRTModule, RolloutDataModule, Sampling, StrategySum, Teacher
+from rlrt_lightning.datamodule import Benchmark
+from rlrt_lightning.results import description, fingerprint, pass_curve
+from rlrt_lightning.tasks import Problem
 from tests.test_fit import ROOT, command, scalars
 from tests.test_fit import SMALL as SMALL_DATA
 
@@ -120,6 +127,44 @@ def test_other_weights_are_another_evaluation(
     folder, _ = undisturbed
     assert command("validate", tmp_path, f"--evaluation.results={folder}", "--ckpt_path=last", *SMALL) == 2
     assert "weights" in capfd.readouterr().err
+
+
+def test_each_weight_and_each_answer_counts() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, dtype=torch.bfloat16)
+    before = fingerprint(layer)
+    assert fingerprint(copy.deepcopy(layer)) == before
+    layer.weight.data[3, 5] = torch.nextafter(layer.weight.data[3, 5], torch.tensor(9.0, dtype=torch.bfloat16))
+    assert fingerprint(layer) != before
+
+    def described(answer: str) -> dict[str, Any]:
+        data = RolloutDataModule(StrategySum())
+        data._eval_problems = {"heldout": [Problem("a", "1+1=", answer)]}
+        return description(data, "heldout", before)
+
+    assert described("2") == described("2") != described("3")
+
+
+def test_an_evaluation_in_the_runs_own_folder_begins_anew(tmp_path: Path) -> None:
+    """As where a script validates before and after it trains: the weights have changed, and the folder is the same."""
+    benchmarks = {"heldout": Benchmark(samples=2, limit=2)}
+    data = RolloutDataModule(sampling=Sampling(max_new_tokens=12), prompts_per_epoch=4, benchmarks=benchmarks)
+    module = RLRTModule(Policy(), Teacher())
+    trainer = Trainer(logger=False, callbacks=[Evaluation()], enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer.validate(module, datamodule=data, verbose=False)
+    first = rows(tmp_path / "evaluation")
+    with torch.no_grad():
+        module.policy.model.get_input_embeddings().weight += 1.0
+    trainer.validate(module, datamodule=data, verbose=False)
+    second = rows(tmp_path / "evaluation")
+    assert len(first) == len(second) == 4
+    assert [row["completion"] for row in first] != [row["completion"] for row in second]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results").write_text("a file")
+    assert command("validate", tmp_path, f"--evaluation.results={tmp_path / 'results'}", *SMALL) == 2
+    assert "error: evaluation.results: cannot write to" in capfd.readouterr().err
 
 
 def test_predict_writes_completions_with_rewards(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

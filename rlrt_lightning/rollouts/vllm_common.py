@@ -9,7 +9,6 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
@@ -110,16 +109,6 @@ def require_vllm(engine: str) -> None:
         raise ConfigError(
             f"data.engine: {engine} needs vLLM, which is not installed: pip install 'rlrt-lightning[vllm]'"
         )
-
-
-def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights by their names in a checkpoint, one at a time. A head that is tied to the embeddings is
-    among them: vLLM may have packed it for itself, and would keep the old one."""
-    for name, tensor in policy.model.state_dict().items():
-        yield name, tensor.detach()
-    head, tied = "lm_head.weight", policy.model.get_output_embeddings()
-    if tied is not None and head not in policy.model.state_dict():
-        yield head, tied.weight.detach()
 
 
 def request(sampling: Sampling, seed: int, index: int, policy: Policy) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.rollouts.base import Rollout, Sampling
-from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, named_weights, request
+from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request
 
 if TYPE_CHECKING:
     import httpx
@@ -341,7 +341,7 @@ def write_weights(policy: Policy, folder: Path, dtype: Dtype | None = None) -> N
         save_file(shard, aside / f"model-{number:05}.safetensors")
         shard, number, size = {}, number + 1, 0
 
-    for name, tensor in named_weights(policy):
+    for name, tensor in policy.merged_weights():
         # A copy: a head that is tied shares its memory, which safetensors refuses.
         shard[name] = tensor.to("cpu", getattr(torch, dtype) if dtype else tensor.dtype, copy=True).contiguous()
         size += shard[name].numel() * shard[name].element_size()
