@@ -18,5 +18,6 @@ def tensorboards(trainer: Trainer) -> list[SummaryWriter]:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The run's own folder: its logger's, or the trainer's where there is no logger."""
+    """The run's own folder: its logger's, or the trainer's where there is no logger. All ranks have to ask: the first
+    tells the others."""
     return Path(trainer.log_dir or trainer.default_root_dir)

@@ -119,8 +119,9 @@ class Evaluation(Callback):
                 name: sorted(chain(*gather(trainer, counts.problems)), key=lambda row: row["problem"])
                 for name, counts in self._counts.items()
             }
+            folder = self._folder(trainer)
             if trainer.is_global_zero:
-                write_tables(self._folder(trainer), tables)
+                write_tables(folder, tables)
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.results) if self.results else run_folder(trainer) / "evaluation"

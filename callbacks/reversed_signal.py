@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -49,15 +50,16 @@ class ReversedSignalLogger(Callback):
         eps_w = getattr(module.method, "eps_w", None)
         stats = mean_over_ranks(trainer, signal_statistics(epoch, eps_w))
         pl_module.log_dict(stats, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        folder = run_folder(trainer) / "signal"
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
         scored = epoch.mask & epoch.has_context[:, None]
         for board in tensorboards(trainer):
             board.add_histogram("signal/asymmetry", epoch.credit.asymmetry[scored].numpy(), trainer.global_step)
         if self.picture_every_n_epochs and trainer.current_epoch % self.picture_every_n_epochs == 0:
-            self._picture(trainer, module, epoch)
+            self._picture(trainer, module, epoch, folder)
 
-    def _picture(self, trainer: Trainer, module: RLRTModule, epoch: EpochBatch) -> None:
+    def _picture(self, trainer: Trainer, module: RLRTModule, epoch: EpochBatch, folder: Path) -> None:
         shown = (epoch.has_context & epoch.correct).nonzero()[:, 0].tolist()
         # One of each problem, those first in which the student went its own way most decidedly.
         shown.sort(key=lambda i: -float(epoch.credit.asymmetry[i].max()))
@@ -67,7 +69,6 @@ class ReversedSignalLogger(Callback):
         scored = [describe(module, epoch, i) for i in list(of_problem.values())[: self.rollouts]]
         if not scored:
             return
-        folder = run_folder(trainer) / "signal"
         folder.mkdir(parents=True, exist_ok=True)
         title = f"Epoch {trainer.current_epoch}"
         (folder / f"epoch-{trainer.current_epoch}.html").write_text(html_page(title, scored), encoding="utf-8")

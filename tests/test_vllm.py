@@ -250,7 +250,7 @@ def test_two_ranks_draw_what_one_draws(tensor_parallel: int, tmp_path: Path) -> 
     configs = ("configs/rollouts/vllm_colocate.yaml",)
     assert command("fit", tmp_path / "one", *flags, configs=configs) == 0
     words = [f"--config={ROOT / name}" for name in ("configs/rlrt.yaml", *configs)]
-    words += [*flags, *SMALL, f"--trainer.logger.save_dir={tmp_path / 'two'}", "--trainer.strategy=ddp"]
+    words += [*SMALL, *flags, f"--trainer.logger.save_dir={tmp_path / 'two'}", "--trainer.strategy=ddp"]
     words += ["--trainer.devices=2", "--trainer.accelerator=cpu", f"--data.engine.tensor_parallel={tensor_parallel}"]
     done = subprocess.run(
         [sys.executable, "-m", "rlrt_lightning", "fit", *words],
@@ -258,13 +258,13 @@ def test_two_ranks_draw_what_one_draws(tensor_parallel: int, tmp_path: Path) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for tag in ("rollout/reward", "rollout/length", "labels/direct", "eval/heldout/avg@8"):
-        assert two[tag] == pytest.approx(one[tag]), tag
+        assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]]), tag
     assert two["rollout/mismatch_max"][0][1] < 1e-3
 
 

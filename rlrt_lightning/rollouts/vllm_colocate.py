@@ -107,6 +107,8 @@ class VllmColocateEngine(VllmEngine):
         alone = not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
         if not alone:  # the ranks are there already: vLLM finds itself among them as among torchrun's
             os.environ["RANK"] = str(torch.distributed.get_rank())
+            # Names the ranks' shared memory: what a run that was killed has left behind is not taken for this one's.
+            os.environ["VLLM_DIST_IDENT"] = os.environ.get("MASTER_PORT", "")
         self._group = self._engine_group()
         from vllm import LLM
 
