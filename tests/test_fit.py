@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +205,40 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
 def test_seeds_of_named_streams_differ() -> None:
     seeds = {derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(1, "a"), derive_seed("0a"), derive_seed("0", "a")}
     assert len(seeds) == 4, "numbers and their digits are the same name; everything else differs"
+
+
+def test_adapters_train_and_are_exported_merged(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    flags = ("--model.policy.lora.rank=4", "--trainer.max_epochs=2", "--trainer.callbacks+=HFExport")
+    assert command("fit", tmp_path, *flags) == 0
+    state = weights(tmp_path)
+    moved = [value for name, value in state.items() if "lora_B" in name]
+    assert any(value.any() for value in moved)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "rlrt" / "version_0" / "export").state_dict()
+    name = "model.layers.0.self_attn.q_proj"
+    base = state[f"policy.model.{name}.base_layer.weight"]
+    delta = state[f"policy.model.{name}.lora_B.default.weight"] @ state[f"policy.model.{name}.lora_A.default.weight"]
+    torch.testing.assert_close(exported[f"{name}.weight"], base + 32 / 4 * delta, rtol=0, atol=1e-6)
+    assert command("fit", tmp_path, *flags[:1], "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+
+
+def test_two_ranks_draw_what_one_draws_and_none_waits_for_ever(tmp_path: Path) -> None:
+    """With pictures, which one rank makes, and labels, which not every rank has."""
+    flags = ["--trainer.max_epochs=2", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    words = [f"--config={ROOT / 'configs/rlrt.yaml'}", *SMALL, *flags, f"--trainer.logger.save_dir={tmp_path / 'two'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlrt_lightning", "fit", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert command("fit", tmp_path / "one", "--trainer.max_epochs=2") == 0
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    for tag in ("rollout/reward", "rollout/length", "labels/direct"):
+        assert two[tag][0] == pytest.approx(one[tag][0]), tag
+    assert (tmp_path / "two" / "rlrt" / "version_0" / "signal" / "epoch-0.html").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrt_lightning import ConfigError, Policy
+from rlrt_lightning import ConfigError, LoRA, Policy
 from rlrt_lightning.policy import pad_sequences
 from tests.tiny import ARCHITECTURES, policy
 
@@ -120,3 +120,31 @@ def test_a_template_that_is_not_there_is_missed_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.policy.chat is set, but .* has no chat template"):
         _ = Policy(path=str(tmp_path), chat=True).tokenizer
     assert Policy(path=str(tmp_path)).encode_prompt("a4") == Policy(chat=False).encode_prompt("a4")
+
+
+def test_adapters_alone_are_trained_and_merge_into_an_ordinary_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made, plain = Policy(lora=LoRA(rank=4)), Policy()
+    made.load()
+    plain.load()
+    trained = [name for name, p in made.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    for got, want in zip(made.score(SEQUENCES), plain.score(SEQUENCES), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)  # adapters begin as nothing
+    with torch.no_grad():
+        for name, p in made.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    merged = dict(made.merged_weights())
+    assert set(merged) == set(plain.model.state_dict())
+    made.model.save_pretrained(tmp_path, state_dict=merged)
+    plain.adopt(AutoModelForCausalLM.from_pretrained(tmp_path))
+    for got, want in zip(made.score(SEQUENCES), plain.score(SEQUENCES), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_adapters_for_layers_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.policy\.lora: .*nothing_like_it"):
+        Policy(lora=LoRA(targets=["nothing_like_it"])).load()
