@@ -102,9 +102,8 @@ def main() -> None:
     for name, speed in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(speed, speeds["transformers"], strict=True))
         sync = statistics.median(f["sync"] for f in figures[name])
-        print(
-            f"| {name} | {statistics.median(speed):.0f} ({min(speed):.0f}-{max(speed):.0f}) | {ratio:.2f} | {sync:.2f} |"
-        )
+        cell = f"{statistics.median(speed):.0f} ({min(speed):.0f} to {max(speed):.0f})"
+        print(f"| {name} | {cell} | {ratio:.2f} | {sync:.2f} |")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class RolloutDataModule(LightningDataModule):
         minibatches: Optimiser steps in an epoch; each takes an equal share of the problems, and is cut into
             `--trainer.accumulate_grad_batches` micro-batches of about equal size.
         benchmarks: What is evaluated, by name; null is the training task's held-out problems, as `heldout`.
-        eval_prompts: Problems in one batch of an evaluation.
+        eval_prompts: Problems in one batch of an evaluation, and what one that is stopped loses at most.
         max_prompt_tokens: Longest prompt, in tokens.
         overlong_prompts: What to do with a longer one: drop it and count it, or stop with an error.
         rescore: Take the policy's log-probs from the trainer's forward pass instead of from the sampler, and correct

@@ -27,6 +27,7 @@ from rlrt_lightning import (
     Teacher,
     TransformersEngine,
     Verdict,
+    VllmServerEngine,
 )
 from rlrt_lightning.objective import Method
 
@@ -223,3 +224,10 @@ def test_a_benchmark_needs_problems_and_samples(tmp_path: Path) -> None:
         trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
         with pytest.raises(ConfigError, match=rf"data.benchmarks.x.*{said}"):
             trainer.validate(RLRTModule(Policy(), Teacher()), datamodule=data)
+
+
+def test_log_probs_after_a_cut_need_rescoring(tmp_path: Path) -> None:
+    engine = VllmServerEngine(["http://127.0.0.1:9"])
+    cut = {"engine": engine, "sampling": Sampling(max_new_tokens=8, top_p=0.9)}
+    with pytest.raises(ConfigError, match=r"data\.sampling cuts the distribution.*data\.rescore=true"):
+        fit(tmp_path, StrategySum(), **cut)

@@ -10,7 +10,15 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rlrt_lightning import ConfigError, Policy, Rollout, Sampling, TransformersEngine
+from rlrt_lightning import (
+    ConfigError,
+    Policy,
+    Rollout,
+    Sampling,
+    TransformersEngine,
+    VllmColocateEngine,
+    VllmServerEngine,
+)
 from rlrt_lightning.rollouts.transformers import sample
 from tests.tiny import ARCHITECTURES, policy
 
@@ -167,3 +175,26 @@ def test_a_copy_in_another_dtype_follows_the_policy() -> None:
 def test_sampling_settings_out_of_range_are_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+def test_vllm_that_is_not_installed_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"VllmColocateEngine needs vLLM.*pip install 'rlrt-lightning\[vllm\]'"):
+        VllmColocateEngine()
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "said"),
+    [
+        (VllmColocateEngine, {"memory": 1.5}, "data.engine.memory is 1.5"),
+        (VllmColocateEngine, {"tensor_parallel": 0}, "data.engine.tensor_parallel is 0"),
+        (VllmColocateEngine, {"tolerance": 0.0}, "data.engine.tolerance is 0.0"),
+        (VllmServerEngine, {"urls": []}, r"data.engine.urls is \[\]"),
+        (VllmServerEngine, {"urls": ["localhost:8000"]}, "data.engine.urls"),
+        (VllmServerEngine, {"urls": ["http://a"], "patience_s": 0}, "data.engine.patience_s is 0"),
+        (VllmServerEngine, {"urls": ["http://a"], "check_rollouts": 0}, "data.engine.check_rollouts is 0"),
+    ],
+)
+def test_settings_of_vllm_engines_are_refused_by_name(engine: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        engine(**settings)
