@@ -87,7 +87,8 @@ class VllmColocateEngine(VllmEngine):
             self._awake = False
 
     def _send_weights(self, policy: Policy) -> None:
-        llm, asleep = self._engine(policy), not self._awake and torch.cuda.is_available() and self.sleep
+        llm = self._engine(policy)
+        asleep = not self._awake
         if asleep:
             llm.wake_up(tags=["weights"])  # the cache only when the weights are in: both at once may not fit
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.merged_weights()})
@@ -130,6 +131,7 @@ class VllmColocateEngine(VllmEngine):
             distributed_executor_backend="uni" if alone else "external_launcher",
             disable_log_stats=True,
         )
+        self._awake = True
         torch.set_num_threads(threads)
         # vLLM has set torch.distributed up for itself, for which Lightning takes its own single device.
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
