@@ -9,6 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rlrt_lightning.callbacks.boards import run_folder
 
+from rlrt_lightning.errors import ConfigError
+
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
 
@@ -18,16 +20,35 @@ class HFExport(Callback):
 
     Args:
         path: The folder; null is `export` in the run's folder. What it holds of an earlier export is overwritten.
+        adapter: Write the adapters of `model.policy.lora` alone, as a folder for peft and vLLM; off merges them into
+            the weights.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, adapter: bool = False) -> None:
         self.path = path
+        self.adapter = adapter
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that there are adapters to write, before training."""
+        if self.adapter and cast("RLRTModule", pl_module).policy.lora is None:
+            raise ConfigError("HFExport.adapter is true, but model.policy.lora is not set: there are no adapters")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder."""
         folder = Path(self.path) if self.path else run_folder(trainer) / "export"
         policy = cast("RLRTModule", pl_module).policy
-        if trainer.is_global_zero:
-            policy.model.save_pretrained(folder, state_dict=dict(policy.merged_weights()))
+        write = trainer.is_global_zero
+        if self.adapter and policy.lora is not None:
+            policy.lora.save(policy.model, folder, policy.path, write)
+        else:
+            weights = {}
+            for name, tensor in policy.merged_weights():  # on every rank, since each may have a part only
+                if write:
+                    weights[name] = tensor.cpu()
+            if policy.config.get_text_config().tie_word_embeddings:
+                weights.pop("lm_head.weight", None)
+            if write:
+                policy.model.save_pretrained(folder, state_dict=weights)
+        if write:
             policy.tokenizer.save_pretrained(folder)
             rank_zero_info(f"exported the policy to {folder}")

@@ -34,11 +34,14 @@ class TeacherRefresh(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tells the teacher whether it needs a copy, before the weights are loaded."""
         module = cast("RLRTModule", pl_module)
-        module.teacher.own_weights = self.every_n_epochs != 1 or self.ema_decay > 0
+        if self.every_n_epochs is None:
+            module.teacher.weights = "initial"
+        else:
+            module.teacher.weights = "policy" if self.every_n_epochs == 1 and self.ema_decay == 0 else "own"
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refreshes the teacher before the next epoch's roll-outs are scored, and before this epoch is saved."""
         module = cast("RLRTModule", pl_module)
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if module.teacher.own_weights and due:
+        if module.teacher.weights == "own" and due:
             module.teacher.refresh(module.policy, self.ema_decay)

@@ -33,7 +33,9 @@ _HOME = {
         "pass_at_k",
     ],
     "rlrt_lightning.metrics": ["AvgAtK", "PassAtK"],
-    "rlrt_lightning.policy": ["LoRA", "Policy"],
+    "rlrt_lightning.lora": ["LoRA"],
+    "rlrt_lightning.policy": ["Policy"],
+    "rlrt_lightning.sharding": ["FSDP2Strategy"],
     "rlrt_lightning.teacher": ["Teacher"],
     "rlrt_lightning.rollouts": [
         "Rollout",
@@ -63,6 +65,7 @@ __all__ = sorted(_MODULE_OF)
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import Benchmark, RolloutDataModule
     from rlrt_lightning.errors import ConfigError
+    from rlrt_lightning.lora import LoRA
     from rlrt_lightning.metrics import AvgAtK, PassAtK
     from rlrt_lightning.module import RLRTModule
     from rlrt_lightning.objective import (
@@ -84,7 +87,7 @@ if TYPE_CHECKING:
         importance_weights,
         pass_at_k,
     )
-    from rlrt_lightning.policy import LoRA, Policy
+    from rlrt_lightning.policy import Policy
     from rlrt_lightning.rollouts import (
         Rollout,
         RolloutEngine,
@@ -93,6 +96,7 @@ if TYPE_CHECKING:
         VllmColocateEngine,
         VllmServerEngine,
     )
+    from rlrt_lightning.sharding import FSDP2Strategy
     from rlrt_lightning.tasks import (
         DatasetTask,
         ExactMatch,

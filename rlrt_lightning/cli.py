@@ -227,6 +227,8 @@ class RLRTCli(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         own = config.get("callbacks") or []
         named = {type(callback) for callback in (own if isinstance(own, list) else [own])}
+        if config.get("strategy") == "fsdp":
+            config = {**config, "strategy": "fsdp2"}  # torch's first FSDP is on its way out, and runs on no CPU
         if config.get("enable_checkpointing") is False:
             named.add(ModelCheckpoint)
         return super()._instantiate_trainer(config, [c for c in callbacks if type(c) not in named])

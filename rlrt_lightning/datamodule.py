@@ -196,7 +196,8 @@ class RolloutDataModule(LightningDataModule):
                     method.successful(rewards),
                     self.seed,
                     self._epochs,
-                    trainer.global_rank,
+                    0,
+                    places=range(trainer.global_rank, self.prompts_per_epoch, trainer.world_size),
                 )
                 contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
                 teacher, truncated = module.teacher.score(
@@ -466,7 +467,7 @@ class RolloutDataModule(LightningDataModule):
         wrong = None
         if not isinstance(self.engine, ScoringEngine):
             wrong = f"{type(self.engine).__name__} does not score; take a vLLM engine"
-        elif self._module.teacher.own_weights:
+        elif self._module.teacher.weights != "policy":
             wrong = (
                 "the engine has the policy's weights, and this teacher its own: set teacher_refresh.every_n_epochs=1"
             )

@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -29,6 +30,7 @@ from rlrt_lightning.objective import (
 from rlrt_lightning.policy import Policy, at_mask, log_probs_at, token_log_probs
 from rlrt_lightning.ranks import mean_over_ranks
 from rlrt_lightning.seeding import derive_seed
+from rlrt_lightning.sharding import FSDP2Strategy, check_strategy, whole
 from rlrt_lightning.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ class RLRTModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the gradient's norm before it is clipped, and the learning rate."""
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         self._log({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]}, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
@@ -200,9 +202,22 @@ class RLRTModule(LightningModule):
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the weights, after everything that can be checked without them has been."""
+        """Loads the weights, after everything that can be checked without them has been, and shards them."""
+        strategy = self.trainer.strategy
+        check_strategy(strategy)
         self.policy.load()
         self.teacher.load(self.policy)
+        if isinstance(strategy, FSDP2Strategy):
+            self._shard(strategy)
+
+    def _shard(self, strategy: FSDP2Strategy) -> None:
+        if isinstance(self.policy.model, FSDPModule):
+            return  # by an earlier fit or validate of this trainer
+        for own in (self.policy, self.teacher):
+            if "model" in own._modules:
+                strategy.shard(cast(Any, own.model))
+        if self.teacher.adapters is not None:
+            self.teacher.adapters.copy(self.policy.model)  # in the same shards
 
     @property
     def _data(self) -> RolloutDataModule:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, final
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
+from rlrt_lightning.sharding import decoder_states, in_step, whole
 from rlrt_lightning.tasks.base import Messages
 
 if TYPE_CHECKING:
@@ -27,38 +28,6 @@ Compute = Callable[..., tuple[Tensor, ...]]
 """From the logits [C, V] of some tokens, and what else is known of each, to figures [C, ...] of each."""
 
 EMBEDDED = Path(__file__).parent / "tasks" / "strategy_sum" / "model"
-
-
-@dataclass
-class LoRA:
-    """Low-rank adapters (arXiv:2106.09685) by peft, in place in the model.
-
-    Args:
-        rank: Rank of the adapters.
-        alpha: Their output is scaled by alpha / rank.
-        dropout: Of their input, while training.
-        targets: Names of the layers that get one; null is all linear layers but the head.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: list[str] | None = None
-
-    def add_to(self, model: PreTrainedModel) -> None:
-        """Puts the adapters in and freezes everything else.
-
-        Raises:
-            ConfigError: If the model has no such layers.
-        """
-        from peft import LoraConfig, inject_adapter_in_model
-
-        targets: Any = self.targets or "all-linear"
-        settings: Any = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
-        try:
-            inject_adapter_in_model(LoraConfig(target_modules=targets, **settings), model)
-        except ValueError as error:
-            raise ConfigError(f"model.policy.lora: {_first_line(error)}") from error
 
 
 @final
@@ -228,22 +197,26 @@ class Policy(nn.Module):
         self.model = model.train()
         self._head_is_known = self._chunks_match_the_model()
 
+    def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A whole model of the same kind without adapters, whose weights are yet to be filled in, for inference."""
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights(), torch.device(self.device):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation=self.attention)
+        return model.eval().requires_grad_(False)
+
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights by their names in a checkpoint, one at a time and without gradient, adapters merged into them. A
         head that is tied to the embeddings is among them: a sampler may have packed it for itself, and would keep the
-        old one."""
+        old one. Where they are sharded all ranks have to read them, and each gets them whole."""
         state = self.model.state_dict()
         for name, tensor in state.items():
-            if ".lora_" in name:
-                continue
-            owner, base, kind = name.rpartition(".base_layer.")
-            if base and kind == "weight":
-                with torch.no_grad():
-                    tensor = tensor + cast(Any, self.model.get_submodule(owner)).get_delta_weight("default").to(tensor)
-            yield (f"{owner}.{kind}" if base else name), tensor.detach()
+            if (pair := merged(self.model, name, tensor)) is not None:
+                yield pair[0], whole(pair[1]).detach()
         head = self.model.get_output_embeddings()
         if head is not None and "lm_head.weight" not in state:
-            yield "lm_head.weight", cast(Tensor, head.weight).detach()
+            yield "lm_head.weight", whole(cast(Tensor, head.weight)).detach()
 
     @property
     def device(self) -> torch.device:
@@ -252,11 +225,12 @@ class Policy(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[PreTrainedModel]:
-        """The model without dropout, gradient or gradient checkpointing."""
+        """The model without dropout, gradient or gradient checkpointing. Where the weights are sharded all ranks have
+        to enter, each with as many forward passes as it needs, and leave together."""
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), in_step(self.model):
                 yield self.model
         finally:
             self.model.train(was_training)
@@ -265,9 +239,11 @@ class Policy(nn.Module):
     def weights_of(self, teacher: nn.Module) -> Iterator[None]:
         """Computes with the teacher's weights where it has its own."""
         own = self.model
+        adapters: TeacherAdapters | None = getattr(teacher, "adapters", None)
         self.model = teacher._modules.get("model", own)
         try:
-            yield
+            with adapters.within(own) if adapters is not None else nullcontext():
+                yield
         finally:
             self.model = own
 
@@ -333,7 +309,7 @@ class Policy(nn.Module):
         """What `_logits` makes the logits of each response token of, [R, H]."""
         mask = response_mask[:, 1:].bool()
         if self._head_is_known:
-            out = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            out = decoder_states(self.model, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             return out.last_hidden_state[:, :-1][mask]
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return out.logits[:, :-1][mask]

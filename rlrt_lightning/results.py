@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import mean_and_ci95
 from rlrt_lightning.objective import pass_at_k
+from rlrt_lightning.sharding import whole
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import Evaluated, RolloutDataModule
@@ -77,7 +78,7 @@ def description(data: RolloutDataModule, benchmark: str, weights: str) -> dict[s
 
 def fingerprint(model: nn.Module) -> str:
     """A name for a model's weights that other weights do not have, save by intent."""
-    return _digest(f"{name} {list(p.shape)} {_sum_of_bits(p)}" for name, p in model.named_parameters())
+    return _digest(f"{name} {list(p.shape)} {_sum_of_bits(whole(p))}" for name, p in model.named_parameters())
 
 
 def _sum_of_bits(weights: Tensor) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, final
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.lora import TeacherAdapters
 from rlrt_lightning.objective.methods import Context
 from rlrt_lightning.policy import log_probs_at, token_log_probs
 from rlrt_lightning.rollouts.base import Rollout, ScoringEngine
 from rlrt_lightning.seeding import generator
+from rlrt_lightning.sharding import local, move_weights
 from rlrt_lightning.tasks.base import Messages, Problem
 
 if TYPE_CHECKING:
@@ -59,6 +62,9 @@ class Teacher(nn.Module):
 
     While it is refreshed each epoch it is the policy that made the roll-outs, so it needs no weights of its own.
 
+    With adapters (`model.policy.lora`) one that was never refreshed is the model without them, and one that follows the
+    policy keeps a copy of them alone.
+
     Args:
         template: What the teacher is shown in place of the prompt; `{prompt}` and `{context}` are filled in. In a
             conversation it takes the place of the last user's message, and the chat template goes around it. Null:
@@ -68,6 +74,8 @@ class Teacher(nn.Module):
         scored_by: "trainer", by a forward pass with the teacher's weights, or "engine", by the roll-out engine, which
             reads a demonstration once for all of its siblings; both sides of D_t then come from the engine. For a vLLM
             engine, a teacher that is refreshed each epoch, and methods that need no more than log-probs.
+        rest_on_cpu: Keep the teacher's own weights, where it has a whole copy, in the CPU's memory except while it
+            scores: frees the GPU of them while the policy is trained, and sends them twice an epoch.
     """
 
     def __init__(
@@ -76,6 +84,7 @@ class Teacher(nn.Module):
         max_context_tokens: int = 8192,
         strip_think: bool = True,
         scored_by: Literal["trainer", "engine"] = "trainer",
+        rest_on_cpu: bool = False,
     ) -> None:
         super().__init__()
         for name in ("{prompt}", "{context}"):
@@ -87,21 +96,44 @@ class Teacher(nn.Module):
         self.max_context_tokens = max_context_tokens
         self.strip_think = strip_think
         self.scored_by = scored_by
-        self.own_weights = False
-        """Whether the teacher keeps a copy; set before the weights are loaded, by `TeacherRefresh`."""
+        self.rest_on_cpu = rest_on_cpu
+        self.weights: Literal["policy", "initial", "own"] = "policy"
+        """Whose weights it has: the policy's, those that the policy began with, or its own, which follow the policy's;
+        set before they are loaded, by `TeacherRefresh`."""
+        self.adapters: TeacherAdapters | None = None
 
     # -- whose weights ---------------------------------------------------------------------------------------------
 
     def load(self, policy: Policy) -> None:
-        """Takes a copy of the policy's weights where the teacher needs its own."""
-        if self.own_weights and "model" not in self._modules:
+        """Takes a copy of the policy's weights where the teacher needs its own: of the adapters alone where the policy
+        has some, and of nothing where these are initial ones."""
+        if self.weights == "policy" or self.adapters is not None or "model" in self._modules:
+            return
+        if policy.lora is not None:
+            self.adapters = TeacherAdapters(policy.model, off=self.weights == "initial")
+        else:
             self.model = copy.deepcopy(policy.model).eval().requires_grad_(False)
+
+    @contextmanager
+    def _at_work(self, device: torch.device) -> Iterator[None]:
+        """Brings a copy that rests on the CPU to the policy's device, and back."""
+        if not self.rest_on_cpu or "model" not in self._modules:
+            yield
+            return
+        move_weights(self.model, device)
+        try:
+            yield
+        finally:
+            move_weights(self.model, torch.device("cpu"))
 
     @torch.no_grad()
     def refresh(self, policy: Policy, ema_decay: float = 0.0) -> None:
         """teacher <- ema_decay * teacher + (1 - ema_decay) * policy."""
-        for ours, theirs in zip(self.model.parameters(), policy.model.parameters(), strict=True):
-            ours.lerp_(theirs.to(ours), 1 - ema_decay)
+        followed = policy.model.named_parameters()
+        if policy.lora is not None:
+            followed = ((name, p) for name, p in followed if p.requires_grad)
+        for ours, (_, theirs) in zip(self.parameters(), followed, strict=True):
+            local(ours).lerp_(local(theirs).to(local(ours)), 1 - ema_decay)
 
     # -- what context ----------------------------------------------------------------------------------------------
 
@@ -126,7 +158,13 @@ class Teacher(nn.Module):
         return policy.encode_prompt([*prompt[:-1], {**prompt[-1], "content": fill(prompt[-1]["content"])}]), cut
 
     def contexts(
-        self, kind: Context, problems: Sequence[Problem], rollouts: Sequence[Rollout], successful: Tensor, *seed: int
+        self,
+        kind: Context,
+        problems: Sequence[Problem],
+        rollouts: Sequence[Rollout],
+        successful: Tensor,
+        *seed: int,
+        places: Sequence[int] | None = None,
     ) -> list[str | None]:
         """The privileged context of each roll-out, None where there is none.
 
@@ -140,6 +178,8 @@ class Teacher(nn.Module):
             rollouts: N roll-outs.
             successful: Which of them count as r = 1, bool [N].
             seed: Names the stream that chooses the demonstrations.
+            places: The number that each problem has in the stream, [P]; None: as they come. By its number over all
+                ranks, the choice does not depend on which rank it is on.
         """
         if kind == "answer":
             answers = [problems[r.group].answer for r in rollouts]
@@ -154,7 +194,8 @@ class Teacher(nn.Module):
                 solved[rollout.group].append(rollout)
         for group, candidates in solved.items():
             candidates.sort(key=lambda r: r.index)  # whatever the order in which they finished
-            order = torch.randperm(len(candidates), generator=generator(*seed, "sibling", group)).tolist()
+            place = places[group] if places is not None else group
+            order = torch.randperm(len(candidates), generator=generator(*seed, "sibling", place)).tolist()
             solved[group] = [candidates[i] for i in order[:2]]
         contexts = []
         for rollout in rollouts:
@@ -221,7 +262,7 @@ class Teacher(nn.Module):
         else:
             top = [torch.zeros(len(r.response_ids), 0, dtype=torch.int32) for r in chosen]
         targets = [torch.tensor(r.response_ids) for r in chosen]
-        with policy.weights_of(self):
+        with self._at_work(policy.device), policy.weights_of(self):
             scored = policy.score_by(_teacher_figures, sequences, temperature, targets, top)
         for i, (logp, entropy, top_logp), tokens in zip(which, scored, top, strict=True):
             scores[i] = TeacherScore(logp, entropy, tokens, top_logp)

@@ -137,7 +137,7 @@ def test_refreshed_each_epoch_the_teacher_has_no_weights_of_its_own() -> None:
 
 def test_own_weights_stay_until_refreshed_and_the_policys_are_put_back() -> None:
     made, teacher = policy(), Teacher(TEMPLATE)
-    teacher.own_weights = True
+    teacher.weights = "own"
     teacher.load(made)
     assert not any(p.requires_grad for p in teacher.parameters())
     rollouts = [rollout(0, 0), rollout(0, 1)]

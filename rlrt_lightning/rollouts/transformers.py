@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,9 +28,11 @@ class TransformersEngine(RolloutEngine):
 
     Args:
         max_rows: Roll-outs that are decoded at once; bounds the memory of the key-value cache.
-        dtype: Sample with a copy of the weights in this type, renewed before each epoch; null samples with the policy's
-            weights themselves. Worth its memory under `--trainer.precision=bf16-mixed`, where each step would
-            otherwise cast all weights; set `--data.rescore=true` with it.
+        dtype: Sample with a copy of the weights in this type, renewed before each epoch and given back before
+            training; null samples with the policy's weights themselves. Worth its memory under
+            `--trainer.precision=bf16-mixed`, where each step would otherwise cast all weights (set
+            `--data.rescore=true` with it), and with sharded weights (fsdp2), which null has to fetch from all ranks
+            again for every token.
     """
 
     def __init__(self, max_rows: int = 256, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
@@ -42,26 +43,33 @@ class TransformersEngine(RolloutEngine):
         self._policy: Policy | None = None
         self._copy: PreTrainedModel | None = None
 
+    @property
+    def ready(self) -> bool:
+        """See `RolloutEngine.ready`."""
+        return self._policy is not None and (self.dtype is None or self._copy is not None)
+
+    def release(self) -> None:
+        """See `RolloutEngine.release`."""
+        self._copy = None
+
     def sync(self, policy: Policy) -> None:
         """See `RolloutEngine.sync`."""
         self._policy = policy
         if self.dtype is None:
             return
         if self._copy is None:
-            self._copy = copy.deepcopy(policy.model).eval()
-            for p in self._copy.parameters():  # not .to(dtype): rotary frequencies are buffers and stay float32
-                p.requires_grad_(False)
-                p.data = p.data.to(getattr(torch, self.dtype))
-        with torch.no_grad():
-            for ours, theirs in zip(self._copy.parameters(), policy.model.parameters(), strict=True):
-                ours.copy_(theirs)
+            self._copy = policy.empty_copy(getattr(torch, self.dtype))
+        own = self._copy.state_dict()
+        for name, weight in policy.merged_weights():
+            if name in own:
+                own[name].copy_(weight)
 
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[Rollout]:
         """See `RolloutEngine.generate`."""
         policy = self._policy
-        if policy is None:
+        if policy is None or not self.ready:
             raise RuntimeError("sync the engine with a policy before it generates")
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         at_once = max(1, self.max_rows // n)

@@ -1,0 +1,145 @@
+"""Low-rank adapters, by peft: in the model, as a teacher's own, and as a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.sharding import local, whole
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685) by peft, in place in the model.
+
+    Args:
+        rank: Rank of the adapters.
+        alpha: Their output is scaled by alpha / rank.
+        dropout: Of their input, while training.
+        targets: Names of the layers that get one; null is all linear layers but the head.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+    @property
+    def config(self) -> LoraConfig:
+        """The same for peft."""
+        from peft import LoraConfig
+
+        targets: Any = self.targets or "all-linear"
+        settings: Any = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        return LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings)
+
+    def add_to(self, model: PreTrainedModel) -> None:
+        """Puts the adapters in and freezes everything else. They begin as the same on every rank.
+
+        Raises:
+            ConfigError: If the model has no such layers.
+        """
+        from peft import inject_adapter_in_model
+
+        try:
+            inject_adapter_in_model(self.config, model)
+        except ValueError as error:
+            message = str(error).strip().split("\n")[0]
+            raise ConfigError(f"model.policy.lora: {message}") from error
+
+    def save(self, model: PreTrainedModel, folder: Path, base: str, write: bool) -> None:
+        """Writes the adapters as a folder that peft and vLLM load beside the base model.
+
+        Args:
+            model: The model that has them.
+            folder: Where to.
+            base: The model that they belong on, as its path or Hugging Face id.
+            write: False on ranks that only hold a part of them, which have to call this too.
+        """
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        of_peft = get_peft_model_state_dict(model)
+        weights = {f"base_model.model.{name}": whole(tensor).cpu().contiguous() for name, tensor in of_peft.items()}
+        if not write:
+            return
+        config = self.config
+        config.base_model_name_or_path = base
+        config.inference_mode = True
+        targets = (name.rpartition(".lora_A.")[0] for name in of_peft)
+        config.target_modules = sorted({target.rpartition(".")[2] for target in targets if target})
+        config.save_pretrained(str(folder))
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def merged(model: nn.Module, name: str, weight: Tensor) -> tuple[str, Tensor] | None:
+    """A tensor of a model's state by its name in the model's own checkpoint, the adapter's share added to it; None for
+    a part of an adapter."""
+    if ".lora_" in name:
+        return None
+    owner, base, kind = name.rpartition(".base_layer.")
+    if base and kind == "weight":
+        with torch.no_grad():
+            weight = weight + cast(Any, model.get_submodule(owner)).get_delta_weight("default").to(weight)
+    return (f"{owner}.{kind}" if base else name), weight
+
+
+class TeacherAdapters(nn.Module):
+    """A teacher whose weights differ from the policy's in the adapters alone.
+
+    Args:
+        model: The policy's model, whose adapters are copied.
+        off: The teacher is the model without adapters, as it was before training: nothing is copied.
+    """
+
+    def __init__(self, model: nn.Module, off: bool) -> None:
+        super().__init__()
+        self.off = off
+        self.copy(model)
+
+    def copy(self, model: nn.Module) -> None:
+        """Copies the model's adapters as they are now, values and shards."""
+        copied = [] if self.off else _adapters(model)
+        self.copies = nn.ParameterList(nn.Parameter(p.detach().clone(), requires_grad=False) for p in copied)
+
+    @contextmanager
+    def within(self, model: nn.Module) -> Iterator[None]:
+        """Computes with these adapters in place of the model's own."""
+        change = self._switch if self.off else self._exchange
+        change(model)
+        try:
+            yield
+        finally:
+            change(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        for ours, theirs in zip(self.copies, _adapters(model), strict=True):
+            a, b = local(ours), local(theirs)
+            kept = b.clone()
+            b.copy_(a)
+            a.copy_(kept)
+
+    @staticmethod
+    def _switch(model: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                # Not `enable_adapters`, which also changes what requires a gradient.
+                layer._disable_adapters = not layer._disable_adapters
+
+
+def _adapters(model: nn.Module) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if ".lora_" in name]
