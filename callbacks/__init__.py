@@ -2,7 +2,8 @@
 
 from rlrt_lightning.callbacks.evaluation import Evaluation
 from rlrt_lightning.callbacks.hf_export import HFExport
+from rlrt_lightning.callbacks.rank_guard import RankGuard
 from rlrt_lightning.callbacks.reversed_signal import ReversedSignalLogger
 from rlrt_lightning.callbacks.teacher_refresh import TeacherRefresh
 
-__all__ = ["Evaluation", "HFExport", "ReversedSignalLogger", "TeacherRefresh"]
+__all__ = ["Evaluation", "HFExport", "RankGuard", "ReversedSignalLogger", "TeacherRefresh"]

@@ -12,7 +12,7 @@ from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_pa
 
 from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.ranks import mean_over_ranks
+from rlrt_lightning.ranks import Mean, mean_over_ranks
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -87,28 +87,30 @@ def signal_statistics(epoch: EpochBatch, eps_w: float | None) -> dict[str, float
     solved = max(int(correct.sum()), 1)
     stats = {
         "signal/context": float(context.float().mean()),
-        "signal/context_of_correct": float((context & correct).sum()) / solved,
+        "signal/context_of_correct": Mean(float((context & correct).sum()) / solved, solved),
     }
     for name, rows in (("correct", context & correct), ("wrong", context & ~correct)):
         values = credit.asymmetry[epoch.mask & rows[:, None]]
         if len(values):
-            stats[f"signal/asymmetry_{name}"] = float(values.mean())
+            stats[f"signal/asymmetry_{name}"] = Mean(float(values.mean()), len(values))
             cuts = torch.tensor(QUANTILES)
             for q, value in zip(QUANTILES, _quantiles(values, cuts).tolist(), strict=True):
-                stats[f"signal/asymmetry_{name}_p{round(100 * q):02d}"] = value
+                stats[f"signal/asymmetry_{name}_p{round(100 * q):02d}"] = Mean(value, len(values))
     scored = epoch.mask & context[:, None]
     weights = credit.weights[scored]
     if len(weights):
         advantages = epoch.advantages[:, None].expand_as(epoch.mask)[scored].abs().mean()
-        stats["signal/up_weighted"] = float((weights > 1).float().mean())
-        stats["signal/down_weighted"] = float((weights < 1).float().mean())
+        stats["signal/up_weighted"] = Mean(float((weights > 1).float().mean()), len(weights))
+        stats["signal/down_weighted"] = Mean(float((weights < 1).float().mean()), len(weights))
         if advantages > 0:
             # Near 1, or the method changes the size of the step besides its direction.
-            stats["signal/effective_advantage"] = float(credit.advantages[scored].abs().mean() / advantages)
+            stats["signal/effective_advantage"] = Mean(
+                float(credit.advantages[scored].abs().mean() / advantages), float(advantages) * len(weights)
+            )
         if eps_w is not None:
             clipped = weights.clamp(1 - eps_w, 1 + eps_w)
-            stats["signal/weight_mean"] = float(clipped.mean())
-            stats["signal/clipped"] = float((clipped != weights).float().mean())
+            stats["signal/weight_mean"] = Mean(float(clipped.mean()), len(weights))
+            stats["signal/clipped"] = Mean(float((clipped != weights).float().mean()), len(weights))
     return stats
 
 

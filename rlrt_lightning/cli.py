@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
-from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
+from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
@@ -167,9 +167,9 @@ def _meant(word: str, known: Iterable[str]) -> str:
 class RLRTCli(LightningCLI):
     """LightningCLI with `RLRTModule` and `RolloutDataModule`.
 
-    `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation` and `ModelCheckpoint` are always there, and set by the short
-    keys `teacher_refresh`, `reversed_signal`, `evaluation` and `checkpoint`; one of the same class under
-    `trainer.callbacks` takes their place.
+    `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard` and `ModelCheckpoint` are always there, and set
+    by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`, `rank_guard` and `checkpoint`; one of the same
+    class under `trainer.callbacks` takes their place.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -203,6 +203,7 @@ class RLRTCli(LightningCLI):
         parser.add_lightning_class_args(TeacherRefresh, "teacher_refresh")
         parser.add_lightning_class_args(ReversedSignalLogger, "reversed_signal")
         parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(RankGuard, "rank_guard")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes, pad_rows
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
+from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
@@ -224,7 +225,7 @@ class RolloutDataModule(LightningDataModule):
         figures = advantages, rewards, logp_student, logp_teacher, mask, has_context
         if isinstance(method, Distilling):
             teacher_entropy = pad_rows([s.entropy if s else None for s in teacher], width=mask.shape[1])
-            credit = method(*figures, teacher_entropy)
+            credit = method(*figures, teacher_entropy, self._sum_over_ranks)
         else:
             credit = method(*figures)
 
@@ -362,7 +363,7 @@ class RolloutDataModule(LightningDataModule):
         finished = self.evaluated.get(name, set())
         indices = [i for i in indices if self._eval_problems[name][i].id not in finished]
         problems = [self._eval_problems[name][i] for i in indices]
-        if not problems:
+        if not any(gather(self._trainer, bool(problems))):  # ranks may share an engine, or each other's weights
             return Evaluated(name, spec.samples, [], [])
         seeds = [derive_seed(self.seed, "evaluation", name, i) for i in indices]
         return Evaluated(name, spec.samples, problems, self.draw(task, problems, spec.samples, sampling, seeds))
@@ -565,10 +566,10 @@ def _mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
         return {}
     # (rho - 1) - log rho estimates KL(sampler || trainer) and is never negative.
     return {
-        "rollout/mismatch_mean": float(difference.abs().mean()),
+        "rollout/mismatch_mean": Mean(float(difference.abs().mean()), len(difference)),
         "rollout/mismatch_max": float(difference.abs().max()),
-        "rollout/mismatch_kl": float((difference.exp() - 1 - difference).mean()),
-        "rollout/mismatch_capped": float(capped.float().mean()),
+        "rollout/mismatch_kl": Mean(float((difference.exp() - 1 - difference).mean()), len(difference)),
+        "rollout/mismatch_capped": Mean(float(capped.float().mean()), len(difference)),
     }
 
 
@@ -579,7 +580,7 @@ def _statistics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) ->
     size = torch.bincount(groups)
     solved = torch.zeros(len(size)).index_add_(0, groups, correct) / size
     lengths = torch.tensor([len(r.response_ids) for r in rollouts]).float()
-    stats = {
+    stats: dict[str, Tensor | float] = {
         "rollout/reward": rewards.mean(),
         "rollout/correct": correct.mean(),
         "rollout/length": lengths.mean(),
@@ -590,7 +591,8 @@ def _statistics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) ->
         "groups/mixed": ((solved > 0) & (solved < 1)).float().mean(),
     }
     if all(r.entropy is not None for r in rollouts):
-        stats["rollout/entropy"] = torch.cat([r.entropy for r in rollouts if r.entropy is not None]).mean()
+        of_tokens = torch.cat([r.entropy for r in rollouts if r.entropy is not None])
+        stats["rollout/entropy"] = Mean(float(of_tokens.mean()), len(of_tokens))
     labels = Counter(v.label for v in verdicts if v.label is not None)
     stats |= {f"labels/{label}": torch.tensor(count / len(verdicts)) for label, count in labels.items()}
-    return {tag: float(value) for tag, value in stats.items()}
+    return {tag: value if isinstance(value, Mean) else float(value) for tag, value in stats.items()}

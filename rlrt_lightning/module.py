@@ -28,7 +28,7 @@ from rlrt_lightning.objective import (
     token_mean,
 )
 from rlrt_lightning.policy import Policy, at_mask, log_probs_at, token_log_probs
-from rlrt_lightning.ranks import mean_over_ranks
+from rlrt_lightning.ranks import Mean, mean_over_ranks
 from rlrt_lightning.seeding import derive_seed
 from rlrt_lightning.sharding import FSDP2Strategy, check_strategy, whole
 from rlrt_lightning.teacher import Teacher
@@ -94,6 +94,7 @@ class RLRTModule(LightningModule):
         self.optimizer_factory = optimizer
         self.warmup_steps = warmup_steps
         self._epoch_start = 0.0
+        self._figures: dict[str, list[tuple[Tensor, int]]] = {}
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -114,9 +115,9 @@ class RLRTModule(LightningModule):
         loss = surrogate.loss
         tokens = int(batch.response_mask.sum())
         figures = {
-            "train/clip_fraction": surrogate.clip_fraction,
-            "train/entropy": entropy.detach().sum() / max(tokens, 1),
-            "train/kl": _kl(logp.detach(), batch),
+            "train/clip_fraction": (surrogate.clip_fraction, tokens),
+            "train/entropy": (entropy.detach().sum() / max(tokens, 1), tokens),
+            "train/kl": (_kl(logp.detach(), batch), tokens),
         }
         if divergence is not None:
             assert isinstance(self.method, Distilling)
@@ -131,12 +132,15 @@ class RLRTModule(LightningModule):
                 self.aggregation,
             )
             distilled = batch.distillation != 0
-            figures["train/divergence"] = (divergence.detach() * distilled).sum() / distilled.sum().clamp(min=1)
+            mean = (divergence.detach() * distilled).sum() / distilled.sum().clamp(min=1)
+            figures["train/divergence"] = mean, int(distilled.sum())
         if batch.entropy_bonus is not None:
             loss = loss - token_mean(batch.entropy_bonus * entropy, batch.response_mask, self.aggregation)
         loss = loss * batch.share
         self._log({"train/loss": loss}, batch_size=1)
-        self._log(figures, batch_size=tokens)
+        for tag, (mean, count) in figures.items():
+            # What only stands in, so that this rank takes the step with the others, is not trained on.
+            self._figures.setdefault(tag, []).append((mean, count if batch.share else 0))
         return loss
 
     def _token_figures(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -184,8 +188,14 @@ class RLRTModule(LightningModule):
         self._log({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]}, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
-        """Logs how long the updates took."""
-        self._log({"time/train": time.perf_counter() - self._epoch_start}, batch_size=1)
+        """Logs what the updates were like, over all tokens of all ranks, and how long they took."""
+        figures: dict[str, float] = {}
+        for tag, parts in self._figures.items():
+            count = sum(n for _, n in parts)
+            figures[tag] = Mean(sum(float(mean) * n for mean, n in parts) / max(count, 1), count)
+        self._figures.clear()
+        figures["time/train"] = time.perf_counter() - self._epoch_start
+        self._log(mean_over_ranks(self.trainer, figures), batch_size=1)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 

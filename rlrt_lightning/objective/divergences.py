@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,7 +77,12 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
-def dynamic_weights(teacher_entropy: Tensor, mask: Tensor, beta: float) -> Tensor:
+def dynamic_weights(
+    teacher_entropy: Tensor,
+    mask: Tensor,
+    beta: float,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Tensor:
     """exp(-beta H(P_T)), brought to a mean of 1 over the tokens in the mask (SRPO, arXiv:2604.02288): where the teacher
     hesitates it has less to say.
 
@@ -84,10 +90,12 @@ def dynamic_weights(teacher_entropy: Tensor, mask: Tensor, beta: float) -> Tenso
         teacher_entropy: H(P_T), nats, of any shape.
         mask: True at the tokens that are weighted, same shape.
         beta: 0 weighs all tokens the same.
+        sum_over_ranks: Adds up a tensor of all ranks, where the mean is over the tokens of several.
 
     Returns:
         Same shape and dtype, 0 outside the mask.
     """
     mask = mask.bool()
     weights = torch.where(mask, torch.exp(-beta * teacher_entropy), 0.0)
-    return weights * (mask.sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny))
+    tokens, total = sum_over_ranks(torch.stack([mask.sum().to(weights.dtype), weights.sum()]))
+    return weights * (tokens / total.clamp(min=torch.finfo(weights.dtype).tiny))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,13 @@ class Distilling(Method):
         mask: Tensor,
         has_context: Tensor,
         teacher_entropy: Tensor | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> Credit:
         """See `Method.__call__`; besides:
 
         Args:
             teacher_entropy: H(P_T), nats, [N, T]; read only where there is a context.
+            sum_over_ranks: Adds up a tensor of all ranks, for what is a mean over an epoch's roll-outs on all of them.
         """
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ class SDPO(Distilling):
         mask: Tensor,
         has_context: Tensor,
         teacher_entropy: Tensor | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> Credit:
         """See `Method.__call__`."""
         ones = mask.to(logp_student.dtype)
@@ -136,6 +140,7 @@ class SRPO(Distilling):
         mask: Tensor,
         has_context: Tensor,
         teacher_entropy: Tensor | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> Credit:
         """See `Method.__call__`."""
         if teacher_entropy is None:
@@ -146,7 +151,7 @@ class SRPO(Distilling):
             torch.where(corrected, 0.0, advantages[:, None] * ones),
             ones,
             asymmetry_of(logp_student, logp_teacher, mask, has_context),
-            distillation=dynamic_weights(teacher_entropy, corrected, self.beta).detach(),
+            distillation=dynamic_weights(teacher_entropy, corrected, self.beta, sum_over_ranks).detach(),
         )
 
     def uses_teacher(self, advantages: Tensor, rewards: Tensor) -> Tensor:
