@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -18,6 +19,11 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 """Seconds between two signs of life."""
+
+RESUME = "what was trained up to the last checkpoint can be resumed with --ckpt_path last"
+
+LOST = re.compile("gloo|nccl|connection|socket|store", re.IGNORECASE)
+"""What the errors of a broken connection have in common."""
 
 DEAD = 3
 """Exit code of a rank that ends because another one is gone."""
@@ -56,11 +62,23 @@ class RankGuard(Callback):
             self._watch = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tells the others why this rank ends."""
-        if self._watch is not None:
-            lines = str(exception).strip().split("\n")
-            self._watch.finish(f"{type(exception).__name__}: {lines[0]}")
-            self._watch = None
+        """Tells the others why this rank ends.
+
+        Raises:
+            RankError: If it ends because the connection to another one broke off.
+        """
+        if self._watch is None:
+            return
+        watch, self._watch = self._watch, None
+        lost = watch.silent() if LOST.search(str(exception)) else []
+        reason = f"nothing is heard of rank {lost[0]}" if lost else _first_line(exception)
+        watch.finish(reason)
+        if lost:
+            raise RankError(f"{reason}: its process has ended or its machine is gone; {RESUME}") from exception
+
+
+class RankError(ConfigError):
+    """A run that cannot go on without a rank that is gone."""
 
 
 class _Watch(threading.Thread):
@@ -112,6 +130,17 @@ class _Watch(threading.Thread):
     def _sign(self, other: int) -> str:
         return self.store.get(_key(other)).decode() if self.store.check([_key(other)]) else ""
 
+    def silent(self) -> list[int]:
+        """The ranks that give no sign of life over a few beats."""
+        others = [other for other in range(self.ranks) if other != self.rank]
+        try:
+            before = [self._sign(other) for other in others]
+            time.sleep(4 * BEAT_S)
+            after = [self._sign(other) for other in others]
+        except RuntimeError:
+            return [0]  # who keeps the store
+        return [o for o, a, b in zip(others, before, after, strict=True) if a == b and not a.startswith(END)]
+
     def finish(self, reason: str) -> None:
         """Ends the watch. A reason makes the others end too."""
         self.stopped.set()
@@ -132,13 +161,12 @@ class _Watch(threading.Thread):
             time.sleep(0.05)
 
     def _give_up(self, what: str, code: int) -> None:
-        print(
-            f"error: {what}: rank {self.rank} ends too; what was trained up to the last checkpoint can be resumed with "
-            "--ckpt_path last",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {what}: rank {self.rank} ends too; {RESUME}", file=sys.stderr, flush=True)
         os._exit(code)  # the main thread waits in a collective, which no exception here would end
+
+
+def _first_line(exception: BaseException) -> str:
+    return f"{type(exception).__name__}: {str(exception).strip()}".split("\n")[0]
 
 
 def _key(rank: int) -> str:

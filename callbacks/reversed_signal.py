@@ -84,10 +84,10 @@ def signal_statistics(epoch: EpochBatch, eps_w: float | None) -> dict[str, float
         eps_w: Where the method clips its weights; None if it does not.
     """
     credit, context, correct = epoch.credit, epoch.has_context, epoch.correct
-    solved = max(int(correct.sum()), 1)
+    solved = int(correct.sum())
     stats = {
         "signal/context": float(context.float().mean()),
-        "signal/context_of_correct": Mean(float((context & correct).sum()) / solved, solved),
+        "signal/context_of_correct": Mean(float((context & correct).sum()) / max(solved, 1), solved),
     }
     for name, rows in (("correct", context & correct), ("wrong", context & ~correct)):
         values = credit.asymmetry[epoch.mask & rows[:, None]]

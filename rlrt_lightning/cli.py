@@ -22,6 +22,7 @@ from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
+from rlrt_lightning.sharding import FSDP2Strategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # Each epoch trains on roll-outs of its own.
@@ -245,6 +246,11 @@ class RLRTCli(LightningCLI):
             raise ConfigError("ckpt_path: best is known only within the run that made it; give the checkpoint's path")
         elif path and "://" not in path and not Path(path).exists():
             raise ConfigError(f"ckpt_path: there is no checkpoint at {path}")
+        if path and Path(path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise ConfigError(
+                f"ckpt_path: {path} is a folder of shards; load it with --trainer.strategy=fsdp2, on any number of "
+                "devices (one file for all strategies is written by FSDP2Strategy.save_distributed_checkpoint=false)"
+            )
         self.config_init[self.subcommand]["ckpt_path"] = path
         if self.subcommand == "fit" and path:
             self.trainer.num_sanity_val_steps = 0  # the measurement before training has been made

@@ -19,6 +19,15 @@ def gather(trainer: Trainer, value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def of_first_rank(value: T) -> T:
+    """What the first rank has, on every rank; each waits for it."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
 class Mean(float):
     """A mean, which remembers of how many.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, TeacherRefresh
+from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, TeacherRefresh
 
 from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling, StrategySum
 from rlrt_lightning.datamodule import Benchmark
@@ -78,6 +78,8 @@ class Fails(Callback):
         if trainer.global_rank == 1 and trainer.current_epoch == 1:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
             raise ValueError("the disk of the second rank is on fire")
 
 
@@ -88,6 +90,7 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
     chosen: Any = {"fsdp2": FSDP2Strategy(**sharding), "one": "auto"}.get(strategy, strategy)
     recorder = Recorder()
     callbacks = [TeacherRefresh(**changes.pop("refresh", {})), Evaluation(table=0), RankGuard(timeout_s=10), recorder]
+    callbacks.append(ReversedSignalLogger(picture_every_n_epochs=0))
     callbacks += changes.pop("callbacks", [])
     trainer = Trainer(
         accelerator="cpu",
@@ -154,6 +157,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "sharding": {"save_distributed_checkpoint": False},
     },
     "fails": {"callbacks": [Fails("raises")], "epochs": 3},
+    "hangs": {"callbacks": [Fails("stopped")], "epochs": 3},
     "dies": {"callbacks": [Fails("killed")], "epochs": 3},
 }
 

@@ -87,7 +87,11 @@ class VllmEngine(RolloutEngine):
             EngineError: If they differ by more than arithmetic explains.
         """
         assert self._policy is not None
+        self._unchecked = False
+        # Also without roll-outs: with sharded weights all ranks compute together.
         own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
+        if not rollouts:
+            return
         apart = torch.cat([(r.logp - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
         limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
         if not float(apart.mean()) <= limit:  # NaN is no agreement either
@@ -96,7 +100,6 @@ class VllmEngine(RolloutEngine):
                 f"nats on average ({float(apart.max()):.3g} at most), more than data.engine.tolerance ({limit:g}) "
                 "allows: it samples from other weights than the policy's, or in another precision"
             )
-        self._unchecked = False
 
 
 def require_vllm(engine: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.ranks import of_first_rank
 from rlrt_lightning.rollouts.base import Rollout, Sampling
 from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request
 
@@ -96,12 +97,17 @@ class VllmServerEngine(VllmEngine):
         if not self._servers:
             self._servers = [_Server(url, self.timeout_s, self.patience_s, self.concurrency) for url in self.urls]
         # Named by the time, since servers may outlive this run and remember the weights of an earlier one.
-        self._version = max(self._version + 1, time.time_ns())
+        self._version = of_first_rank(max(self._version + 1, time.time_ns()))
         folder = Path(self.weights).resolve() / str(self._version)
-        write_weights(policy, folder, self.dtype)
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        write_weights(policy, folder, self.dtype, write=first)
         for server in self._servers:
             server.wanted = str(self._version), folder
-        self._catch_up()
+        if first:
+            self._catch_up()
+        of_first_rank(self._version)  # the others wait until the servers have the weights
+        if not first:
+            return
         for old in folder.parent.iterdir():  # a server that is started again asks for the newest
             if old.name.isdigit() and int(old.name) < self._version:
                 shutil.rmtree(old, ignore_errors=True)
@@ -320,16 +326,21 @@ class _Unreachable(Exception):
     """The server did not answer this time."""
 
 
-def write_weights(policy: Policy, folder: Path, dtype: Dtype | None = None) -> None:
+def write_weights(policy: Policy, folder: Path, dtype: Dtype | None = None, write: bool = True) -> None:
     """Writes the policy's weights as safetensors, a few GiB in each file, aside and then renamed.
 
     Args:
         policy: The policy.
         folder: The folder, which is new.
         dtype: Type of the weights; None is the policy's.
+        write: False on the ranks that only take part in the gathering of sharded weights.
     """
     from safetensors.torch import save_file
 
+    if not write:
+        for _ in policy.merged_weights():
+            pass
+        return
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
