@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,8 +65,11 @@ class EpochBatch:
         return torch.ones(len(self.rollouts), dtype=torch.bool) if self.credit.counted is None else self.credit.counted
 
 
-class MicroBatch(NamedTuple):
+class MicroBatch:
     """What one forward and backward pass sees.
+
+    Neither a tuple nor a dataclass: Lightning takes those apart, and would round log-probs to bfloat16 under
+    `--trainer.precision=bf16-true`.
 
     Args:
         input_ids: Prompt and response, padded on the right, [B, T].
@@ -84,18 +87,41 @@ class MicroBatch(NamedTuple):
         temperature: Of the sampling.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor
-    logp_old: Tensor
-    importance: Tensor
-    advantages: Tensor
-    distillation: Tensor | None
-    top_tokens: Tensor | None
-    top_logp: Tensor | None
-    entropy_bonus: Tensor | None
-    share: float
-    temperature: float
+    def __init__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        logp_old: Tensor,
+        importance: Tensor,
+        advantages: Tensor,
+        distillation: Tensor | None,
+        top_tokens: Tensor | None,
+        top_logp: Tensor | None,
+        entropy_bonus: Tensor | None,
+        share: float,
+        temperature: float,
+    ) -> None:
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self.response_mask = response_mask
+        self.logp_old = logp_old
+        self.importance = importance
+        self.advantages = advantages
+        self.distillation = distillation
+        self.top_tokens = top_tokens
+        self.top_logp = top_logp
+        self.entropy_bonus = entropy_bonus
+        self.share = share
+        self.temperature = temperature
+
+    def to(self, device: torch.device, **options: Any) -> MicroBatch:
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, **options) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return MicroBatch(**moved)
 
 
 T = TypeVar("T")

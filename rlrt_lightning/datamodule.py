@@ -11,12 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -530,9 +531,19 @@ class RolloutDataModule(LightningDataModule):
             )
         return self._verifiers[id(task)]
 
-    def computing(self) -> AbstractContextManager[Any]:
-        """The trainer's precision (autocast), which Lightning itself enters for its own steps only."""
-        return self._trainer.precision_plugin.forward_context()
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The trainer's autocast, which Lightning itself enters for its own steps only; new tensors are float32, which
+        Lightning changes under `--trainer.precision=bf16-true`."""
+        precision = self._trainer.precision_plugin
+        context = precision.forward_context() if isinstance(precision, MixedPrecision) else nullcontext()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with context:
+                yield
+        finally:
+            torch.set_default_dtype(before)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         trainer = self._trainer

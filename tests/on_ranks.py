@@ -149,6 +149,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "srpo": {"method": SRPO(context="answer", normalize_std=True), "epochs": 1},
     "one_sided": {"task": OnlyEvenSolvable(), "data": Unshuffled},
     "bf16": {"precision": "bf16-mixed", "epochs": 1},
+    "bf16_true": {"precision": "bf16-true", "epochs": 1, "lora": True},
     "saved": {"epochs": 1, "save": True, "refresh": {"ema_decay": 0.5}},
     "saved_whole": {
         "epochs": 1,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.plugins import HalfPrecision
 
 from rlrt_lightning.batch import EpochBatch, balance, micro_batches, mini_batch_sizes, pad_rows
 from rlrt_lightning.module import RLRTModule
@@ -46,7 +47,8 @@ def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int
     """What Lightning accumulates: each loss divided by the number of micro-batches."""
     made.zero_grad()
     for batch in batches:
-        logp, _ = made.log_probs(*batch[:3], batch.temperature)
+        ids, attention, mask = batch.input_ids, batch.attention_mask, batch.response_mask
+        logp, _ = made.log_probs(ids, attention, mask, batch.temperature)
         loss = clipped_surrogate(logp, batch.logp_old, batch.advantages, batch.response_mask, aggregation=aggregation)
         (loss.loss * batch.share / accumulate).backward()
     return torch.cat([p.grad.flatten() for p in made.parameters()])
@@ -190,3 +192,12 @@ def test_balance_finds_the_best_cut_of_the_sorted_lengths(lengths: list[int], pa
             max((b - a) * ranked[a] for a, b in itertools.pairwise([0, *cut, len(ranked)]) if b > a) for cut in cuts
         )
         assert max(len(p) * max(lengths[i] for i in p) for p in dealt if p) == best
+
+
+def test_half_precision_does_not_round_what_the_batch_holds() -> None:
+    """Lightning converts every tensor that it finds in a batch under bf16-true; log-probs would be off by 1 %."""
+    (batch,) = micro_batches(epoch(), 1, 1, "token-mean")
+    seen = HalfPrecision("bf16-true").convert_input(batch)
+    seen = seen.to(torch.device("cpu"))
+    assert seen.logp_old.dtype == torch.float32
+    assert torch.equal(seen.logp_old, batch.logp_old)

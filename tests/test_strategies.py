@@ -22,7 +22,7 @@ from tests.test_fit import ROOT, SMALL, scalars
 
 STRATEGIES = ["ddp", "fsdp2"]
 COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided"]
-OTHERS = ["bf16", "saved", "exported", "exported_adapter"]
+OTHERS = ["bf16", "bf16_true", "saved", "exported", "exported_adapter"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -119,11 +119,12 @@ def test_with_adapters_a_frozen_teacher_needs_no_copy_and_another_one_theirs_alo
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_bf16_mixed_stays_near(runs: dict[str, Path], strategy: str) -> None:
-    one, two = seen(runs["one"], "bf16"), seen(runs[strategy], "bf16")
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.float32), ("bf16_true", torch.bfloat16)])
+def test_bf16_stays_near(runs: dict[str, Path], strategy: str, name: str, dtype: torch.dtype) -> None:
+    one, two = seen(runs["one"], name), seen(runs[strategy], name)
     assert two["figures"][0]["train/loss"] == pytest.approx(one["figures"][0]["train/loss"], rel=0.1)
     assert two["figures"][0]["train/grad_norm"] == pytest.approx(one["figures"][0]["train/grad_norm"], rel=0.1)
-    assert all(w.dtype == torch.float32 for w in two["weights"].values())
+    assert all(w.dtype == dtype for w in two["weights"].values())
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,245 @@
+"""Memory of each GPU under each strategy: by calculation for any model, and the same formula checked here on two CPU
+processes.
+
+python benchmarks/memory.py                     # the table for 4B and 8B
+python benchmarks/memory.py --check             # formula against measurement, a model of 250 M weights, in float32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GB = 10**9
+FP32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """Numbers of weights.
+
+    Args:
+        name: Of the model.
+        weights: All of them.
+        layer: Those of one decoder layer.
+        layers: How many of these there are.
+        adapters: Those of LoRA's adapters of rank 16 in all linear layers but the head.
+    """
+
+    name: str
+    weights: int
+    layer: int
+    layers: int
+    adapters: int
+
+    @classmethod
+    def of(cls, name: str, config: Any) -> Model:
+        """Counts the weights of a configuration."""
+        from transformers import AutoModelForCausalLM
+
+        from rlrt_lightning.sharding import decoder_layers
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = decoder_layers(model)
+        linear = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+        return cls(
+            name,
+            sum(p.numel() for p in model.parameters()),
+            sum(p.numel() for p in layers[0].parameters()),
+            len(layers),
+            16 * sum(m.in_features + m.out_features for m in linear),
+        )
+
+
+def held(model: Model, strategy: str, ranks: int, teacher: str, lora: bool, base: int = FP32) -> float:
+    """Bytes that a rank holds while the policy is trained, without activations: weights, gradients, Adam's two moments
+    and the teacher's own weights. With adapters the frozen weights take `base` bytes each."""
+    trained = model.adapters if lora else model.weights
+    size = (base * model.weights if lora else 0) + trained * (FP32 + FP32 + 2 * FP32)
+    if strategy == "ddp":
+        size += trained * FP32  # the buckets in which gradients are sent
+    if teacher == "own":
+        size += trained * FP32  # a copy of what is trained; the rest is the policy's
+    return size / ranks if strategy == "fsdp2" else size
+
+
+def fetched(model: Model, strategy: str, size: int) -> float:
+    """Bytes of the other ranks' weights at a time: embeddings, head and norm, the layer that is computed and the one
+    that comes next."""
+    return size * (model.weights - model.layers * model.layer + 2 * model.layer) if strategy == "fsdp2" else 0.0
+
+
+def table(ranks: int) -> str:
+    """The table of docs/strategies.md."""
+    from transformers import Qwen3Config
+
+    # The dimensions are those of the models' own config.json.
+    shared = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+    small = Qwen3Config(**shared, hidden_size=2560, intermediate_size=9728, head_dim=128, tie_word_embeddings=True)
+    large = Qwen3Config(**shared, hidden_size=4096, intermediate_size=12288, head_dim=128, tie_word_embeddings=False)
+    models = [Model.of("Qwen3-4B", small), Model.of("Qwen3-8B", large)]
+    lines = [
+        "| strategy | trained | teacher's weights | " + " | ".join(f"{m.name}, GB" for m in models) + " |",
+        "| --- | --- | --- | " + " | ".join("---:" for _ in models) + " |",
+    ]
+    for strategy in ("ddp", "fsdp2"):
+        for lora in (False, True):
+            for teacher in ("policy's", "own"):
+                sizes = []
+                for model in models:
+                    kind = "own" if teacher == "own" else "policy"
+                    total = held(model, strategy, ranks, kind, lora, BF16) + fetched(model, strategy, BF16)
+                    sizes.append(f"{total / GB:.1f}")
+                trained = "adapters (bf16 base)" if lora else "all, float32"
+                where = f"`{strategy}`" if strategy == "ddp" else f"`{strategy}`, {ranks} GPUs"
+                lines.append(f"| {where} | {trained} | {teacher} | {' | '.join(sizes)} |")
+    return "\n".join(lines)
+
+
+# -- the check -----------------------------------------------------------------------------------------------------
+
+
+def rss() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
+    """Trains two steps and prints how much memory came to be used, in bytes."""
+    from lightning import Callback, Trainer
+    from rlrt_lightning.callbacks import TeacherRefresh
+
+    from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling
+    from rlrt_lightning.lora import LoRA
+    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.sharding import FSDP2Strategy
+    from rlrt_lightning.teacher import Teacher
+
+    seen: dict[str, int] = {}
+
+    class Measure(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            seen["before"] = rss()
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            seen["held"] = rss() - seen["before"]  # of the second step: Adam has its moments, the gradients are there
+
+    refresh = TeacherRefresh(ema_decay=0.5) if teacher == "own" else TeacherRefresh()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=FSDP2Strategy() if strategy == "fsdp2" else strategy,
+        max_epochs=1,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+        callbacks=[Measure(), refresh],
+    )
+    module = RLRTModule(
+        Policy(str(folder), lora=LoRA() if lora else None),
+        Teacher("{prompt}<sol>{context}"),
+        method=RLRT(context="answer", success_threshold=-1.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6),
+    )
+    sampling = Sampling(max_new_tokens=2)
+    data = RolloutDataModule(sampling=sampling, prompts_per_epoch=4, rollouts_per_prompt=2, minibatches=2)
+    trainer.fit(module, datamodule=data)
+    print(json.dumps({"rank": trainer.global_rank, "held": seen["held"]}), flush=True)
+
+
+def check() -> str:
+    """Formula and measurement side by side."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    from rlrt_lightning.policy import EMBEDDED
+
+    config = LlamaConfig(
+        vocab_size=28,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=15,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    model = Model.of("", config)
+    lines = [
+        f"{model.weights / 1e6:.0f} M weights, two ranks, GB of each",
+        "| strategy | trained | teacher's weights | formula | measured |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+        for strategy in ("ddp", "fsdp2"):
+            for lora in (False, True):
+                for teacher in ("policy", "own"):
+                    formula = held(model, strategy, 2, teacher, lora)
+                    measured = max(launch(strategy, teacher, lora, folder))
+                    trained = "adapters" if lora else "all"
+                    lines.append(f"| {strategy} | {trained} | {teacher} | {formula / GB:.2f} | {measured / GB:.2f} |")
+                    print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def launch(strategy: str, teacher: str, lora: bool, folder: Path) -> list[int]:
+    """What each of two ranks measured."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        **os.environ,
+        "TORCHELASTIC_RUN_ID": "memory",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system, so that RSS is what is in use
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    words = [sys.executable, __file__, "--rank", strategy, teacher, str(int(lora)), str(folder)]
+    ranks = [
+        subprocess.Popen(
+            words, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        for r in range(2)
+    ]
+    outputs = [rank.communicate(timeout=600)[0].decode().strip().splitlines() for rank in ranks]
+    return [json.loads(lines[-1])["held"] for lines in outputs]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="measure on two CPU processes")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the table's fsdp2 rows")
+    parser.add_argument("--rank", nargs=4, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.rank:
+        strategy, teacher, lora, folder = words.rank
+        one_rank(strategy, teacher, bool(int(lora)), Path(folder))
+    else:
+        print(check() if words.check else table(words.gpus))
+
+
+if __name__ == "__main__":
+    main()
