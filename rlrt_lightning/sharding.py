@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -66,6 +68,23 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """See `Strategy.save_checkpoint`. Written aside and then renamed, so that what bears the name is complete."""
+        path = Path(self.broadcast(filepath))
+        aside, before = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.before")
+        if self.is_global_zero:
+            _remove(aside)
+        self.barrier()
+        super().save_checkpoint(checkpoint, aside, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            _remove(before)
+            if path.exists():
+                path.rename(before)
+            aside.rename(path)
+            _remove(before)
+        self.barrier()
+
     def shard(self, model: PreTrainedModel) -> None:
         """Leaves this rank's share of each weight in the model; a decoder layer is what is fetched at once."""
         half = torch.bfloat16 if self._computes_in_bf16 else None
@@ -78,6 +97,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         fully_shard(model, **settings)  # embeddings, norm and head stay until the backward pass has used them
         cast(Any, model).decode = MethodType(lambda of, **inputs: of.get_decoder()(**inputs), model)
         register_fsdp_forward_method(model, "decode")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -230,18 +230,16 @@ def test_a_strategy_under_which_roll_outs_would_go_wrong_is_refused(
 # -- a rank that fails ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_when_a_rank_fails_the_others_end_and_say_why(tmp_path: Path, strategy: str) -> None:
-    (first, said), (second, own) = finish(start(2, strategy, str(tmp_path), "fails"), timeout=60)
+def test_when_a_rank_fails_the_others_end_and_say_why(tmp_path: Path) -> None:
+    (first, said), (second, own) = finish(start(2, "ddp", str(tmp_path), "fails"), timeout=60)
     assert first != 0
     assert second == 1
     assert "on fire" in own
     assert "rank 1 has failed (ValueError: the disk of the second rank is on fire)" in said
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_when_a_rank_is_killed_the_others_end_and_say_so(tmp_path: Path, strategy: str) -> None:
-    (first, said), (second, _) = finish(start(2, strategy, str(tmp_path), "dies"), timeout=60)
+def test_when_a_rank_is_killed_the_others_end_and_say_so(tmp_path: Path) -> None:
+    (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "dies"), timeout=60)
     assert second == -signal.SIGKILL
     assert first not in (0, -signal.SIGKILL)
     assert "of rank 1" in said

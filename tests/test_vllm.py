@@ -243,14 +243,14 @@ def test_a_run_with_vllm_in_the_process(tmp_path: Path) -> None:
         assert curves[tag][0][1] == pytest.approx(scalars(plain)[tag][0][1], abs=1e-3), "scored by engine or trainer"
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_two_ranks_draw_what_one_draws(tensor_parallel: int, tmp_path: Path) -> None:
-    """With an engine each, or with one that they share."""
+@pytest.mark.parametrize(("strategy", "tensor_parallel"), [("fsdp", 1), ("ddp", 2)])
+def test_two_ranks_draw_what_one_draws(strategy: str, tensor_parallel: int, tmp_path: Path) -> None:
+    """With an engine each, which gets the weights out of their shards, or with one that they share."""
     flags = ["--trainer.max_epochs=1", "--data.prompts_per_epoch=16", "--model.teacher.scored_by=engine"]
     configs = ("configs/rollouts/vllm_colocate.yaml",)
     assert command("fit", tmp_path / "one", *flags, configs=configs) == 0
     words = [f"--config={ROOT / name}" for name in ("configs/rlrt.yaml", *configs)]
-    words += [*SMALL, *flags, f"--trainer.logger.save_dir={tmp_path / 'two'}", "--trainer.strategy=ddp"]
+    words += [*SMALL, *flags, f"--trainer.logger.save_dir={tmp_path / 'two'}", f"--trainer.strategy={strategy}"]
     words += ["--trainer.devices=2", "--trainer.accelerator=cpu", f"--data.engine.tensor_parallel={tensor_parallel}"]
     done = subprocess.run(
         [sys.executable, "-m", "rlrt_lightning", "fit", *words],
