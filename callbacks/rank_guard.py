@@ -40,18 +40,22 @@ class RankGuard(Callback):
     The signs go through a store of torch.distributed that the first rank keeps. With one rank there is nothing to do.
 
     Args:
-        timeout_s: A rank of which nothing was heard for so long counts as dead, in seconds.
+        timeout_s: A rank of which nothing was heard for so long counts as dead, in seconds; null watches nobody.
     """
 
-    def __init__(self, timeout_s: float = 60.0) -> None:
-        if timeout_s < 5:
-            raise ConfigError(f"rank_guard.timeout_s is {timeout_s}; it has to be at least 5")
+    def __init__(self, timeout_s: float | None = 120.0) -> None:
+        if timeout_s is not None and timeout_s < 5:
+            raise ConfigError(f"rank_guard.timeout_s is {timeout_s}; it has to be at least 5, or null")
         self.timeout_s = timeout_s
         self._watch: _Watch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begins to watch."""
-        if trainer.world_size > 1 and self._watch is None:
+        """Begins to watch.
+
+        Raises:
+            ConfigError: If the first rank's machine cannot be reached.
+        """
+        if self.timeout_s is not None and trainer.world_size > 1 and self._watch is None:
             self._watch = _Watch(trainer, self.timeout_s)
             self._watch.start()
 
@@ -95,7 +99,15 @@ class _Watch(threading.Thread):
             self.store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
         port = trainer.strategy.broadcast(self.store.port if self.rank == 0 else 0)
         if self.rank:
-            self.store = torch.distributed.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+            try:
+                self.store = torch.distributed.TCPStore(
+                    host, port, is_master=False, wait_for_workers=False, timeout=limit
+                )
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"rank_guard: rank {self.rank} cannot reach the first rank at {host}, port {port}; open the ports "
+                    "between the machines, or set rank_guard.timeout_s to null"
+                ) from error
         self.stopped = threading.Event()
 
     def run(self) -> None:

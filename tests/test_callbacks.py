@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
+from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.callbacks.reversed_signal import signal_statistics
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, colour, draw, html_page
 
@@ -92,3 +94,11 @@ def test_colours_tell_the_directions_apart() -> None:
 def test_settings_that_make_no_sense_are_refused(make: object) -> None:
     with pytest.raises(ConfigError):
         make()
+
+
+def test_nobody_is_watched_where_that_is_turned_off_or_there_is_one_rank() -> None:
+    for guard, ranks in ((RankGuard(timeout_s=None), 2), (RankGuard(), 1)):
+        guard.setup(cast(Any, SimpleNamespace(world_size=ranks)), cast(Any, None), "fit")
+        guard.teardown(cast(Any, None), cast(Any, None), "fit")
+    with pytest.raises(ConfigError, match=r"rank_guard.timeout_s is 1; it has to be at least 5, or null"):
+        RankGuard(timeout_s=1)
