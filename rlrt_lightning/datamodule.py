@@ -146,6 +146,7 @@ class RolloutDataModule(LightningDataModule):
         """The roll-outs of the epoch that is being trained on; callbacks read them."""
         self.evaluated: dict[str, set[str]] = {}
         """Names of the problems whose results are known already, by benchmark; the `Evaluation` callback knows them."""
+        self._clock = _Clock()
         self._synced: int | None = None
         self._made: tuple[int, Batches[MicroBatch]] | None = None
         self._epochs = 0
@@ -172,7 +173,7 @@ class RolloutDataModule(LightningDataModule):
         """Prompts, roll-outs, verdicts, advantages, teacher, credit, micro-batches."""
         trainer, module = self._trainer, self._module
         method = module.method.at(trainer.global_step)
-        clock = _Clock()
+        clock = self._clock = _Clock()
         with self.computing():
             problems, prompts, seeds = self._draw_prompts()
 
@@ -234,6 +235,7 @@ class RolloutDataModule(LightningDataModule):
         if self.rescore:
             rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
             stats |= _mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
+        stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / max(stats["time/rollout"], 1e-9)
         stats["rollout/overlong_prompts"] = float(self._overlong)
         stats["rollout/shaped_reward"] = float(shaped.mean())
         stats["signal/context_truncated"] = float(truncated)
@@ -298,7 +300,8 @@ class RolloutDataModule(LightningDataModule):
         finished, so that verification runs beside generation."""
         verifier = self.verifier(task)
         if self._synced != self._trainer.global_step or not self.engine.ready:
-            self.engine.sync(self._module.policy)
+            with self._clock("sync"):
+                self.engine.sync(self._module.policy)
             self._synced = self._trainer.global_step
         drawn = []
         with self._progress("roll-outs", len(prompts) * n) as bar:
@@ -558,16 +561,20 @@ class RolloutDataModule(LightningDataModule):
 
 
 class _Clock:
-    """Seconds of each phase of an epoch."""
+    """Seconds of each phase of an epoch, without those of the phases within it."""
 
     def __init__(self) -> None:
         self.stats: dict[str, float] = {}
+        self._within = 0.0
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        outside, self._within = self._within, 0.0
         start = time.perf_counter()
         yield
-        self.stats[f"time/{phase}"] = time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self.stats[f"time/{phase}"] = spent - self._within
+        self._within = outside + spent
 
 
 def _mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:

@@ -38,7 +38,7 @@ def scalars(folder: Path, version: int = 0) -> dict[str, list[tuple[int, float]]
 
 
 def comparable(curves: dict[str, Any]) -> dict[str, Any]:
-    return {tag: curve for tag, curve in curves.items() if not tag.startswith("time/") and tag != "epoch"}
+    return {tag: curve for tag, curve in curves.items() if not tag.startswith(("time/", "speed/")) and tag != "epoch"}
 
 
 def weights(folder: Path, version: int = 0) -> dict[str, torch.Tensor]:
@@ -59,7 +59,8 @@ def test_every_run_logs_its_signals(run4: Path) -> None:
     expected = """rollout/reward rollout/correct rollout/length rollout/truncated rollout/faults rollout/entropy
         rollout/overlong_prompts groups/mixed groups/all_correct groups/all_wrong labels/direct
         train/loss train/clip_fraction train/entropy train/kl train/grad_norm train/lr
-        time/rollout time/verify time/teacher time/train
+        time/sync time/rollout time/verify time/teacher time/train
+        speed/rollout_tokens_per_s speed/train_tokens_per_s speed/train_padding
         signal/context signal/asymmetry_correct signal/asymmetry_correct_p05 signal/up_weighted signal/down_weighted
         signal/clipped signal/weight_mean signal/effective_advantage signal/context_truncated
         eval/heldout/avg@8 eval/heldout/pass@8 eval/heldout/length eval/longer/avg@8""".split()

@@ -77,8 +77,10 @@ def seen(folder: Path, name: str) -> dict[str, Any]:
 
 
 def of_training(figures: dict[str, float]) -> dict[str, float]:
-    """Without times, and quantiles, which are averaged over ranks."""
-    return {tag: value for tag, value in figures.items() if not re.match(r"time/|signal/asymmetry_\w+_p\d\d", tag)}
+    """Without times and speeds, and quantiles, which are averaged over ranks."""
+    return {
+        tag: value for tag, value in figures.items() if not re.match(r"time/|speed/|signal/asymmetry_\w+_p\d\d", tag)
+    }
 
 
 @pytest.mark.parametrize("name", COMPARED)
