@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -183,8 +183,8 @@ def respond(
         [[{"role": "user", "content": message}] for message in messages], tokenize=False, add_generation_prompt=True
     )
     inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
-    generate: Any = model.generate  # annotated differently from release to release
-    ids: torch.Tensor = generate(
+    # Any: `generate` is annotated differently from release to release.
+    ids: torch.Tensor = cast(Any, model).generate(
         **inputs, do_sample=True, top_k=0, num_return_sequences=k, max_new_tokens=RESPONSE_LENGTH, use_cache=True
     )
     responses = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
