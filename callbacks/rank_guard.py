@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ class RankGuard(Callback):
             return
         watch, self._watch = self._watch, None
         lost = watch.silent() if LOST.search(str(exception)) else []
-        reason = f"nothing is heard of rank {lost[0]}" if lost else _first_line(exception)
+        reason = (
+            f"nothing is heard of rank {lost[0]}" if lost else f"{type(exception).__name__}: {first_line(exception)}"
+        )
         watch.finish(reason)
         if lost:
             raise RankError(f"{reason}: its process has ended or its machine is gone; {RESUME}") from exception
@@ -175,10 +177,6 @@ class _Watch(threading.Thread):
     def _give_up(self, what: str, code: int) -> None:
         print(f"error: {what}: rank {self.rank} ends too; {RESUME}", file=sys.stderr, flush=True)
         os._exit(code)  # the main thread waits in a collective, which no exception here would end
-
-
-def _first_line(exception: BaseException) -> str:
-    return f"{type(exception).__name__}: {str(exception).strip()}".split("\n")[0]
 
 
 def _key(rank: int) -> str:

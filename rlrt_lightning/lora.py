@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, first_line
 from rlrt_lightning.sharding import local, whole
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class LoRA:
         try:
             inject_adapter_in_model(self.config, model)
         except ValueError as error:
-            message = str(error).strip().split("\n")[0]
-            raise ConfigError(f"model.policy.lora: {message}") from error
+            raise ConfigError(f"model.policy.lora: {first_line(error)}") from error
 
     def save(self, model: PreTrainedModel, folder: Path, base: str, write: bool) -> None:
         """Writes the adapters as a folder that peft and vLLM load beside the base model.

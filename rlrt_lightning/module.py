@@ -94,7 +94,8 @@ class RLRTModule(LightningModule):
         self.optimizer_factory = optimizer
         self.warmup_steps = warmup_steps
         self._epoch_start = 0.0
-        self._tokens = self._places = 0  # of the epoch's micro-batches, without padding and with it
+        self._tokens: Tensor | int = 0  # of the epoch's micro-batches
+        self._places = 0  # of these, padding included
         self._figures: dict[str, list[tuple[Tensor, int]]] = {}
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ class RLRTModule(LightningModule):
             loss = loss - token_mean(batch.entropy_bonus * entropy, batch.response_mask, self.aggregation)
         loss = loss * batch.share
         self._log({"train/loss": loss}, batch_size=1)
-        self._tokens += int(batch.attention_mask.sum())
+        self._tokens = self._tokens + batch.attention_mask.sum()  # read at the epoch's end: a GPU would stop for it
         self._places += batch.attention_mask.numel()
         for tag, (mean, count) in figures.items():
             # What only stands in, so that this rank takes the step with the others, is not trained on.
@@ -182,7 +183,7 @@ class RLRTModule(LightningModule):
         torch.manual_seed(derive_seed(self._data.seed, "training", self.global_step, self.global_rank))
         if self._data.epoch is not None:
             self._log(mean_over_ranks(self.trainer, self._data.epoch.stats), batch_size=1)
-        self._tokens = self._places = 0
+        self._tokens, self._places = 0, 0
         self._epoch_start = time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -198,9 +199,10 @@ class RLRTModule(LightningModule):
             count = sum(n for _, n in parts)
             figures[tag] = Mean(sum(float(mean) * n for mean, n in parts) / max(count, 1), count)
         self._figures.clear()
+        tokens = float(self._tokens)
         seconds = figures["time/train"] = time.perf_counter() - self._epoch_start
-        figures["speed/train_tokens_per_s"] = self._tokens / seconds
-        figures["speed/train_padding"] = Mean(1 - self._tokens / max(self._places, 1), self._places)
+        figures["speed/train_tokens_per_s"] = tokens / seconds
+        figures["speed/train_padding"] = Mean(1 - tokens / max(self._places, 1), self._places)
         self._log(mean_over_ranks(self.trainer, figures), batch_size=1)
 
     # -- evaluation ------------------------------------------------------------------------------------------------

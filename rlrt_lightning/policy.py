@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, first_line
 from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
 from rlrt_lightning.sharding import decoder_states, in_step, whole
 from rlrt_lightning.tasks.base import Messages
@@ -97,7 +97,7 @@ class Policy(nn.Module):
             config = AutoConfig.from_pretrained(self.path)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"model.policy.path: no model can be read at {self.path!r}: {_first_line(error)}"
+                f"model.policy.path: no model can be read at {self.path!r}: {first_line(error)}"
             ) from error
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ConfigError(f"model.policy.path: {self.path!r} is a {config.model_type} model, not a causal LM")
@@ -117,7 +117,7 @@ class Policy(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"model.policy.path: no tokenizer can be read at {self.path!r}: {_first_line(error)}"
+                f"model.policy.path: no tokenizer can be read at {self.path!r}: {first_line(error)}"
             ) from error
         if not tokenizer.chat_template and (self.chat or self.system_prompt):
             setting = "chat" if self.chat else "system_prompt"
@@ -183,7 +183,7 @@ class Policy(nn.Module):
                 self.path, dtype=getattr(torch, self.dtype), attn_implementation=self.attention
             )
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {_first_line(error)}") from error
+            raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {first_line(error)}") from error
         if self.gradient_checkpointing:
             # Renamed in later releases of transformers, which warn of the old name.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -481,7 +481,3 @@ def pad_sequences(
     attention = (position < totals).long()
     response_mask = (position >= prompts) & (position < totals)
     return ids.to(device), attention.to(device), response_mask.to(device)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

@@ -164,7 +164,7 @@ def decoder_states(model: PreTrainedModel, **inputs: Any) -> Any:
     if not isinstance(model, FSDPModule):
         return model.get_decoder()(**inputs)
     if getattr(model, "ranks_in_step", False):
-        _anybody(True, model)
+        _tell(model)
     return cast(Any, model).decode(**inputs)
 
 
@@ -176,7 +176,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
-    hook = model.register_forward_pre_hook(lambda *_: _tell(model), prepend=True)
+    hook = model.register_forward_pre_hook(lambda of, _: _tell(of), prepend=True)
     cast(Any, model).ranks_in_step = True
     try:
         yield

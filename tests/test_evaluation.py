@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from rlrt_lightning import Policy, RLRTModule, RolloutDataModule, Sampling, Stra
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.results import description, fingerprint, pass_curve
 from rlrt_lightning.tasks import Problem
+from tests.processes import run_cli
 from tests.test_fit import ROOT, command, scalars
 from tests.test_fit import SMALL as SMALL_DATA
 
@@ -219,16 +217,7 @@ def test_two_ranks_find_what_one_finds(undisturbed: tuple[Path, dict[str, Any]],
     flags = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu")
     words = [f"--config={ROOT / 'configs' / 'rlrt.yaml'}", *SMALL_DATA, *SMALL, *flags]
     words += [f"--evaluation.results={tmp_path / 'results'}", f"--trainer.logger.save_dir={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rlrt_lightning", "validate", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_cli("validate", *words)
     for name in ("heldout.parquet", "longer.parquet", "pass_at_k.csv"):
         assert (tmp_path / "results" / name).read_bytes() == (whole / name).read_bytes()
     logged = {tag: curve for tag, curve in scalars(tmp_path).items() if tag.startswith("eval/")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.policy import EMBEDDED
+from tests.processes import run_cli, unused_port
 from tests.test_fit import ROOT, SMALL, scalars
 
 STRATEGIES = ["ddp", "fsdp2"]
@@ -28,12 +28,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 def start(ranks: int, *words: str) -> list[subprocess.Popen[str]]:
     """Starts each rank by itself, so that nobody but us ends the one when the other does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if ranks > 1:
-        env |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
         env["WORLD_SIZE"] = str(ranks)
     return [
         subprocess.Popen(
@@ -199,16 +196,7 @@ def test_fsdp_by_flag(tmp_path: Path) -> None:
         ["fit", *words, "--trainer.max_epochs=3", "--ckpt_path=last"],
         ["validate", *words, "--ckpt_path=last"],
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "rlrt_lightning", *command],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_cli(*command, timeout=200)
     one = tmp_path / "one"
     single = [w for w in words if "trainer.devices" not in w and "strategy" not in w and "save_dir" not in w]
     assert main(["fit", *single, f"--trainer.logger.save_dir={one}", "--trainer.max_epochs=3"]) == 0

@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +35,7 @@ from rlrt_lightning import (
 )
 from rlrt_lightning.rollouts.vllm_common import EngineError
 from rlrt_lightning.seeding import derive_seed
+from tests.processes import run_cli, unused_port
 from tests.test_fit import ROOT, SMALL, command, scalars
 
 pytestmark = pytest.mark.skipif(
@@ -252,16 +252,7 @@ def test_two_ranks_draw_what_one_draws(strategy: str, tensor_parallel: int, tmp_
     words = [f"--config={ROOT / name}" for name in ("configs/rlrt.yaml", *configs)]
     words += [*SMALL, *flags, f"--trainer.logger.save_dir={tmp_path / 'two'}", f"--trainer.strategy={strategy}"]
     words += ["--trainer.devices=2", "--trainer.accelerator=cpu", f"--data.engine.tensor_parallel={tensor_parallel}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rlrt_lightning", "fit", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_cli("fit", *words, timeout=180)
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for tag in ("rollout/reward", "rollout/length", "labels/direct", "eval/heldout/avg@8"):
         assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]]), tag
@@ -275,9 +266,7 @@ class Server:
     """`python -m rlrt_lightning serve` on loopback."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = unused_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -385,9 +374,3 @@ def test_the_others_go_on_without_a_server_that_is_gone(server: Server, tmp_path
         engine.sync(made)
         assert len(draw(engine, made)) == 24
     engine.close()
-
-
-def unused_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
