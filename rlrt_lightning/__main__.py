@@ -23,6 +23,7 @@ def main(args: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     words = sys.argv[1:] if args is None else args
     # Imported here, since the verifier's worker processes import this module again.
+    from rlrt_lightning import quick_help
     from rlrt_lightning.analysis import runs
 
     if words and words[0] in runs.COMMANDS:  # files only: nothing heavy is needed
@@ -32,9 +33,16 @@ def main(args: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         return 0
-    from rlrt_lightning.cli import RLRTCli, run
 
-    return run(lambda: RLRTCli(args))
+    def command_line() -> int:
+        from rlrt_lightning.cli import RLRTCli, run
+
+        return run(lambda: RLRTCli(words))
+
+    if quick_help.asks_for_help(words):
+        quick_help.show(words, command_line)
+        return 0
+    return command_line()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.objective import Aggregation, Credit
-from rlrt_lightning.policy import at_mask, pad_sequences
+from rlrt_lightning.padding import at_mask, balance, blocks, pad_sequences
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks.base import Problem
 from rlrt_lightning.teacher import TeacherScore
@@ -72,8 +72,9 @@ class MicroBatch:
     `--trainer.precision=bf16-true`.
 
     Args:
-        input_ids: Prompt and response, padded on the right, [B, T].
+        input_ids: Prompt and response, padded on the right, the longest first, [B, T].
         attention_mask: 0 at padding, [B, T].
+        blocks: Rows and width of the parts that go through the decoder on their own, so that little of it is padding.
         response_mask: True at response tokens, [B, T].
         logp_old: Log-probs under the policy that made the roll-outs, nats, [B, T].
         importance: Weight of each token that corrects for the sampler's arithmetic, [B, T].
@@ -91,6 +92,7 @@ class MicroBatch:
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
+        blocks: list[tuple[int, int]],
         response_mask: Tensor,
         logp_old: Tensor,
         importance: Tensor,
@@ -104,6 +106,7 @@ class MicroBatch:
     ) -> None:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
+        self.blocks = blocks
         self.response_mask = response_mask
         self.logp_old = logp_old
         self.importance = importance
@@ -141,44 +144,6 @@ class Batches(Generic[T]):
         return iter(self.batches)
 
 
-def pad_rows(rows: Sequence[Tensor | None], width: int | None = None) -> Tensor:
-    """Float32 rows of different lengths side by side, [N, T], 0 where a row ends or is None; T is the longest row's
-    length, or `width`."""
-    out = torch.zeros(len(rows), width or max((len(r) for r in rows if r is not None), default=0))
-    for i, row in enumerate(rows):
-        if row is not None:
-            out[i, : len(row)] = row
-    return out
-
-
-def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals sequences out to `parts` padded batches whose largest (rows times longest) is as small as can be while
-    similar lengths stay together. A part may be empty if there are fewer sequences than parts.
-
-    Args:
-        lengths: Tokens of each sequence.
-        parts: How many batches.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-    def deal(limit: int) -> list[list[int]]:
-        dealt: list[list[int]] = []
-        for i in order:
-            # In falling order the first of a part is its longest.
-            if dealt and (len(dealt[-1]) + 1) * lengths[dealt[-1][0]] <= limit:
-                dealt[-1].append(i)
-            else:
-                dealt.append([i])
-        return dealt
-
-    low, high = 0, sum(lengths) + len(lengths) * max(lengths, default=0)
-    while low < high:  # the smallest limit that needs no more than `parts`
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(deal(middle)) <= parts else (middle + 1, high)
-    dealt = deal(low)
-    return dealt + [[] for _ in range(parts - len(dealt))]
-
-
 def micro_batches(
     epoch: EpochBatch,
     minibatches: int,
@@ -187,6 +152,7 @@ def micro_batches(
     temperature: float = 1.0,
     world_size: int = 1,
     totals: Tensor | None = None,
+    from_ranks: Callable[[list[tuple[int, int]]], list[list[tuple[int, int]]]] = lambda mine: [mine],
 ) -> Batches[MicroBatch]:
     """Cuts an epoch into mini-batches (one optimiser step each) of whole groups, and each of these into exactly
     `accumulate` micro-batches.
@@ -202,6 +168,7 @@ def micro_batches(
         temperature: Of the sampling.
         world_size: Ranks whose gradients are averaged.
         totals: `mini_batch_sizes` summed over all ranks; None for one rank.
+        from_ranks: Gathers what each rank has: all make as many forward passes, since sharded weights want that.
     """
     if totals is None:
         totals = mini_batch_sizes(epoch, minibatches)
@@ -209,19 +176,26 @@ def micro_batches(
     useful = epoch.credit.trains
     step_of = _step_of(epoch, minibatches)
     by_token = aggregation == "token-mean"
-    batches = []
+    parts = []
     for step in range(minibatches):
         members = (step_of == step).nonzero()[:, 0]
         trained = members[useful[members]]
-        lengths = [len(epoch.rollouts[i].prompt_ids) + len(epoch.rollouts[i].response_ids) for i in trained]
+        lengths = _lengths(epoch, trained)
         shortest = members[tokens[members].argmin()]
         for part in balance(lengths, accumulate):
             # All ranks take all steps: where there is nothing to learn, a roll-out whose loss counts 0 stands in.
             rows = trained[part] if part else shortest[None]
             mine, all_ = (tokens[rows].sum(), totals[step, 0]) if by_token else (len(rows), totals[step, 1])
             share = float(mine / all_) * accumulate * world_size if part else 0.0
-            batches.append(_collate(epoch, rows, share, temperature))
-    return Batches(batches)
+            parts.append((rows, share))
+    wanted = [(len(blocks(_lengths(epoch, rows))), len(rows)) for rows, _ in parts]
+    counts = [
+        min(max(count for count, _ in part), min(most for _, most in part))
+        for part in zip(*from_ranks(wanted), strict=True)
+    ]
+    return Batches(
+        [_collate(epoch, rows, share, temperature, n) for (rows, share), n in zip(parts, counts, strict=True)]
+    )
 
 
 def mini_batch_sizes(epoch: EpochBatch, minibatches: int) -> Tensor:
@@ -232,12 +206,17 @@ def mini_batch_sizes(epoch: EpochBatch, minibatches: int) -> Tensor:
     return torch.zeros(minibatches, 2, dtype=torch.long).index_add_(0, _step_of(epoch, minibatches), sizes)
 
 
+def _lengths(epoch: EpochBatch, rows: Tensor) -> list[int]:
+    chosen = [epoch.rollouts[i] for i in rows.tolist()]
+    return [len(r.prompt_ids) + len(r.response_ids) for r in chosen]
+
+
 def _step_of(epoch: EpochBatch, minibatches: int) -> Tensor:
     groups = torch.tensor([r.group for r in epoch.rollouts])
     return groups * minibatches // len(epoch.problems)
 
 
-def _collate(epoch: EpochBatch, rows: Tensor, share: float, temperature: float) -> MicroBatch:
+def _collate(epoch: EpochBatch, rows: Tensor, share: float, temperature: float, count: int) -> MicroBatch:
     chosen = [epoch.rollouts[i] for i in rows.tolist()]
     ids, attention, response = pad_sequences([(r.prompt_ids, r.response_ids) for r in chosen])
 
@@ -251,6 +230,7 @@ def _collate(epoch: EpochBatch, rows: Tensor, share: float, temperature: float) 
     return MicroBatch(
         input_ids=ids,
         attention_mask=attention,
+        blocks=blocks(_lengths(epoch, rows), count),
         response_mask=response,
         logp_old=spread(epoch.logp_old),
         importance=spread(epoch.importance),

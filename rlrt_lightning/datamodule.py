@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -21,9 +22,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes, pad_rows
+from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
+from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.seeding import derive_seed, generator
@@ -262,6 +264,7 @@ class RolloutDataModule(LightningDataModule):
             self.sampling.temperature,
             trainer.world_size,
             self._sum_over_ranks(mini_batch_sizes(self.epoch, self.minibatches)),
+            partial(gather, trainer),
         )
 
     def _draw_prompts(self) -> tuple[list[Problem], list[list[int]], list[int]]:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlrt_lightning.batch import MicroBatch
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.log_probs import log_probs_at
 from rlrt_lightning.objective import (
     RLRT,
     Aggregation,
@@ -27,7 +28,8 @@ from rlrt_lightning.objective import (
     divergence_on_support,
     token_mean,
 )
-from rlrt_lightning.policy import Policy, at_mask, log_probs_at, token_log_probs
+from rlrt_lightning.padding import at_mask
+from rlrt_lightning.policy import Policy
 from rlrt_lightning.ranks import Mean, mean_over_ranks
 from rlrt_lightning.seeding import derive_seed
 from rlrt_lightning.sharding import FSDP2Strategy, check_strategy, whole
@@ -141,7 +143,7 @@ class RLRTModule(LightningModule):
         loss = loss * batch.share
         self._log({"train/loss": loss}, batch_size=1)
         self._tokens = self._tokens + batch.attention_mask.sum()  # read at the epoch's end: a GPU would stop for it
-        self._places += batch.attention_mask.numel()
+        self._places += sum(rows * width for rows, width in batch.blocks)
         for tag, (mean, count) in figures.items():
             # What only stands in, so that this rank takes the step with the others, is not trained on.
             self._figures.setdefault(tag, []).append((mean, count if batch.share else 0))
@@ -152,17 +154,18 @@ class RLRTModule(LightningModule):
         and teacher: [B, T] each, nats, 0 outside the response."""
         sequences = batch.input_ids, batch.attention_mask, batch.response_mask, batch.temperature
         if batch.top_tokens is None or batch.top_logp is None:
-            return *self.policy.log_probs(*sequences), None
+            return *self.policy.log_probs(*sequences, blocks=batch.blocks), None
         assert isinstance(self.method, Distilling)
         alpha = self.method.alpha
 
         def compute(logits: Tensor, targets: Tensor, top_tokens: Tensor, top_logp: Tensor) -> tuple[Tensor, ...]:
-            student = log_probs_at(logits, top_tokens)
+            student, entropy = log_probs_at(logits, torch.cat([targets[:, None], top_tokens], -1))
             tail = top_tokens.shape[-1] < logits.shape[-1]
-            return *token_log_probs(logits, targets), divergence_on_support(student, top_logp, alpha, tail)
+            return student[:, 0], entropy, divergence_on_support(student[:, 1:], top_logp, alpha, tail)
 
         targets = batch.input_ids[batch.response_mask]
-        results = self.policy.from_logits(compute, *sequences, targets, batch.top_tokens, batch.top_logp)
+        of_tokens = targets, batch.top_tokens, batch.top_logp
+        results = self.policy.from_logits(compute, *sequences, *of_tokens, blocks=batch.blocks)
         logp, entropy, divergence = (at_mask(values, batch.response_mask) for values in results)
         return logp, entropy, divergence
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.log_probs import token_log_probs
 from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
+from rlrt_lightning.padding import at_mask, batches, pad_sequences
 from rlrt_lightning.sharding import decoder_states, in_step, whole
 from rlrt_lightning.tasks.base import Messages
 
@@ -26,6 +30,9 @@ log = logging.getLogger(__name__)
 
 Compute = Callable[..., tuple[Tensor, ...]]
 """From the logits [C, V] of some tokens, and what else is known of each, to figures [C, ...] of each."""
+
+WORTH_SHARING = 0.9
+"""Responses that share a prompt are scored after one reading of it where that leaves at most this share of tokens."""
 
 EMBEDDED = Path(__file__).parent / "tasks" / "strategy_sum" / "model"
 
@@ -250,7 +257,12 @@ class Policy(nn.Module):
     # -- log-probabilities -----------------------------------------------------------------------------------------
 
     def log_probs(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        blocks: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each response token, without the logits of the whole batch in memory.
 
@@ -259,13 +271,14 @@ class Policy(nn.Module):
             attention_mask: 0 at padding, [B, T].
             response_mask: True at response tokens, [B, T]; never at position 0.
             temperature: Divides the logits, as it did when the tokens were sampled.
+            blocks: As in `from_logits`.
 
         Returns:
             Log-probs and entropies in nats, float32 [B, T], 0 outside the response. Gradient flows through both.
         """
         targets = input_ids[response_mask.bool()]
         logp, entropy = self.from_logits(
-            token_log_probs, input_ids, attention_mask, response_mask, temperature, targets
+            token_log_probs, input_ids, attention_mask, response_mask, temperature, targets, blocks=blocks
         )
         return at_mask(logp, response_mask), at_mask(entropy, response_mask)
 
@@ -277,6 +290,7 @@ class Policy(nn.Module):
         response_mask: Tensor,
         temperature: float,
         *of_tokens: Tensor,
+        blocks: Sequence[tuple[int, int]] | None = None,
     ) -> list[Tensor]:
         """What can be computed from the logits of each response token, `logits_chunk` tokens at a time: the logits of a
         chunk are dropped, and computed again in the backward pass, so that they are never all in memory.
@@ -289,14 +303,22 @@ class Policy(nn.Module):
             response_mask: [B, T].
             temperature: Divides the logits.
             of_tokens: Whatever else `compute` needs of the R response tokens of the batch, in reading order, [R, ...].
+            blocks: Rows and width of the parts that go through the decoder on their own, as `padding.blocks` gives
+                them; None for one part.
 
         Returns:
             The tensors that `compute` returns, of all response tokens, [R, ...].
         """
-        states = self._states(input_ids, attention_mask, response_mask)
+        parts, start = [], 0
+        for rows, width in blocks or [(len(input_ids), input_ids.shape[1])]:
+            part = slice(start, start + rows), slice(width)
+            parts.append(self._states(input_ids[part], attention_mask[part], response_mask[part]))
+            start += rows
+        return self._in_chunks(compute, torch.cat(parts), temperature, *of_tokens)
 
+    def _in_chunks(self, compute: Compute, states: Tensor, temperature: float, *of_tokens: Tensor) -> list[Tensor]:
         def chunk(states: Tensor, *of_tokens: Tensor) -> tuple[Tensor, ...]:
-            return compute(self._logits(states).float() / temperature, *of_tokens)
+            return compute(self._tempered_logits(states, temperature), *of_tokens)
 
         # At least one chunk, so that a batch without responses has results too, empty ones.
         parts = [
@@ -307,12 +329,13 @@ class Policy(nn.Module):
 
     def _states(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
         """What `_logits` makes the logits of each response token of, [R, H]."""
-        mask = response_mask[:, 1:].bool()
+        states = self._all_states(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return states[:, :-1][response_mask[:, 1:].bool()]
+
+    def _all_states(self, **inputs: Any) -> Tensor:
         if self._head_is_known:
-            out = decoder_states(self.model, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            return out.last_hidden_state[:, :-1][mask]
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return out.logits[:, :-1][mask]
+            return decoder_states(self.model, **inputs).last_hidden_state
+        return self.model(**inputs).logits
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, without gradient.
@@ -335,7 +358,8 @@ class Policy(nn.Module):
         *of_tokens: Sequence[Tensor],
     ) -> list[tuple[Tensor, ...]]:
         """What can be computed from the logits of given responses after given prompts (`from_logits`), without
-        gradient, in batches of about `score_tokens` tokens of similar length.
+        gradient, in batches of about `score_tokens` tokens of similar length. A prompt that several responses share is
+        read once for them.
 
         Args:
             compute: As in `from_logits`.
@@ -348,12 +372,70 @@ class Policy(nn.Module):
         """
         scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
         with self.evaluating():
-            for chosen in self._by_length([sum(map(len, sequence)) for sequence in sequences]):
-                padded = pad_sequences([sequences[i] for i in chosen], self.device)
+            for chosen, states in self._states_of(sequences):
                 given = [torch.cat([values[i] for i in chosen]).to(self.device) for values in of_tokens]
-                results = self.from_logits(compute, *padded, temperature, *given)
-                _deal(results, chosen, sequences, scores)
+                _deal(self._in_chunks(compute, states, temperature, *given), chosen, sequences, scores)
         return scores
+
+    def _states_of(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[list[int], Tensor]]:
+        """Sequences in batches, with what `_logits` makes the logits of their response tokens of, [R, H]."""
+        prompts = {tuple(prompt): prompt for prompt, _ in sequences}
+        whole = sum(len(prompt) + len(response) for prompt, response in sequences)
+        shared = sum(map(len, prompts)) + sum(len(response) for _, response in sequences)
+        if shared >= WORTH_SHARING * whole or not all(prompts):
+            for chosen in batches([sum(map(len, sequence)) for sequence in sequences], self.score_tokens):
+                yield chosen, self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
+            return
+        siblings: dict[tuple[int, ...], list[int]] = {prompt: [] for prompt in prompts}
+        for i, (prompt, _) in enumerate(sequences):
+            siblings[tuple(prompt)].append(i)
+        groups = list(siblings.items())
+        # The room that a prompt takes is that of all its rows.
+        longest = [len(prompt) + max(len(sequences[i][1]) for i in rows) for prompt, rows in groups]
+        most = max(len(rows) for _, rows in groups)
+        for part in batches(longest, max(1, self.score_tokens // most)):
+            yield from self._states_after_prompts(sequences, [groups[g] for g in part])
+
+    def _states_after_prompts(
+        self, sequences: Sequence[tuple[list[int], list[int]]], groups: Sequence[tuple[tuple[int, ...], list[int]]]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Reads some prompts, padded on the left, and then the responses that follow each."""
+        from transformers.cache_utils import DynamicCache
+
+        longest = max(len(prompt) for prompt, _ in groups)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt, _ in groups], device=self.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in groups], device=self.device
+        )
+        cache = DynamicCache(config=self.config)
+        last = self._all_states(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )[:, -1]
+        members = [(i, g) for g, (_, rows) in enumerate(groups) for i in rows]
+        for part in batches([len(sequences[i][1]) for i, _ in members], sys.maxsize):
+            chosen = [members[m][0] for m in part]
+            after = torch.tensor([members[m][1] for m in part], device=self.device)
+            # The last token of a response predicts nothing that is asked for.
+            told, told_mask, _ = pad_sequences([([], sequences[i][1][:-1]) for i in chosen], self.device)
+            states = last[after][:, None]
+            if told.shape[1]:
+                read = copy.deepcopy(cache)
+                read.batch_select_indices(after)
+                seen = torch.cat([mask[after], told_mask], 1)
+                told_states = self._all_states(
+                    input_ids=told,
+                    attention_mask=seen,
+                    position_ids=(seen.cumsum(1) - 1)[:, longest:],
+                    past_key_values=read,
+                    use_cache=True,
+                )
+                states = torch.cat([states, told_states], 1)
+            asked = pad_sequences([([], sequences[i][1]) for i in chosen], self.device)[2]
+            yield chosen, states[:, : asked.shape[1]][asked]
 
     def compare(
         self,
@@ -379,25 +461,21 @@ class Policy(nn.Module):
         scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
         lengths = [max(sum(map(len, a)), sum(map(len, b))) for a, b in zip(sequences, others, strict=True)]
         with self.evaluating():
-            for chosen in self._by_length(lengths):
+            for chosen in batches(lengths, self.score_tokens):
                 ours = self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
                 with self.weights_of(other):
                     theirs = self._states(*pad_sequences([others[i] for i in chosen], self.device))
                 parts = []
                 for a, b in zip(ours.split(self.logits_chunk), theirs.split(self.logits_chunk), strict=True):
-                    first = self._logits(a).float() / temperature
+                    first = self._tempered_logits(a, temperature)
                     with self.weights_of(other):
-                        parts.append(compute(first, self._logits(b).float() / temperature))
+                        parts.append(compute(first, self._tempered_logits(b, temperature)))
                 _deal([torch.cat(results) for results in zip(*parts, strict=True)], chosen, sequences, scores)
         return scores
 
-    def _by_length(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Sequences in batches of about `score_tokens` tokens of similar length, the longest first."""
-        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-        while order:
-            rows = max(1, self.score_tokens // lengths[order[-1]])
-            yield order[-rows:]
-            order = order[:-rows]
+    def _tempered_logits(self, states: Tensor, temperature: float) -> Tensor:
+        logits = self._logits(states).float()
+        return logits if temperature == 1 else logits / temperature
 
     def _logits(self, states: Tensor) -> Tensor:
         """What the model's forward does after its decoder, for the architectures that do more than the head."""
@@ -444,40 +522,3 @@ def _deal(
     lengths = [len(sequences[i][1]) for i in chosen]
     for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
         scores[i] = tuple(part.clone() for part in parts)
-
-
-def token_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of tokens [C] and the entropies of their distributions, nats, [C] each, from logits [C, V]."""
-    log_total = logits.logsumexp(-1)
-    logp = logits.gather(-1, targets[:, None])[:, 0] - log_total
-    entropy = log_total - ((logits - log_total[:, None]).exp() * logits).sum(-1)
-    return logp, entropy
-
-
-def log_probs_at(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probs of several tokens [C, k] at each of C positions, nats, [C, k], from logits [C, V]."""
-    return logits.gather(-1, tokens.long()) - logits.logsumexp(-1, keepdim=True)
-
-
-def at_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """Values [R] in reading order at the R places where a mask [B, T] is true, 0 elsewhere, [B, T]."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask.bool(), values)
-
-
-def pad_sequences(
-    sequences: Sequence[tuple[list[int], list[int]]], device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads prompt + response on the right.
-
-    Returns:
-        Token ids (0 at padding), attention mask (1 at tokens) and response mask (true at response tokens), all [B, T].
-    """
-    prompts = torch.tensor([len(p) for p, _ in sequences])[:, None]
-    totals = torch.tensor([len(p) + len(r) for p, r in sequences])[:, None]
-    ids = torch.zeros(len(sequences), int(totals.max()), dtype=torch.long)
-    for row, (prompt, response) in enumerate(sequences):
-        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-    position = torch.arange(ids.shape[1])[None]
-    attention = (position < totals).long()
-    response_mask = (position >= prompts) & (position < totals)
-    return ids.to(device), attention.to(device), response_mask.to(device)

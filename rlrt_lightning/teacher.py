@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.log_probs import log_probs_at
 from rlrt_lightning.lora import TeacherAdapters
 from rlrt_lightning.objective.methods import Context
-from rlrt_lightning.policy import log_probs_at, token_log_probs
 from rlrt_lightning.rollouts.base import Rollout, ScoringEngine
 from rlrt_lightning.seeding import generator
 from rlrt_lightning.sharding import local, move_weights
@@ -274,4 +274,5 @@ def _likeliest(k: int, logits: Tensor) -> tuple[Tensor]:
 
 
 def _teacher_figures(logits: Tensor, targets: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (*token_log_probs(logits, targets), log_probs_at(logits, top))
+    logp, entropy = log_probs_at(logits, torch.cat([targets[:, None], top], -1))
+    return logp[:, 0], entropy, logp[:, 1:]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightning.pytorch.plugins import HalfPrecision
 
-from rlrt_lightning.batch import EpochBatch, balance, micro_batches, mini_batch_sizes, pad_rows
+from rlrt_lightning.batch import EpochBatch, micro_batches, mini_batch_sizes
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.objective import RLRT, SDPO, SRPO, clipped_surrogate, group_advantages
+from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.policy import Policy
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks import Problem
@@ -177,21 +175,6 @@ def test_ranks_share_one_mean() -> None:
         cut = micro_batches(part, 1, 2, "token-mean", world_size=2, totals=totals)
         parts.append(gradient(made, list(cut), "token-mean", 2).clone())
     torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-3, atol=1e-5)
-
-
-@given(st.lists(st.integers(1, 50), max_size=9), st.integers(1, 4))
-@settings(max_examples=100, derandomize=True, deadline=None)
-def test_balance_finds_the_best_cut_of_the_sorted_lengths(lengths: list[int], parts: int) -> None:
-    dealt = balance(lengths, parts)
-    assert len(dealt) == parts
-    assert sorted(i for part in dealt for i in part) == list(range(len(lengths)))
-    if lengths:
-        ranked = sorted(lengths, reverse=True)
-        cuts = itertools.combinations_with_replacement(range(len(ranked) + 1), parts - 1)
-        best = min(
-            max((b - a) * ranked[a] for a, b in itertools.pairwise([0, *cut, len(ranked)]) if b > a) for cut in cuts
-        )
-        assert max(len(p) * max(lengths[i] for i in p) for p in dealt if p) == best
 
 
 def test_half_precision_does_not_round_what_the_batch_holds() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlrt_lightning.policy import pad_sequences
+from rlrt_lightning.padding import pad_sequences
 from tests.test_fit import ROOT, command, scalars
 from tests.tiny import policy
 
