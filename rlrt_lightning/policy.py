@@ -423,7 +423,8 @@ class Policy(nn.Module):
             told, told_mask, _ = pad_sequences([([], sequences[i][1][:-1]) for i in chosen], self.device)
             states = last[after][:, None]
             if told.shape[1]:
-                read = copy.deepcopy(cache)
+                read = copy.copy(cache)  # selecting rows makes new tensors; those of the prompts stay
+                read.layers = [copy.copy(layer) for layer in cache.layers]
                 read.batch_select_indices(after)
                 seen = torch.cat([mask[after], told_mask], 1)
                 told_states = self._all_states(
