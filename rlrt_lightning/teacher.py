@@ -71,9 +71,9 @@ class Teacher(nn.Module):
             words for a mathematical problem that suit the method's kind of context.
         max_context_tokens: A longer context loses its end.
         strip_think: Leave out what the context has inside <think> and </think>.
-        scored_by: "trainer", by a forward pass with the teacher's weights, or "engine", by the roll-out engine, which
-            reads a demonstration once for all of its siblings; both sides of D_t then come from the engine. For a vLLM
-            engine, a teacher that is refreshed each epoch, and methods that need no more than log-probs.
+        scored_by: "trainer", by a forward pass with the teacher's weights, or "engine", by the roll-out engine; both
+            sides of D_t then come from the engine. Either reads a demonstration once for all of its siblings. The
+            engine: for vLLM, a teacher that is refreshed each epoch, and methods that need no more than log-probs.
         rest_on_cpu: Keep the teacher's own weights, where it has a whole copy, in the CPU's memory except while it
             scores: frees the GPU of them while the policy is trained, and sends them twice an epoch.
     """
