@@ -28,6 +28,7 @@ from rlrt_lightning.objective import Distilling, group_advantages, importance_we
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
+from rlrt_lightning.rollouts.ahead import Ahead, Drawn
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
@@ -88,6 +89,8 @@ class RolloutDataModule(LightningDataModule):
         overlong_prompts: What to do with a longer one: drop it and count it, or stop with an error.
         rescore: Take the policy's log-probs from the trainer's forward pass instead of from the sampler, and correct
             for the difference (`model.importance`). One more forward pass; needed where the two differ, as in bfloat16.
+        ahead: Draw the next epoch's roll-outs while this one trains, on vLLM servers. They come from the weights before
+            this epoch's updates; `model.importance` corrects for that, which takes `rescore`. Checkpoints hold them.
         verifier_workers: Processes that check completions, for tasks whose verifier is not trusted code.
         verifier_timeout_s: Time limit of one verdict, in seconds.
         verifier_memory_gb: Memory limit of a verifier process, in GiB.
@@ -109,6 +112,7 @@ class RolloutDataModule(LightningDataModule):
         max_prompt_tokens: int = 2048,
         overlong_prompts: Literal["drop", "error"] = "drop",
         rescore: bool = False,
+        ahead: bool = False,
         verifier_workers: int = 2,
         verifier_timeout_s: float = 5.0,
         verifier_memory_gb: float = 4.0,
@@ -138,6 +142,7 @@ class RolloutDataModule(LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.overlong_prompts = overlong_prompts
         self.rescore = rescore
+        self.ahead = ahead
         self.verifier_workers = verifier_workers
         self.verifier_timeout_s = verifier_timeout_s
         self.verifier_memory_gb = verifier_memory_gb
@@ -149,6 +154,8 @@ class RolloutDataModule(LightningDataModule):
         self.evaluated: dict[str, set[str]] = {}
         """Names of the problems whose results are known already, by benchmark; the `Evaluation` callback knows them."""
         self._clock = _Clock()
+        self._ahead = Ahead()
+        self._restored: list[dict[str, Any]] = []
         self._synced: int | None = None
         self._made: tuple[int, Batches[MicroBatch]] | None = None
         self._epochs = 0
@@ -177,10 +184,10 @@ class RolloutDataModule(LightningDataModule):
         method = module.method.at(trainer.global_step)
         clock = self._clock = _Clock()
         with self.computing():
-            problems, prompts, seeds = self._draw_prompts()
+            problems, prompts, seeds = self._draw_prompts(self._epochs)
 
             with clock("rollout"):
-                drawn = self._roll_out(self.task, problems, prompts, self.rollouts_per_prompt, self.sampling, seeds)
+                drawn, sampling_s = self._draw_epoch(problems, prompts, seeds)
             with clock("verify"):
                 rollouts = self._collect_verdicts(problems, drawn)
             rewards = torch.tensor([r.verdict.reward for r in rollouts if r.verdict])
@@ -237,7 +244,7 @@ class RolloutDataModule(LightningDataModule):
         if self.rescore:
             rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
             stats |= _mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
-        stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / max(stats["time/rollout"], 1e-9)
+        stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / max(sampling_s, 1e-9)
         stats["rollout/overlong_prompts"] = float(self._overlong)
         stats["rollout/shaped_reward"] = float(shaped.mean())
         stats["signal/context_truncated"] = float(truncated)
@@ -267,7 +274,7 @@ class RolloutDataModule(LightningDataModule):
             partial(gather, trainer),
         )
 
-    def _draw_prompts(self) -> tuple[list[Problem], list[list[int]], list[int]]:
+    def _draw_prompts(self, epoch: int) -> tuple[list[Problem], list[list[int]], list[int]]:
         """The epoch's problems with the tokens of their prompts and a seed each, this rank's share of them."""
         problems: list[Problem] = []
         prompts: list[list[int]] = []
@@ -287,8 +294,51 @@ class RolloutDataModule(LightningDataModule):
                 prompts.append(ids)
                 missed = 0
         ranks = slice(self._trainer.global_rank, None, self._trainer.world_size)
-        seeds = [derive_seed(self.seed, "rollouts", self._epochs, i) for i in range(len(problems))]
+        seeds = [derive_seed(self.seed, "rollouts", epoch, i) for i in range(len(problems))]
         return problems[ranks], prompts[ranks], seeds[ranks]
+
+    def _draw_epoch(
+        self, problems: Sequence[Problem], prompts: Sequence[list[int]], seeds: Sequence[int]
+    ) -> tuple[list[Drawn], float]:
+        """The epoch's roll-outs, and the seconds that drawing them took: what was drawn ahead where there is something,
+        and then the next epoch's are begun."""
+        start = time.perf_counter()
+        epoch = self.task, problems, prompts, self.rollouts_per_prompt, self.sampling, seeds
+        restored, self._restored = self._restored, []
+        if restored:
+            drawn, seconds = self._restore(restored, problems, prompts), 0.0
+        elif (taken := self._ahead.take()) is not None:
+            drawn, seconds = taken
+        else:
+            drawn = self._roll_out(*epoch)
+            seconds = time.perf_counter() - start - self._clock.stats.get("time/sync", 0.0)
+        if self.ahead and self._trainer.current_epoch + 1 != self._trainer.max_epochs:
+            self._begin_next_epoch()
+        return sorted(drawn, key=lambda pair: (pair[0].group, pair[0].index)), seconds
+
+    def _begin_next_epoch(self) -> None:
+        """Leaves no trace in what decides the next epoch, which comes to the same prompts and seeds by itself."""
+        before = self._cursor, self._overlong
+        problems, prompts, seeds = self._draw_prompts(self._epochs + 1)
+        self._cursor, self._overlong = before
+        self._sync_engine()
+        self._ahead.begin(self._drawing(self.task, problems, prompts, self.rollouts_per_prompt, self.sampling, seeds))
+
+    def _restore(
+        self, rows: Sequence[dict[str, Any]], problems: Sequence[Problem], prompts: Sequence[list[int]]
+    ) -> list[Drawn]:
+        """What had been drawn ahead when the checkpoint was saved."""
+        policy, verifier = self._module.policy, self.verifier(self.task)
+        rank, ranks = self._trainer.global_rank, self._trainer.world_size
+        drawn = []
+        for row in rows:
+            group, of_rank = divmod(row["place"], ranks)
+            if of_rank != rank:
+                continue
+            figures = {name: value for name, value in row.items() if name not in ("place", "group")}
+            rollout = Rollout(group, prompt_ids=prompts[group], text=policy.decode(row["response_ids"]), **figures)
+            drawn.append((rollout, verifier.submit(problems[group], rollout.text)))
+        return drawn
 
     def _roll_out(
         self,
@@ -298,20 +348,36 @@ class RolloutDataModule(LightningDataModule):
         n: int,
         sampling: Sampling,
         seeds: Sequence[int],
-    ) -> list[tuple[Rollout, Future[Verdict]]]:
-        """Roll-outs ordered by problem, each with its verdict under way: it goes to the verifier as soon as it is
-        finished, so that verification runs beside generation."""
+    ) -> list[Drawn]:
+        """Roll-outs ordered by problem, by the policy as it is now."""
+        self._ahead.wait()
+        self._sync_engine()
+        drawn = []
+        with self._progress("roll-outs", len(prompts) * n) as bar:
+            for pair in self._drawing(task, problems, prompts, n, sampling, seeds):
+                drawn.append(pair)
+                bar.update()
+        return sorted(drawn, key=lambda pair: (pair[0].group, pair[0].index))
+
+    def _drawing(
+        self,
+        task: Task,
+        problems: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Iterator[Drawn]:
+        """Roll-outs as they finish. Each goes to the verifier at once, so that verification runs beside generation."""
         verifier = self.verifier(task)
+        for rollout in self.engine.generate(prompts, n, sampling, seeds):
+            yield rollout, verifier.submit(problems[rollout.group], rollout.text)
+
+    def _sync_engine(self) -> None:
         if self._synced != self._trainer.global_step or not self.engine.ready:
             with self._clock("sync"):
                 self.engine.sync(self._module.policy)
             self._synced = self._trainer.global_step
-        drawn = []
-        with self._progress("roll-outs", len(prompts) * n) as bar:
-            for rollout in self.engine.generate(prompts, n, sampling, seeds):
-                drawn.append((rollout, verifier.submit(problems[rollout.group], rollout.text)))
-                bar.update()
-        return sorted(drawn, key=lambda pair: (pair[0].group, pair[0].index))
 
     def _collect_verdicts(
         self, problems: Sequence[Problem], drawn: Sequence[tuple[Rollout, Future[Verdict]]]
@@ -413,6 +479,7 @@ class RolloutDataModule(LightningDataModule):
                 raise ConfigError("data.task: there are no problems to train on")
             self._check_context()
             self._check_cuts()
+            self._check_ahead()
             self._scoring_engine()
             if self.overlong_prompts == "error" and len(self._problems) <= EAGER_ROWS:
                 for problem in self._problems:
@@ -427,18 +494,26 @@ class RolloutDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Ends the engine and the verifier's worker processes."""
-        self.engine.close()
+        self.engine.close()  # what is on its way ahead ends with it
+        self._ahead = Ahead()
         for verifier in self._verifiers.values():
             verifier.close()
         self._verifiers.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the prompts have been read: with the seed, all that an exact resume needs."""
-        return {"epochs": self._epochs, "cursor": self._cursor, "overlong": self._overlong}
+        """How far the prompts have been read: with the seed, all that an exact resume needs, beside the roll-outs that
+        older weights have drawn ahead."""
+        state: dict[str, Any] = {"epochs": self._epochs, "cursor": self._cursor, "overlong": self._overlong}
+        if self.ahead:
+            rank, ranks = self._trainer.global_rank, self._trainer.world_size
+            mine = [{**row, "place": row["group"] * ranks + rank} for row in self._ahead.rows()]
+            state["ahead"] = [row for rows in gather(self._trainer, mine) for row in rows]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self._epochs, self._cursor, self._overlong = (state_dict[k] for k in ("epochs", "cursor", "overlong"))
+        self._restored = state_dict.get("ahead", []) if self.ahead else []
 
     # -- small parts -----------------------------------------------------------------------------------------------
 
@@ -493,6 +568,19 @@ class RolloutDataModule(LightningDataModule):
                 "data.sampling cuts the distribution (top_p, top_k or min_p), and this engine gives log-probs after "
                 "the cut: set data.rescore=true, so that the trainer computes those of the policy"
             )
+
+    def _check_ahead(self) -> None:
+        if not self.ahead:
+            return
+        wrong = None
+        if not self.engine.beside_training:
+            wrong = f"{type(self.engine).__name__} cannot draw while the policy trains; take VllmServerEngine"
+        elif not self.rescore or self._module.importance == "off":
+            wrong = "the roll-outs are an epoch old: set data.rescore=true, and model.importance to token or sequence"
+        elif self._module.teacher.scored_by == "engine":
+            wrong = "the engine then scores with newer weights than it sampled with: set model.teacher.scored_by=trainer"
+        if wrong is not None:
+            raise ConfigError(f"data.ahead is true, but {wrong}")
 
     def _check_context(self) -> None:
         """A teacher without any context would make the method plain GRPO without a word."""

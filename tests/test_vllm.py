@@ -347,6 +347,23 @@ def test_a_server_that_is_killed_and_started_again_gets_the_weights_again(server
     engine.close()
 
 
+def test_servers_draw_the_next_epoch_while_this_one_trains(server: Server, tmp_path: Path) -> None:
+    flags = [f"--data.engine.urls=['{server.url}']", f"--data.engine.weights={tmp_path / 'weights'}"]
+    flags += ["--data.ahead=true", "--trainer.max_epochs=4", "--checkpoint.save_top_k=-1"]
+    configs = ("configs/rollouts/vllm_server.yaml",)
+    assert command("fit", tmp_path, *flags, configs=configs) == 0
+    whole = scalars(tmp_path)
+    first, *others = [value for _, value in whole["rollout/mismatch_mean"]]
+    assert first < 1e-4, "by the weights that are trained"
+    assert all(1e-4 < value < 0.5 for value in others), "by those before the last updates"
+    saved = tmp_path / "rlrt" / "version_0" / "checkpoints" / "epoch-1.ckpt"
+    assert command("fit", tmp_path, *flags, f"--ckpt_path={saved}", configs=configs) == 0
+    resumed = scalars(tmp_path, 1)
+    for tag in ("train/loss", "rollout/length", "rollout/mismatch_mean", "eval/heldout/avg@8"):
+        for (step, value), (other_step, other) in zip(resumed[tag], whole[tag][-len(resumed[tag]) :], strict=True):
+            assert (step, value) == (other_step, pytest.approx(other, rel=1e-4)), tag
+
+
 def test_when_no_server_answers_the_run_ends_soon_and_can_be_resumed(
     server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

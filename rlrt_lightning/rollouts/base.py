@@ -103,6 +103,9 @@ class RolloutEngine(Protocol):
     cuts_before_logp: bool = False
     """Whether top-p, top-k and min-p change the log-probs that it gives, which `Rollout.logp` does not want."""
 
+    beside_training: bool = False
+    """Whether it draws with weights and devices of its own, so that the policy can train meanwhile (`data.ahead`)."""
+
     @property
     def ready(self) -> bool:
         """Whether it has weights to sample from."""

@@ -57,6 +57,8 @@ class VllmServerEngine(VllmEngine):
         check_rollouts: Roll-outs whose log-probs are compared after each sync.
     """
 
+    beside_training = True
+
     def __init__(
         self,
         urls: list[str],
