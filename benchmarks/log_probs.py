@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 WAYS = ("plain", "chunks")
 K = 100
@@ -37,17 +36,16 @@ def plain(states: Tensor, head: Tensor, targets: Tensor, top: Tensor, teacher: T
 
 
 def chunks(states: Tensor, head: Tensor, targets: Tensor, top: Tensor, teacher: Tensor, distil: bool) -> Tensor:
-    from rlrt_lightning.log_probs import log_probs_at
+    from rlrt_lightning.log_probs import in_chunks, log_probs_at
     from rlrt_lightning.objective.divergences import divergence_on_support
 
-    def chunk(states: Tensor, targets: Tensor, top: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    def compute(logits: Tensor, targets: Tensor, top: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         asked = torch.cat([targets[:, None], top], -1) if distil else targets[:, None]
-        logp, entropy = log_probs_at(states @ head.T, asked)
+        logp, entropy = log_probs_at(logits, asked)
         loss = logp[:, 0] + 0.1 * entropy
         return (loss + divergence_on_support(logp[:, 1:], teacher, 0.5, tail=True) if distil else loss,)
 
-    split = zip(*(values.split(args.chunk) for values in (states, targets, top, teacher)), strict=True)
-    return torch.cat([checkpoint(chunk, *part, use_reentrant=False)[0] for part in split]).mean()
+    return in_chunks(compute, lambda part: part @ head.T, states, args.chunk, targets, top, teacher)[0].mean()
 
 
 def measure(way: Callable[..., Tensor]) -> None:

@@ -578,7 +578,7 @@ class RolloutDataModule(LightningDataModule):
         elif not self.rescore or self._module.importance == "off":
             wrong = "the roll-outs are an epoch old: set data.rescore=true, and model.importance to token or sequence"
         elif self._module.teacher.scored_by == "engine":
-            wrong = "the engine then scores with newer weights than it sampled with: set model.teacher.scored_by=trainer"
+            wrong = "the engine scores with newer weights than it sampled with: set model.teacher.scored_by=trainer"
         if wrong is not None:
             raise ConfigError(f"data.ahead is true, but {wrong}")
 

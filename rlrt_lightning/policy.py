@@ -6,18 +6,17 @@ import copy
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rlrt_lightning.errors import ConfigError, first_line
-from rlrt_lightning.log_probs import token_log_probs
+from rlrt_lightning.log_probs import Compute, in_chunks, token_log_probs
 from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
 from rlrt_lightning.padding import at_mask, batches, pad_sequences
 from rlrt_lightning.sharding import decoder_states, in_step, whole
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-Compute = Callable[..., tuple[Tensor, ...]]
-"""From the logits [C, V] of some tokens, and what else is known of each, to figures [C, ...] of each."""
 
 WORTH_SHARING = 0.9
 """Responses that share a prompt are scored after one reading of it where that leaves at most this share of tokens."""
@@ -317,15 +313,8 @@ class Policy(nn.Module):
         return self._in_chunks(compute, torch.cat(parts), temperature, *of_tokens)
 
     def _in_chunks(self, compute: Compute, states: Tensor, temperature: float, *of_tokens: Tensor) -> list[Tensor]:
-        def chunk(states: Tensor, *of_tokens: Tensor) -> tuple[Tensor, ...]:
-            return compute(self._tempered_logits(states, temperature), *of_tokens)
-
-        # At least one chunk, so that a batch without responses has results too, empty ones.
-        parts = [
-            checkpoint(chunk, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk(*part)
-            for part in zip(*(t.split(self.logits_chunk) for t in (states, *of_tokens)), strict=True)
-        ]
-        return [torch.cat(results) for results in zip(*parts, strict=True)]
+        logits_of = partial(self._tempered_logits, temperature=temperature)
+        return in_chunks(compute, logits_of, states, self.logits_chunk, *of_tokens)
 
     def _states(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
         """What `_logits` makes the logits of each response token of, [R, H]."""
