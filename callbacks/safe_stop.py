@@ -60,9 +60,6 @@ class SafeStop(Callback):
                     )
             if trainer.is_global_zero:
                 check_writable(Path(callback.dirpath or folder))
-        if trainer.is_global_zero and trainer.ckpt_path:
-            for part in Path(trainer.ckpt_path).parent.glob(f"*.ckpt{PART}"):
-                remove(part)  # what the run that is resumed was writing when it was killed
 
     def _listen(self, trainer: Trainer) -> None:
         # In place of Lightning's own functions, which go through torch.distributed in the middle of whatever is going
@@ -94,8 +91,11 @@ class SafeStop(Callback):
         self._saved = trainer.global_step
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Knows what is saved."""
+        """Knows what is saved; clears away what the run that is resumed was writing when it was killed."""
         self._saved = checkpoint["global_step"]
+        if trainer.is_global_zero and trainer.state.fn == "fit" and trainer.ckpt_path:
+            for part in Path(trainer.ckpt_path).parent.glob(f"*.ckpt{PART}"):
+                remove(part)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves a run that ends because it was asked to."""

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException
 
-from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +180,8 @@ def problem(path: Path, resume: bool) -> str | None:
         found = torch.load(path / "meta.pt" if sharded else path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return "holds objects that are not loaded, because loading them could run code"
-    except OSError as error:
-        return f"cannot be read: {error.strerror or first_line(error)}"
+    except (PermissionError, FileNotFoundError) as error:
+        return f"cannot be read: {error.strerror}"
     except Exception:  # whatever bytes may lead to
         return "is truncated, or not a checkpoint at all"
     needed = {"pytorch-lightning_version", "loops"} if sharded else {"pytorch-lightning_version", "loops", "state_dict"}

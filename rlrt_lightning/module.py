@@ -278,7 +278,8 @@ class RLRTModule(LightningModule):
             raise ConfigError(
                 f"ckpt_path: the checkpoint holds another model: {len(differ)} weights differ, such as {first}, "
                 f"{list(theirs[first]) if first in theirs else 'not there'} in the checkpoint and "
-                f"{list(ours[first]) if first in ours else 'not there'} in this run"
+                f"{list(ours[first]) if first in ours else 'not there'} in this run; set model.policy and "
+                "teacher_refresh as in the run that made it"
             )
 
     def configure_model(self) -> None:
