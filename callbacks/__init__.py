@@ -4,6 +4,7 @@ from rlrt_lightning.callbacks.evaluation import Evaluation
 from rlrt_lightning.callbacks.hf_export import HFExport
 from rlrt_lightning.callbacks.rank_guard import RankGuard
 from rlrt_lightning.callbacks.reversed_signal import ReversedSignalLogger
+from rlrt_lightning.callbacks.safe_stop import SafeStop
 from rlrt_lightning.callbacks.teacher_refresh import TeacherRefresh
 
-__all__ = ["Evaluation", "HFExport", "RankGuard", "ReversedSignalLogger", "TeacherRefresh"]
+__all__ = ["Evaluation", "HFExport", "RankGuard", "ReversedSignalLogger", "SafeStop", "TeacherRefresh"]

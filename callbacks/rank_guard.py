@@ -14,6 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.stopping import Stop
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ class RankGuard(Callback):
         if self._watch is None:
             return
         watch, self._watch = self._watch, None
+        if isinstance(exception, Stop):  # all of them end
+            watch.finish("")
+            return
         lost = watch.silent() if LOST.search(str(exception)) else []
         reason = (
             f"nothing is heard of rank {lost[0]}" if lost else f"{type(exception).__name__}: {first_line(exception)}"

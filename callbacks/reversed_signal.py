@@ -48,8 +48,7 @@ class ReversedSignalLogger(Callback):
         if epoch is None or module.method.context == "none":
             return
         eps_w = getattr(module.method, "eps_w", None)
-        stats = mean_over_ranks(trainer, signal_statistics(epoch, eps_w))
-        pl_module.log_dict(stats, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        module.log_epoch(mean_over_ranks(trainer, signal_statistics(epoch, eps_w)))
         folder = run_folder(trainer) / "signal"
         if not trainer.is_global_zero or not epoch.has_context.any():
             return

@@ -132,16 +132,36 @@ T = TypeVar("T")
 
 class Batches(Generic[T]):
     """Batches in order, as an iterable of known length: Lightning takes it as a data loader, and unlike a `DataLoader`
-    it gets no distributed sampler (each rank has roll-outs of its own)."""
+    it gets no distributed sampler (each rank has roll-outs of its own).
 
-    def __init__(self, batches: list[T]) -> None:
+    Args:
+        batches: The batches, or those that are left of them.
+        given: How many were given out before these.
+    """
+
+    def __init__(self, batches: list[T], given: int = 0) -> None:
         self.batches = batches
+        self.given = self._before = given
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self._before + len(self.batches)
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self.batches)
+        for i, batch in enumerate(self.batches):
+            self.given = self._before + i + 1
+            yield batch
+
+    @property
+    def left(self) -> list[T]:
+        """Those that were not given out yet."""
+        return self.batches[self.given - self._before :]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module saves what is left. Lightning warns of a loader that has none of these two."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
 
 
 def micro_batches(

@@ -16,9 +16,11 @@ from jsonargparse import Namespace
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
-from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger, TeacherRefresh
+from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
+from rlrt_lightning.checkpoints import disk_error, newest, problem
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
@@ -170,7 +172,7 @@ class RLRTCli(LightningCLI):
 
     `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard` and `ModelCheckpoint` are always there, and set
     by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`, `rank_guard` and `checkpoint`; one of the same
-    class under `trainer.callbacks` takes their place.
+    class under `trainer.callbacks` takes their place. So is `SafeStop`, which has no settings.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -239,6 +241,7 @@ class RLRTCli(LightningCLI):
             config = {**config, "strategy": "fsdp2"}  # torch's first FSDP is on its way out, and runs on no CPU
         if config.get("enable_checkpointing") is False:
             named.add(ModelCheckpoint)
+        callbacks = [SafeStop(), *callbacks]
         return super()._instantiate_trainer(config, [c for c in callbacks if type(c) not in named])
 
     def after_instantiate_classes(self) -> None:
@@ -247,7 +250,7 @@ class RLRTCli(LightningCLI):
         path = settings.get("ckpt_path")
         if path == "last":
             # Lightning looks in the folder of this run, which is new, and goes on without a checkpoint.
-            path = settings["ckpt_path"] = str(last_checkpoint(self.trainer))
+            path = settings["ckpt_path"] = str(last_checkpoint(self.trainer, resume=self.subcommand == "fit"))
         elif path == "best":
             raise ConfigError("ckpt_path: best is known only within the run that made it; give the checkpoint's path")
         elif path and "://" not in path and not Path(path).exists():
@@ -257,13 +260,20 @@ class RLRTCli(LightningCLI):
                 f"ckpt_path: {path} is a folder of shards; load it with --trainer.strategy=fsdp2, on any number of "
                 "devices (one file for all strategies is written by FSDP2Strategy.save_distributed_checkpoint=false)"
             )
+        if path and "://" not in path and (wrong := problem(Path(path), resume=self.subcommand == "fit")):
+            raise ConfigError(f"ckpt_path: {path} {wrong}")
         self.config_init[self.subcommand]["ckpt_path"] = path
         if self.subcommand == "fit" and path:
             self.trainer.num_sanity_val_steps = 0  # the measurement before training has been made
 
 
-def last_checkpoint(trainer: Trainer) -> Path:
-    """The newest `last.ckpt` among the runs that share the trainer's logger, or its checkpoints' folder.
+def last_checkpoint(trainer: Trainer, resume: bool = True) -> Path:
+    """The newest complete checkpoint of the runs that share the trainer's logger, or its checkpoints' folder; under
+    SLURM also the one that a job was put in the queue again with.
+
+    Args:
+        trainer: The trainer.
+        resume: It has to hold all that training needs, not weights alone.
 
     Raises:
         ConfigError: If there is none.
@@ -274,11 +284,12 @@ def last_checkpoint(trainer: Trainer) -> Path:
         folder = folder / logger.name
     own = [Path(c.dirpath) for c in cast(Any, trainer).callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
     folders = own or [folder]
-    found = [path for folder in folders for path in folder.glob("**/last*.ckpt")]
-    if not found:
+    requeued = Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt") if SLURMEnvironment.detect() else ()
+    found = newest(folders, requeued, resume)
+    if found is None:
         looked = " or ".join(map(str, folders))
-        raise ConfigError(f"ckpt_path is last, but there is no last.ckpt in {looked}; give the checkpoint's path")
-    return max(found, key=lambda path: path.stat().st_mtime)
+        raise ConfigError(f"ckpt_path is last, but there is no checkpoint in {looked}; give the checkpoint's path")
+    return found
 
 
 def _stream_seed(seed: bool | int) -> int:
@@ -295,6 +306,11 @@ def run(command: Callable[[], Any]) -> int:
     except (ConfigError, MisconfigurationException) as error:
         line = re.sub(r"\s+", " ", str(error))
         print(f"error: {line}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written or read: {error.strerror}", file=sys.stderr)
         return 2
     except SystemExit as end:
         # Lightning stops gracefully at a Ctrl-C, and then ends with 1 as if something had failed.

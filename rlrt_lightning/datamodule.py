@@ -30,6 +30,7 @@ from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.rollouts.ahead import Ahead, Drawn
 from rlrt_lightning.seeding import derive_seed, generator
+from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
 
@@ -153,11 +154,14 @@ class RolloutDataModule(LightningDataModule):
         """The roll-outs of the epoch that is being trained on; callbacks read them."""
         self.evaluated: dict[str, set[str]] = {}
         """Names of the problems whose results are known already, by benchmark; the `Evaluation` callback knows them."""
+        self.stop_signal = StopSignal()
+        """Whether the run was asked to end; the `SafeStop` callback listens for that."""
         self._clock = _Clock()
         self._ahead = Ahead()
         self._restored: list[dict[str, Any]] = []
         self._synced: int | None = None
-        self._made: tuple[int, Batches[MicroBatch]] | None = None
+        self._made: Batches[MicroBatch] | None = None
+        self._begun: dict[str, Any] | None = None  # the state at the beginning of the epoch that is made or trained on
         self._epochs = 0
         self._cursor = 0
         self._overlong = 0
@@ -173,10 +177,14 @@ class RolloutDataModule(LightningDataModule):
 
         When Lightning resumes, it asks twice before the first step; the second time it gets the same batch.
         """
-        step = self._trainer.global_step
-        if self._made is None or self._made[0] != step:
-            self._made = step, self._make_epoch()
-        return self._made[1]
+        if self._made is None:
+            self._begun = self._position()
+            self._made = self._make_epoch()
+        return self._made
+
+    def finish_epoch(self) -> None:
+        """The epoch was trained on; the module says so at its end."""
+        self._made = self._begun = None
 
     def _make_epoch(self) -> Batches[MicroBatch]:
         """Prompts, roll-outs, verdicts, advantages, teacher, credit, micro-batches."""
@@ -186,10 +194,11 @@ class RolloutDataModule(LightningDataModule):
         with self.computing():
             problems, prompts, seeds = self._draw_prompts(self._epochs)
 
-            with clock("rollout"):
-                drawn, sampling_s = self._draw_epoch(problems, prompts, seeds)
-            with clock("verify"):
-                rollouts = self._collect_verdicts(problems, drawn)
+            with self.stop_signal.may_end(trainer):
+                with clock("rollout"):
+                    drawn, sampling_s = self._draw_epoch(problems, prompts, seeds)
+                with clock("verify"):
+                    rollouts = self._collect_verdicts(problems, drawn)
             rewards = torch.tensor([r.verdict.reward for r in rollouts if r.verdict])
             groups = torch.tensor([r.group for r in rollouts])
             with clock("advantages"):
@@ -197,10 +206,10 @@ class RolloutDataModule(LightningDataModule):
                 advantages = group_advantages(shaped, groups, method.normalize_std)
 
             wanted = method.uses_teacher(advantages, rewards)
-            with clock("rescore"):
+            with self.stop_signal.may_end(trainer), clock("rescore"):
                 if self.rescore:
                     self._rescore(rollouts, (advantages != 0) | wanted)
-            with clock("teacher"):
+            with self.stop_signal.may_end(trainer), clock("teacher"):
                 contexts = module.teacher.contexts(
                     method.context,
                     problems,
@@ -439,7 +448,8 @@ class RolloutDataModule(LightningDataModule):
         if not any(gather(self._trainer, bool(problems))):  # ranks may share an engine, or each other's weights
             return Evaluated(name, spec.samples, [], [])
         seeds = [derive_seed(self.seed, "evaluation", name, i) for i in indices]
-        return Evaluated(name, spec.samples, problems, self.draw(task, problems, spec.samples, sampling, seeds))
+        with self.stop_signal.may_end(self._trainer):
+            return Evaluated(name, spec.samples, problems, self.draw(task, problems, spec.samples, sampling, seeds))
 
     def draw(
         self, task: Task, problems: Sequence[Problem], n: int, sampling: Sampling, seeds: Sequence[int]
@@ -466,7 +476,7 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads the data and checks what can be checked before the weights are loaded."""
-        self._synced = None
+        self._synced = self._made = None
         policy = self._module.policy
         _ = policy.tokenizer, policy.end_tokens
         limit = policy.max_positions
@@ -501,19 +511,53 @@ class RolloutDataModule(LightningDataModule):
         self._verifiers.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the prompts have been read: with the seed, all that an exact resume needs, beside the roll-outs that
-        older weights have drawn ahead."""
-        state: dict[str, Any] = {"epochs": self._epochs, "cursor": self._cursor, "overlong": self._overlong}
-        if self.ahead:
-            rank, ranks = self._trainer.global_rank, self._trainer.world_size
-            mine = [{**row, "place": row["group"] * ranks + rank} for row in self._ahead.rows()]
-            state["ahead"] = [row for rows in gather(self._trainer, mine) for row in rows]
-        return state
+        """How far the prompts have been read: with the seed, all that an exact resume needs between two epochs, beside
+        the roll-outs that were drawn ahead. In the middle of the updates also what is left of the epoch, on each rank:
+        its roll-outs were made by weights that are no more. All ranks have to ask."""
+        if self._made is None:
+            return self._begun or {**self._position(), **self._drawn_ahead()}
+        if not self._made.given:
+            return self._begun or self._position()
+        own = {
+            "given": self._made.given,
+            "left": [vars(batch) for batch in self._made.left],
+            "figures": self._module.figures_so_far(),
+        }
+        state = {"under_way": gather(self._trainer, own), "accumulate": self._trainer.accumulate_grad_batches}
+        return {**self._position(), **self._drawn_ahead(), **state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """See `state_dict`.
+
+        Raises:
+            ConfigError: If the rest of an epoch cannot be dealt out as it was.
+        """
         self._epochs, self._cursor, self._overlong = (state_dict[k] for k in ("epochs", "cursor", "overlong"))
         self._restored = state_dict.get("ahead", []) if self.ahead else []
+        ranks, trainer = state_dict.get("under_way"), self._trainer
+        if ranks is None or trainer.state.fn != "fit":
+            return
+        if (len(ranks), state_dict["accumulate"]) != (trainer.world_size, trainer.accumulate_grad_batches):
+            raise ConfigError(
+                f"ckpt_path: this checkpoint was saved in the middle of an epoch that is dealt out to {len(ranks)} "
+                f"ranks with trainer.accumulate_grad_batches={state_dict['accumulate']}; go on with the same, or from "
+                "the checkpoint of the end of an epoch"
+            )
+        own = ranks[trainer.global_rank]
+        self._made = Batches([MicroBatch(**batch) for batch in own["left"]], own["given"])
+        self._module.go_on_with(own["figures"])
+
+    def _position(self) -> dict[str, Any]:
+        return {"epochs": self._epochs, "cursor": self._cursor, "overlong": self._overlong}
+
+    def _drawn_ahead(self) -> dict[str, Any]:
+        """The next epoch's roll-outs of all ranks, waited for unless there is no time: who resumes then draws anew."""
+        if not self.ahead:
+            return {}
+        rank, ranks = self._trainer.global_rank, self._trainer.world_size
+        rows = [] if self.stop_signal.number is not None else self._ahead.rows()
+        every = gather(self._trainer, [{**row, "place": row["group"] * ranks + rank} for row in rows])
+        return {"ahead": [row for rows in every for row in rows] if all(every) else []}
 
     # -- small parts -----------------------------------------------------------------------------------------------
 

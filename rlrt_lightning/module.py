@@ -98,7 +98,8 @@ class RLRTModule(LightningModule):
         self._epoch_start = 0.0
         self._tokens: Tensor | int = 0  # of the epoch's micro-batches
         self._places = 0  # of these, padding included
-        self._figures: dict[str, list[tuple[Tensor, int]]] = {}
+        self._figures: dict[str, list[tuple[Tensor | float, int]]] = {}
+        self._of_rollouts: dict[str, float] = {}
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ class RLRTModule(LightningModule):
         if batch.entropy_bonus is not None:
             loss = loss - token_mean(batch.entropy_bonus * entropy, batch.response_mask, self.aggregation)
         loss = loss * batch.share
-        self._log({"train/loss": loss}, batch_size=1)
+        self._figures.setdefault("train/loss", []).append((loss.detach(), 1))
         self._tokens = self._tokens + batch.attention_mask.sum()  # read at the epoch's end: a GPU would stop for it
         self._places += sum(rows * width for rows, width in batch.blocks)
         for tag, (mean, count) in figures.items():
@@ -181,22 +182,30 @@ class RLRTModule(LightningModule):
         rank_zero_info("method: %s", self.method)
 
     def on_train_epoch_start(self) -> None:
-        """Logs what the roll-outs of the epoch were like."""
-        # Dropout, where a model has any: the same in a resumed run.
-        torch.manual_seed(derive_seed(self._data.seed, "training", self.global_step, self.global_rank))
+        """Notes what the roll-outs of the epoch were like."""
+        self._figures.clear()
         if self._data.epoch is not None:
-            self._log(mean_over_ranks(self.trainer, self._data.epoch.stats), batch_size=1)
+            self.log_epoch(mean_over_ranks(self.trainer, self._data.epoch.stats))
         self._tokens, self._places = 0, 0
         self._epoch_start = time.perf_counter()
 
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Seeds dropout, where a model has any: the same in a resumed run."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            torch.manual_seed(derive_seed(self._data.seed, "training", self.global_step, self.global_rank))
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the gradient's norm before it is clipped, and the learning rate."""
+        """Notes the gradient's norm before it is clipped, and the learning rate."""
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
-        self._log({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]}, batch_size=1)
+        for tag, value in (("train/grad_norm", norm), ("train/lr", optimizer.param_groups[0]["lr"])):
+            self._figures.setdefault(tag, []).append((value, 1))
 
     def on_train_epoch_end(self) -> None:
-        """Logs what the updates were like, over all tokens of all ranks, and how long they took."""
+        """Logs the epoch: its roll-outs, what the updates were like over all tokens of all ranks, how long they took.
+
+        To the loggers at once, before the epoch is saved: what is saved is not trained again, so what is not logged by
+        then would be missing if the run were killed in between."""
         figures: dict[str, float] = {}
         for tag, parts in self._figures.items():
             count = sum(n for _, n in parts)
@@ -206,7 +215,38 @@ class RLRTModule(LightningModule):
         seconds = figures["time/train"] = time.perf_counter() - self._epoch_start
         figures["speed/train_tokens_per_s"] = tokens / seconds
         figures["speed/train_padding"] = Mean(1 - tokens / max(self._places, 1), self._places)
-        self._log(mean_over_ranks(self.trainer, figures), batch_size=1)
+        values = {**self._of_rollouts, **mean_over_ranks(self.trainer, figures)}
+        self.log_dict(values, logger=False, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        for logger in self.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch}, self.global_step - 1)
+            logger.save()
+        self._of_rollouts = {}
+        self._data.finish_epoch()
+
+    def log_epoch(self, values: dict[str, float]) -> None:
+        """Logs figures of the epoch's roll-outs, together with those of its updates when these are done.
+
+        Args:
+            values: By tag; the same on all ranks.
+        """
+        self._of_rollouts |= {tag: float(value) for tag, value in values.items()}
+
+    def figures_so_far(self) -> dict[str, Any]:
+        """What is to be logged at the end of the epoch, for a checkpoint within it."""
+        figures = {tag: [(float(mean), n) for mean, n in parts] for tag, parts in self._figures.items()}
+        return {
+            "figures": figures,
+            "rollouts": self._of_rollouts,
+            "tokens": int(self._tokens),
+            "places": self._places,
+            "seconds": time.perf_counter() - self._epoch_start,
+        }
+
+    def go_on_with(self, so_far: dict[str, Any]) -> None:
+        """Takes up what `figures_so_far` gave."""
+        self._figures, self._of_rollouts = so_far["figures"], so_far["rollouts"]
+        self._tokens, self._places = so_far["tokens"], so_far["places"]
+        self._epoch_start = time.perf_counter() - so_far["seconds"]
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -221,6 +261,26 @@ class RLRTModule(LightningModule):
         self._data.engine.release()
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares the checkpoint's weights with the model's before any is loaded.
+
+        Raises:
+            ConfigError: If it holds another model.
+        """
+        found = checkpoint.get("state_dict")  # not there where shards have been loaded already
+        if found is None:
+            return
+        theirs = {name: tuple(value.shape) for name, value in found.items()}
+        ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        if differ := sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n)):
+            first = differ[0]
+            raise ConfigError(
+                f"ckpt_path: the checkpoint holds another model: {len(differ)} weights differ, such as {first}, "
+                f"{list(theirs[first]) if first in theirs else 'not there'} in the checkpoint and "
+                f"{list(ours[first]) if first in ours else 'not there'} in this run; set model.policy and "
+                "teacher_refresh as in the run that made it"
+            )
 
     def configure_model(self) -> None:
         """Loads the weights, after everything that can be checked without them has been, and shards them."""
@@ -243,9 +303,6 @@ class RLRTModule(LightningModule):
     @property
     def _data(self) -> RolloutDataModule:
         return cast("RolloutDataModule", cast(Any, self.trainer).datamodule)
-
-    def _log(self, values: dict[str, Any], batch_size: int) -> None:
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
 
 
 def _kl(logp: Tensor, batch: MicroBatch) -> Tensor:

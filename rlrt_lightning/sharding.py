@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,10 +19,12 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.checkpoints import written_aside
+from rlrt_lightning.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,20 +71,30 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """See `Strategy.save_checkpoint`. Written aside and then renamed, so that what bears the name is complete."""
+        if not self._save_distributed_checkpoint:
+            super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
+            return
         path = Path(self.broadcast(filepath))
-        aside, before = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.before")
         if self.is_global_zero:
-            _remove(aside)
+            with written_aside(path) as aside:
+                self.broadcast(aside)
+                super().save_checkpoint(checkpoint, aside, storage_options)
+                self.barrier()
+        else:
+            super().save_checkpoint(checkpoint, self.broadcast(path), storage_options)
+            self.barrier()
         self.barrier()
-        super().save_checkpoint(checkpoint, aside, storage_options)
-        self.barrier()
-        if self.is_global_zero:
-            _remove(before)
-            if path.exists():
-                path.rename(before)
-            aside.rename(path)
-            _remove(before)
-        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """See `Strategy.load_checkpoint`.
+
+        Raises:
+            ConfigError: If it holds another model, or a shard is broken.
+        """
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        except (Exception, CheckpointException) as error:
+            raise ConfigError(f"ckpt_path: {checkpoint_path} does not fit this model: {first_line(error)}") from error
 
     def shard(self, model: PreTrainedModel) -> None:
         """Leaves this rank's share of each weight in the model; a decoder layer is what is fetched at once."""
@@ -97,13 +108,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         fully_shard(model, **settings)  # embeddings, norm and head stay until the backward pass has used them
         cast(Any, model).decode = MethodType(lambda of, **inputs: of.get_decoder()(**inputs), model)
         register_fsdp_forward_method(model, "decode")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def check_strategy(strategy: Strategy) -> None:

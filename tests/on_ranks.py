@@ -35,7 +35,13 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {"gradients": [], "figures": [], "rollouts": [], "teacher": []}
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.policy.model.named_parameters()
+        self.seen["gradients"].append({n: whole(p.grad).clone() for n, p in named if p.grad is not None})
+
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.seen["rollouts"]:
+            self._figures(trainer)
         epoch = trainer.datamodule.epoch
         self.seen["rollouts"].append([(r.prompt_ids, r.response_ids) for r in epoch.rollouts])
         self.seen["teacher"].append(
@@ -44,14 +50,12 @@ class Recorder(Callback):
         self.seen["shape"] = [str(p.shape) for p in pl_module.policy.parameters() if p.requires_grad]
         self.seen["held"] = sum(getattr(p, "_local_tensor", p).numel() for p in pl_module.parameters())
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        named = pl_module.policy.model.named_parameters()
-        self.seen["gradients"].append({n: whole(p.grad).clone() for n, p in named if p.grad is not None})
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def _figures(self, trainer: Any) -> None:
+        """Those of the epoch before, which the module logs after all callbacks have seen its end."""
         self.seen["figures"].append({t: float(v) for t, v in trainer.callback_metrics.items()})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._figures(trainer)
         self.seen["weights"] = {n: whole(p.detach()).clone() for n, p in pl_module.policy.model.named_parameters()}
 
 

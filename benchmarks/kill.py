@@ -1,0 +1,265 @@
+"""Kills a run again and again: `python benchmarks/kill.py`.
+
+Trains the embedded task once undisturbed, and once with SIGKILL at random moments of all phases and a resume by
+`--ckpt_path last` after each. Prints where the kills came, and compares everything that both have logged (all but times
+and speeds), what they sampled, and weights and optimiser at the end, bit for bit. Exit code 1 where they differ.
+
+The teacher is a moving average, and lam decays. Each run is a fork of this process, since importing takes longer than
+these epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = [
+    f"--config={ROOT / 'configs' / 'rlrt.yaml'}",
+    "--data.prompts_per_epoch=8",
+    "--data.benchmarks.heldout.limit=6",
+    "--data.benchmarks.longer.limit=3",
+    "--trainer.check_val_every_n_epoch=3",
+    "--trainer.accumulate_grad_batches=2",
+    "--trainer.enable_progress_bar=false",
+    "--teacher_refresh.every_n_epochs=2",
+    "--teacher_refresh.ema_decay=0.5",
+    "--model.method.lam_decay_steps=30",
+    "--reversed_signal.picture_every_n_epochs=3",
+]
+PHASES = ["rollout", "verify", "teacher", "update", "checkpoint", "validation", "between"]  # the last: what is left
+
+
+def announce(write: Callable[[str], Any]) -> None:
+    """Has the functions that a phase goes through say when it begins and ends."""
+    from rlrt_lightning import RLRTModule, RolloutDataModule, TransformersEngine
+    from rlrt_lightning.checkpoints import WholeCheckpointIO
+    from rlrt_lightning.teacher import Teacher
+
+    inside: list[str] = []
+
+    @contextmanager
+    def in_phase(phase: str) -> Iterator[None]:
+        if inside:  # the roll-outs of a validation
+            yield
+            return
+        inside.append(phase)
+        write(phase)
+        try:
+            yield
+        finally:
+            inside.clear()
+            write("between")
+
+    def wrap(owner: Any, name: str, phase: str) -> None:
+        plain = getattr(owner, name)
+
+        @functools.wraps(plain)
+        def said(*args: Any, **kwargs: Any) -> Any:
+            with in_phase(phase):
+                return plain(*args, **kwargs)
+
+        setattr(owner, name, said)
+
+    generate = TransformersEngine.generate
+
+    @functools.wraps(generate)  # the command line compares its parameters
+    def generates(self: Any, *args: Any) -> Any:
+        with in_phase("rollout"):
+            yield from generate(self, *args)
+
+    TransformersEngine.generate = generates  # type: ignore[method-assign]
+    wrap(RolloutDataModule, "_collect_verdicts", "verify")
+    wrap(Teacher, "score", "teacher")
+    wrap(RLRTModule, "training_step", "update")
+    wrap(RLRTModule, "validation_step", "validation")
+    wrap(WholeCheckpointIO, "save_checkpoint", "checkpoint")
+
+
+class Run:
+    """A run in a process of its own, and the phases that it goes through."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        out, into = os.pipe()
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(out)
+            with log.open("ab") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            code, sys.argv = 1, sys.argv[:1]
+            try:
+                announce(lambda phase: bool(os.write(into, f"{phase} {time.monotonic()}\n".encode())))
+                from rlrt_lightning.__main__ import main as command_line
+
+                code = command_line(words)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(into)
+        self._pipe, self._rest = out, b""
+        self.phases: list[tuple[str, float]] = []
+
+    def read(self) -> bool:
+        """Waits for what the run says next; False when it has ended."""
+        more = os.read(self._pipe, 65536)
+        *lines, self._rest = (self._rest + more).split(b"\n")
+        for line in lines:
+            phase, begin = line.decode().split()
+            self.phases.append((phase, float(begin)))
+        return bool(more)
+
+    def wait_for(self, phase: str, count: int) -> bool:
+        """Waits until a phase begins for the so-manieth time; False if the run ends before."""
+        while sum(name == phase for name, _ in self.phases) < count:
+            if not self.read():
+                return False
+        return True
+
+    def kill(self) -> str:
+        """Kills it; returns the phase that it was in."""
+        os.kill(self.pid, signal.SIGKILL)
+        while self.read():
+            pass
+        os.waitpid(self.pid, 0)
+        os.close(self._pipe)
+        return self.phases[-1][0]
+
+    def finish(self) -> int:
+        """Waits for its end; returns the exit code."""
+        while self.read():
+            pass
+        os.close(self._pipe)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def lengths(self) -> dict[str, float]:
+        """The median length of each phase, in seconds."""
+        times: dict[str, list[float]] = {}
+        for (phase, begin), (_, end) in itertools.pairwise(self.phases):
+            times.setdefault(phase, []).append(end - begin)
+        return {phase: statistics.median(values) for phase, values in times.items()}
+
+
+def logged(folder: Path) -> tuple[dict[tuple[str, int], Any], int]:
+    """All that the runs in a folder have logged, by tag and step, and at how many places two runs do not agree."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[tuple[str, int], Any] = {}
+    differ = 0
+    for run in sorted(folder.glob("rlrt/version_*")):
+        log = EventAccumulator(str(run), size_guidance=dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0))
+        tags = log.Reload().Tags()
+        events = [(tag, e.step, e.value) for tag in tags["scalars"] for e in log.Scalars(tag)]
+        events += [(tag, e.step, e.encoded_image_string) for tag in tags["images"] for e in log.Images(tag)]
+        events += [(tag, e.step, e.histogram_value) for tag in tags["histograms"] for e in log.Histograms(tag)]
+        texts = [(tag, e) for tag in tags["tensors"] for e in log.Tensors(tag)]
+        events += [(tag, e.step, e.tensor_proto.SerializeToString()) for tag, e in texts]
+        for tag, step, value in events:
+            if not tag.startswith(("time/", "speed/")):
+                differ += found.setdefault((tag, step), value) != value
+    return found, differ
+
+
+def final(folder: Path) -> dict[str, Any]:
+    """Every tensor of the newest checkpoint that training depends on, by name."""
+    import torch
+
+    from rlrt_lightning.checkpoints import newest
+
+    checkpoint = torch.load(str(newest([folder], [], resume=True)), weights_only=True)
+    tensors = dict(checkpoint["state_dict"])
+    for number, state in checkpoint["optimizer_states"][0]["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    data = checkpoint["RolloutDataModule"]
+    return {**tensors, "step": torch.tensor(checkpoint["global_step"]), "cursor": torch.tensor(data["cursor"])}
+
+
+def differences(whole: Path, cut: Path) -> list[str]:
+    """What is not the same in both folders."""
+    import torch
+
+    (expected, _), (got, differ) = logged(whole), logged(cut)
+    wrong = [f"{differ} values that two runs have logged differ"] if differ else []
+    places = expected.keys() | got.keys()
+    wrong += [f"{tag} at step {step}" for tag, step in places if expected.get((tag, step)) != got.get((tag, step))]
+    ours, theirs = final(whole), final(cut)
+    wrong += [name for name in ours.keys() | theirs.keys() if not torch.equal(ours[name], theirs[name])]
+    print(f"compared {len(expected)} logged values and {len(ours)} tensors")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how often")
+    parser.add_argument("--epochs", type=int, default=24, help="epochs of the run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, help="which phases, in turn")
+    parser.add_argument("--out", type=Path, help="folder for the runs; a temporary one where not given")
+    parser.add_argument("extra", nargs="*", help="more flags for every run, after --")
+    args = parser.parse_args()
+    out = args.out or Path(tempfile.mkdtemp(prefix="rlrt-kill-"))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    import rlrt_lightning.cli  # noqa: F401 - once, for all forks
+
+    def words(folder: Path, *more: str) -> list[str]:
+        own = [f"--trainer.logger.save_dir={folder}", f"--trainer.max_epochs={args.epochs}"]
+        return ["fit", *SETTINGS, *own, *args.extra, *more]
+
+    whole, cut, log = out / "whole", out / "cut", out / "output.txt"
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(words(whole), log)
+    if run.finish():
+        print(log.read_text()[-3000:])
+        return 1
+    lengths = run.lengths()
+    print("phases, s:", ", ".join(f"{name} {lengths[name]:.4f}" for name in PHASES))
+
+    moments = random.Random(args.seed)
+    killed: Counter[str] = Counter()
+    ended = False
+    while not ended:
+        resume = ["--ckpt_path=last"] if list(cut.glob("rlrt/*/checkpoints/*.ckpt")) else []
+        run = Run(words(cut, *resume), log)
+        if sum(killed.values()) < args.kills:
+            phase = args.phases[sum(killed.values()) % len(args.phases)]
+            # Of the updates of an epoch and the like, any; a third of the time the next epoch's.
+            if run.wait_for(phase, moments.choice([1, 2, 3]) * (2 if phase in ("update", "between") else 1)):
+                time.sleep(moments.random() * lengths[phase])
+                killed[run.kill()] += 1
+                continue
+        code = run.finish()
+        if code:
+            print(log.read_text()[-3000:])
+            return 1
+        ended = True
+    print("killed in:", ", ".join(f"{name} {count}" for name, count in killed.most_common()))
+    wrong = differences(whole, cut)
+    if wrong:
+        print(f"{sum(killed.values())} kills: {len(wrong)} differences, such as {wrong[:5]}; see {out}")
+        return 1
+    print(f"{sum(killed.values())} kills: the same bit for bit")
+    if not args.out:
+        shutil.rmtree(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""What a run does when SIGTERM asks it to end, as SLURM does before it takes the machine away."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rlrt_lightning.callbacks.boards import run_folder
+
+from rlrt_lightning.checkpoints import PART, WholeCheckpointIO, check_writable, remove
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.stopping import Stop
+
+if TYPE_CHECKING:
+    from rlrt_lightning.datamodule import RolloutDataModule
+
+RESUME = "go on with --ckpt_path last"
+
+
+class SafeStop(Callback):
+    """Saves a run that is asked to end by SIGTERM, and sees to it that checkpoints are never half there.
+
+    Roll-outs, scoring and evaluations are given up at once (with several ranks: at the end of the phase) and made
+    again when the run is resumed. In the middle of the updates the next optimiser step is finished, and the checkpoint
+    also holds what is left of the epoch's micro-batches, so that the resumed run goes on with the step after it.
+
+    Under SLURM with automatic requeueing, Lightning's checkpoint and request to requeue come at the same moments.
+    """
+
+    def __init__(self) -> None:
+        self._saved = 0  # optimiser steps that are in the newest checkpoint
+        self._requeue: Any = None
+        self._asked_to_requeue = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listens, and checks that checkpoints can be written and resumed exactly."""
+        self._listen(trainer)
+        if stage != "fit":
+            return
+        strategy: Any = trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
+            strategy.checkpoint_io = WholeCheckpointIO()
+        folder = run_folder(trainer)
+        for callback in _checkpoints(trainer):
+            inexact = {
+                "every_n_train_steps": callback._every_n_train_steps,
+                "train_time_interval": callback._train_time_interval,
+                "save_on_exception": callback.save_on_exception,
+            }
+            for name, value in inexact.items():
+                if value:
+                    raise ConfigError(
+                        f"checkpoint.{name} saves where a run cannot be resumed exactly; set checkpoint.every_n_epochs "
+                        "(SIGTERM saves in the middle of an epoch too)"
+                    )
+            if trainer.is_global_zero:
+                check_writable(Path(callback.dirpath or folder))
+
+    def _listen(self, trainer: Trainer) -> None:
+        # In place of Lightning's own functions, which go through torch.distributed in the middle of whatever is going
+        # on, end the epoch between two micro-batches of one optimiser step, and save wherever the signal finds them.
+        # Which signals there are, and what their handlers were before, stays with Lightning.
+        signals = cast(Any, trainer)._signal_connector
+        stop = _data(trainer).stop_signal
+        stop.number, self._asked_to_requeue = None, False
+        self._requeue = type(signals)._slurm_sigusr_handler_fn.__get__(signals)
+
+        def requeue(number: int, frame: Any) -> None:
+            self._asked_to_requeue = True
+            stop.receive(number)
+
+        signals._sigterm_notifier_fn = lambda number, frame: stop.receive(number)
+        signals._slurm_sigusr_handler_fn = requeue
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends between two optimiser steps. After the last one the epoch is finished first: its validation and the next
+        roll-outs can be given up."""
+        done = batch_idx + 1
+        if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
+            _data(trainer).stop_signal.check(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Knows what is saved."""
+        self._saved = trainer.global_step
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Knows what is saved; clears away what the run that is resumed was writing when it was killed."""
+        self._saved = checkpoint["global_step"]
+        if trainer.is_global_zero and trainer.state.fn == "fit" and trainer.ckpt_path:
+            for part in Path(trainer.ckpt_path).parent.glob(f"*.ckpt{PART}"):
+                remove(part)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves a run that ends because it was asked to."""
+        if not isinstance(exception, Stop):
+            return
+        number = trainer.strategy.broadcast(_data(trainer).stop_signal.number)
+        name = signal.Signals(number).name if number else "a signal to another rank"
+        said = self._save(trainer) if trainer.state.fn == "fit" else "evaluations go on where evaluation.results is set"
+        if trainer.is_global_zero:
+            print(f"stopped by {name}: {said}", file=sys.stderr, flush=True)
+
+    def _save(self, trainer: Trainer) -> str:
+        """Saves what is not saved yet, and says what there is."""
+        step = trainer.global_step
+        if trainer.validating:
+            # It begins anew, and Lightning takes one that no batch was seen of for finished.
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()
+            progress.increment_started()
+        if trainer.strategy.broadcast(self._asked_to_requeue):
+            self._requeue(signal.SIGUSR1, None)
+            return f"saved after {step} optimiser steps, and asked SLURM to start the job again"
+        if step == self._saved:
+            return f"all {step} optimiser steps are saved; {RESUME}" if step else "nothing was trained yet"
+        callbacks = _checkpoints(trainer)
+        if not callbacks:
+            return f"nothing is saved of {step} optimiser steps, as checkpoints are turned off"
+        path = callbacks[0].last_model_path or str(Path(callbacks[0].dirpath or "") / "last.ckpt")
+        trainer.save_checkpoint(path, weights_only=False)
+        return f"saved after {step} optimiser steps as {path}; {RESUME}"
+
+
+def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _data(trainer: Trainer) -> RolloutDataModule:
+    return cast("RolloutDataModule", cast(Any, trainer).datamodule)
