@@ -26,6 +26,7 @@ from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches,
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
+from rlrt_lightning.policy import Scored
 from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.rollouts.ahead import Ahead, Drawn
@@ -206,6 +207,7 @@ class RolloutDataModule(LightningDataModule):
                 advantages = group_advantages(shaped, groups, method.normalize_std)
 
             wanted = method.uses_teacher(advantages, rewards)
+            scored = module.policy.scored = Scored()
             with self.stop_signal.may_end(trainer), clock("rescore"):
                 if self.rescore:
                     self._rescore(rollouts, (advantages != 0) | wanted)
@@ -254,6 +256,10 @@ class RolloutDataModule(LightningDataModule):
             rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
             stats |= _mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
         stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / max(sampling_s, 1e-9)
+        if scored.places:
+            tokens, seconds = float(scored.tokens), stats["time/rescore"] + stats["time/teacher"]
+            stats["speed/score_tokens_per_s"] = tokens / max(seconds, 1e-9)
+            stats["speed/score_padding"] = Mean(1 - tokens / scored.places, scored.places)
         stats["rollout/overlong_prompts"] = float(self._overlong)
         stats["rollout/shaped_reward"] = float(shaped.mean())
         stats["signal/context_truncated"] = float(truncated)

@@ -33,6 +33,19 @@ WORTH_SHARING = 0.9
 EMBEDDED = Path(__file__).parent / "tasks" / "strategy_sum" / "model"
 
 
+class Scored:
+    """Tokens that forward passes without gradient have read, and the places that these took, padding included."""
+
+    def __init__(self) -> None:
+        self.tokens: Tensor | int = 0  # read when it is asked for: a GPU would stop for it
+        self.places = 0
+
+    def add(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Counts a pass over tokens [B, T], with the mask of what is seen, [B, T] or longer."""
+        self.tokens = self.tokens + attention_mask[:, -input_ids.shape[1] :].sum()
+        self.places += input_ids.numel()
+
+
 @final
 class Policy(nn.Module):
     """The language model that is trained. Nothing is read from disk before it is needed; the weights come last.
@@ -84,6 +97,8 @@ class Policy(nn.Module):
                 "model.policy.lora needs peft, which is not installed: pip install 'rlrt-lightning[lora]'"
             )
         self._head_is_known = True
+        self.scored = Scored()
+        """What was read without gradient."""
 
     # -- what can be known before the weights are there ------------------------------------------------------------
 
@@ -322,6 +337,8 @@ class Policy(nn.Module):
         return states[:, :-1][response_mask[:, 1:].bool()]
 
     def _all_states(self, **inputs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.scored.add(inputs["input_ids"], inputs["attention_mask"])
         if self._head_is_known:
             return decoder_states(self.model, **inputs).last_hidden_state
         return self.model(**inputs).logits

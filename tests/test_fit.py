@@ -61,6 +61,7 @@ def test_every_run_logs_its_signals(run4: Path) -> None:
         train/loss train/clip_fraction train/entropy train/kl train/grad_norm train/lr
         time/sync time/rollout time/verify time/teacher time/train
         speed/rollout_tokens_per_s speed/train_tokens_per_s speed/train_padding
+        speed/score_tokens_per_s speed/score_padding
         signal/context signal/asymmetry_correct signal/asymmetry_correct_p05 signal/up_weighted signal/down_weighted
         signal/clipped signal/weight_mean signal/effective_advantage signal/context_truncated
         eval/heldout/avg@8 eval/heldout/pass@8 eval/heldout/length eval/longer/avg@8""".split()

@@ -1,0 +1,181 @@
+"""What the benchmarks of whole epochs share: a task, epochs of ours, turns, and the machine's own limits."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Figures = dict[str, float]
+
+
+def question(number: int) -> str:
+    return f"What is {3 + number} + {7 * number % 13}? Explain it in a few sentences."
+
+
+def right(completion: str) -> bool:
+    """About half of all completions, whatever they say: by a checksum."""
+    return sum(map(ord, completion)) % 2 == 0
+
+
+def epochs_of_ours(
+    model: str,
+    method: Any,
+    prompts: int,
+    rollouts: int,
+    tokens: int,
+    epochs: int,
+    dtype: str = "float32",
+    micro_batches: int = 1,
+    forced: bool = False,
+    learning_rate: float = 1e-6,
+) -> list[Figures]:
+    """Epochs of one optimiser step each with their seconds, the phases that every run logs, and the speeds. The first
+    one, in which everything is slow, is left out.
+
+    Args:
+        model: Folder or id; `embedded`.
+        method: The method.
+        prompts: Problems of an epoch.
+        rollouts: Roll-outs of each.
+        tokens: Longest response.
+        epochs: How many are measured.
+        dtype: Type of the weights.
+        micro_batches: Of the optimiser step.
+        forced: No token ends a response.
+        learning_rate: 0 gives the same roll-outs to all methods.
+    """
+    from lightning import Callback, Trainer
+    from rlrt_lightning.callbacks import TeacherRefresh
+
+    from rlrt_lightning import Policy, Problem, RLRTModule, RolloutDataModule, Sampling, Task, Teacher, Verdict
+
+    class Parity(Task):
+        isolated = False
+
+        def problems(self, split: str) -> list[Problem]:
+            asks = question if model != "embedded" else lambda i: f"a{i % 10}b{i // 10 % 10}c{i % 7}d1"
+            return [Problem(str(i), asks(i)) for i in range(prompts)]
+
+        def verify(self, problem: Problem, completion: str) -> Verdict:
+            return Verdict(float(right(completion)), right(completion))
+
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.last, self.figures = 0.0, list[Figures]()
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            now = time.perf_counter()
+            logged = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
+            kept = {tag: value for tag, value in logged.items() if tag.startswith(("time/", "speed/", "rollout/"))}
+            self.figures.append({"seconds": now - self.last, **kept})
+            self.last = now
+
+    policy = Policy(path=model, dtype=dtype)  # type: ignore[arg-type]
+    if forced:
+        policy.end_tokens = [-1]
+    template = "{prompt}<sol>{context}" if model == "embedded" else None
+    module = RLRTModule(
+        policy=policy,
+        teacher=Teacher(template),
+        method=method,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=learning_rate, weight_decay=0.0),
+        warmup_steps=0,
+    )
+    data = RolloutDataModule(
+        task=Parity(),
+        sampling=Sampling(max_new_tokens=tokens),
+        prompts_per_epoch=prompts,
+        rollouts_per_prompt=rollouts,
+        minibatches=1,
+        benchmarks={},
+    )
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            max_epochs=epochs + 1,
+            accelerator="cpu" if not torch.cuda.is_available() else "gpu",
+            devices=1,
+            callbacks=[TeacherRefresh(), clock],
+            reload_dataloaders_every_n_epochs=1,
+            accumulate_grad_batches=micro_batches,
+            gradient_clip_val=1.0,
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        ).fit(module, datamodule=data)
+    return clock.figures[1:]
+
+
+def in_turns(ways: Sequence[str], turns: int, option: str) -> dict[str, list[Any]]:
+    """Runs this script once for each way in a process of its own, in turns (A B C A B C ...), and gives what each
+    printed last, as JSON."""
+    found: dict[str, list[Any]] = {way: [] for way in ways}
+    for turn in range(turns):
+        for way in ways:
+            command = [sys.executable, *sys.argv, f"--{option}={way}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{way}: {done.stderr[-3000:]}")
+            found[way].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"turn {turn + 1}, {way}: done", file=sys.stderr, flush=True)
+    return found
+
+
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def ratios(numbers: Sequence[float], of: Sequence[float]) -> str:
+    """Median and range of the ratios within each turn."""
+    return cell([a / b for a, b in zip(numbers, of, strict=True)])
+
+
+def save(path: str | None, found: Any) -> None:
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(found, indent=1))
+
+
+def arithmetic_rate(dtype: torch.dtype = torch.float32, seconds: float = 3.0) -> float:
+    """Operations per second in matrix products: the best that was seen, over a few sizes."""
+    best = 0.0
+    for rows, inner, columns in ((2048, 2048, 2048), (1024, 576, 1536), (1024, 1536, 576), (4096, 1024, 4096)):
+        a, b = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype)
+        until = time.perf_counter() + seconds / 4
+        while time.perf_counter() < until:
+            start = time.perf_counter()
+            torch.matmul(a, b.T, out=out)
+            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - start))
+    return best
+
+
+def read_rate(seconds: float = 2.0) -> float:
+    """Bytes per second that come out of memory: the best that was seen."""
+    numbers, best = torch.zeros(2**28), 0.0
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        numbers.sum()
+        best = max(best, numbers.numel() * 4 / (time.perf_counter() - start))
+    return best
+
+
+def weights_in_products(model: Any) -> tuple[int, int]:
+    """Weights that each token is multiplied with in the decoder, and in the head."""
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    return body - (0 if model.config.tie_word_embeddings else head), head

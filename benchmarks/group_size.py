@@ -1,0 +1,64 @@
+"""Speed and padding by size of the group: `python benchmarks/group_size.py --model models/smollm2-135m-instruct`.
+
+Epochs of RLRT with the same number of roll-outs, in groups of K = 4, 8, 16 and 32, with natural lengths and the
+learning rate 0. Each K runs in a process of its own, in turns; the first epoch of each is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+
+from common import Figures, cell, epochs_of_ours, in_turns, save
+
+SIZES = ("4", "8", "16", "32")
+COLUMNS = {
+    "speed/train_tokens_per_s": "trained, tokens/s",
+    "speed/score_tokens_per_s": "scored, tokens/s",
+    "speed/train_padding": "padding in training",
+    "speed/score_padding": "padding in scoring",
+}
+
+
+def measure(args: argparse.Namespace) -> list[Figures]:
+    from rlrt_lightning import RLRT
+
+    k = int(args.size)
+    shape = args.rollouts // k, k, args.tokens, args.epochs
+    return epochs_of_ours(args.model, RLRT(), *shape, micro_batches=args.micro_batches, learning_rate=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="folder or id of the model; embedded")
+    parser.add_argument("--rollouts", type=int, default=64, help="roll-outs of an epoch")
+    parser.add_argument("--tokens", type=int, default=64, help="longest response")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of the epoch's optimiser step")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of each turn that are counted")
+    parser.add_argument("--turns", type=int, default=3, help="how often each size is measured")
+    parser.add_argument("--out", help="file for all figures, as JSON")
+    parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.size:
+        print(json.dumps(measure(args)), flush=True)
+        return
+    found = in_turns(SIZES, args.turns, "size")
+    save(args.out, {"figures": found, "settings": vars(args)})
+    print(f"| K | {' | '.join(COLUMNS.values())} |\n| --- |{' --- |' * len(COLUMNS)}")
+    medians: dict[str, list[float]] = {tag: [] for tag in COLUMNS}
+    for size, turns in found.items():
+        cells = []
+        for tag in COLUMNS:
+            values = [statistics.median(f[tag] for f in turn) for turn in turns]
+            medians[tag].append(statistics.median(values))
+            cells.append(cell(values, 0) if tag.endswith("per_s") else f"{statistics.median(values):.1%}")
+        print(f"| {size} | {' | '.join(cells)} |")
+    for tag, name in COLUMNS.items():
+        if tag.endswith("per_s"):
+            spread = max(abs(value / statistics.median(medians[tag]) - 1) for value in medians[tag])
+            print(f"\n{name}: within {spread:.0%} of the median of the sizes")
+
+
+if __name__ == "__main__":
+    main()
