@@ -6,9 +6,11 @@ import pickle
 import sys
 
 import pytest
+import sympy
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.tasks import ReasoningGym
+from rlrt_lightning.tasks.closed_eval import closed_eval
 from rlrt_lightning.tasks.verifier import Verifier
 
 pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
@@ -84,6 +86,42 @@ def test_a_partial_score_is_a_reward_but_not_correct():
     assert 0 < verdict.reward < 1
     assert not verdict.correct
     assert "scored" in verdict.message
+
+
+EVALUATING = [  # their scorers give an answer to eval
+    ("binary_matrix", "[[0, 1], [1]]"),
+    ("countdown", "1 + sqrt(4)*abs(-3)"),
+    ("intermediate_integration", "exp(x)*sin(x) + C"),
+    ("n_queens", "[['Q', '_']]"),
+    ("polynomial_multiplication", "x**2 - 2*x"),
+    ("puzzle24", "(1 + 2)*8"),
+    ("simple_integration", "x**3/3 + log(x) + C"),
+    ("spiral_matrix", "[1, 2, 3]"),
+    ("string_insertion", "['A', 'B']"),
+]
+HOSTILE = [
+    "__import__('os').system('touch {}')",
+    "[open('{}', 'w')]",
+    "exec(\"open('{}', 'w')\")",
+    "(lambda: open('{}', 'w'))()",
+    "[open('{}', 'w') for _ in (1,)]",
+    'f\'{{open("{}", "w")}}\'',
+    'sin(\'open("{}", "w")\')',
+    "().__class__.__base__.__subclasses__()",
+    "exit()",
+]
+
+
+@pytest.mark.parametrize(("name", "honest"), EVALUATING)
+def test_no_answer_is_run(name, honest, tmp_path):
+    task = ReasoningGym(name, size=3, heldout=1)
+    problem = task.problems("train")[0]
+    for answer in HOSTILE:
+        verdict = task.verify(problem, f"<answer>{answer.format(tmp_path / 'trace')}</answer>")
+        assert verdict.reward < 0.1
+        assert not list(tmp_path.iterdir())
+    names = {"x": sympy.Symbol("x"), "C": sympy.Symbol("C")}
+    assert closed_eval(honest, vars(sympy), {**names, "abs": abs}) == eval(honest, {**vars(sympy), **names})
 
 
 def test_it_works_in_worker_processes():

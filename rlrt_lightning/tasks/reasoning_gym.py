@@ -10,6 +10,7 @@ from typing import Any
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.tasks.base import OnDemand, Problem, Split, Task, Verdict
+from rlrt_lightning.tasks.closed_eval import close_eval
 
 INSTRUCTION = "Reason step by step, and put your final answer, and nothing else, between <answer> and </answer>."
 """What is asked for after each question."""
@@ -24,7 +25,9 @@ class ReasoningGym(Task):
 
     Problems are made on demand, the same ones for the same settings. The held-out problems are the generator's first
     and the training problems those after them, so that no draw is used twice; a generator with few possible problems
-    may still draw the same one for both. The reward is the scorer's, from 0 to 1; a completion is correct at 1.
+    may still draw the same one for both. The reward is the scorer's, from 0 to 1; a completion is correct at 1. Some
+    scorers give the answer to `eval`: in this process, reasoning-gym and sympy's parser then know literals and
+    mathematics only, so that no completion is run.
 
     Args:
         name: Name of the task in reasoning-gym, such as `chain_sum`.
@@ -110,6 +113,7 @@ class ReasoningGym(Task):
                 self._generator = create_dataset(self.name, seed=seed, size=self.heldout + self.size, **self.config)
             except (TypeError, ValueError, AssertionError) as error:
                 raise ConfigError(f"reasoning-gym's task {self.name} refuses config or size: {error}") from None
+            close_eval()
         return self._generator
 
     def _problem(self, number: int) -> Problem:

@@ -1,0 +1,56 @@
+"""An `eval` for answers that a model wrote: literals and mathematics, and no other name.
+
+Nine of reasoning-gym's scorers give the answer to `eval`, by themselves or by `sympy.parse_expr`, which knows every
+builtin function: `__import__('os').system(...)` as an answer would be run. The scorers want lists of literals and
+mathematical expressions, and these work as before. What names anything else raises, which they take for a wrong answer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import CodeType
+from typing import Any
+
+_FUNCTIONS = {"abs", "sqrt", "cbrt", "root"}  # beside sympy's classes
+
+
+def closed_eval(source: str | CodeType, names: Any = None, more_names: Any = None) -> Any:
+    """Evaluates an expression that uses no name but those of sympy's classes and objects.
+
+    Args:
+        source: The expression, as `eval` takes it.
+        names: What its names mean.
+        more_names: The same, looked at first.
+
+    Raises:
+        ValueError: If it uses any other name or an attribute, or defines a function.
+        SyntaxError: If it is no expression.
+    """
+    from sympy import Basic
+
+    code = compile(source.lstrip(" \t"), "<answer>", "eval") if isinstance(source, str) else source
+    if any(isinstance(constant, CodeType) for constant in code.co_consts):
+        raise ValueError("an answer must not define a function")
+    known: dict[str, Any] = {}
+    for name in code.co_names:  # of attributes too, which therefore are refused unless they are called like a class
+        value = _meaning(name, more_names, names)
+        if not (isinstance(value, Basic) or (isinstance(value, type) and issubclass(value, Basic))) and (
+            name not in _FUNCTIONS or value is None
+        ):
+            raise ValueError(f"an answer must not use the name {name}")
+        known[name] = value
+    return eval(code, {"__builtins__": {}, **known})
+
+
+def _meaning(name: str, *scopes: Mapping[str, Any] | None) -> Any:
+    return next((scope[name] for scope in scopes if scope is not None and name in scope), None)
+
+
+def close_eval() -> None:
+    """Puts `closed_eval` in the place of `eval` in the modules of reasoning-gym and in sympy's parser."""
+    import sympy.parsing.sympy_parser  # noqa: F401
+
+    for name, module in list(sys.modules.items()):
+        if name == "sympy.parsing.sympy_parser" or name.partition(".")[0] == "reasoning_gym":
+            vars(module)["eval"] = closed_eval
