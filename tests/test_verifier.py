@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -17,6 +18,14 @@ from rlrt_lightning.tasks.base import Problem, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
 
 PROBLEM = Problem("p", "question", answer="a")
+
+
+HOARD = []
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        sys.exit("not even this")
 
 
 class Unruly(Task):
@@ -51,13 +60,32 @@ class Unruly(Task):
         elif what == "none":
             return None
         elif what == "long":
-            return Verdict(1.0, True, answer="x" * 3_000_000, message="y" * 3_000_000)
+            return Verdict(1.0, True, answer="x" * 3_000_000, message="y" * 3_000_000, label="z" * 3_000_000)
         elif what == "pid":
             return Verdict(1.0, True, answer=str(os.getpid()))
         elif what == "child":
             child = subprocess.Popen(["sleep", "60"])
             Path(argument).write_text(str(child.pid))
             child.wait()
+        elif what == "fork":
+            os.fork()  # both come back
+            return Verdict(1.0, True, answer=argument)
+        elif what == "chdir":
+            os.chdir("/")
+        elif what == "cwd":
+            return Verdict(1.0, True, answer=os.getcwd())
+        elif what == "thread":
+            threading.Thread(target=time.sleep, args=(60,)).start()
+        elif what == "print":
+            print("x" * 3_000_000)
+            sys.stdin.close()
+        elif what == "hoard":
+            HOARD.append(bytearray(int(argument)))
+            return Verdict(1.0, True, answer=str(os.getpid()))
+        elif what == "silent":
+            raise Unspeakable
+        elif what == "stop":  # as a thread of C code does that keeps the interpreter to itself
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
         elif what == "recurse":
             return self.verify(problem, completion)
         return Verdict(1.0, True, answer=f"{self.name} {len(completion)}")
@@ -102,6 +130,7 @@ def judge(verifier, completion):
         ("recurse", "RecursionError"),
         ("nan", "reward nan"),
         ("none", "NoneType"),
+        ("silent", "Unspeakable"),
     ],
 )
 def test_what_goes_wrong_is_a_fault_and_the_next_completion_is_judged(verifier, completion, words):
@@ -121,10 +150,38 @@ def test_a_verdict_comes_back_as_plain_values_of_bounded_size(verifier):
     assert verdict.correct
     assert len(verdict.answer) == 1000
     assert len(verdict.message) == 300
+    assert len(verdict.label) == 100
 
 
 def test_a_completion_of_many_megabytes_is_judged(verifier):
     assert judge(verifier, "x" * 20_000_000).answer == "unruly 20000000"
+
+
+def test_a_verifier_that_forks_answers_once(verifier):
+    futures = [verifier.submit(PROBLEM, f"fork:{i}") for i in range(40)]
+    assert [future.result(timeout=30).answer for future in futures] == [str(i) for i in range(40)]
+
+
+def test_what_a_verifier_does_to_its_process_costs_no_other_completion(verifier):
+    for what in ["chdir", "print", "thread"] * 2:
+        assert judge(verifier, what).correct
+    assert {judge(verifier, "cwd").answer for _ in range(4)} == {os.getcwd()}
+
+
+def test_a_worker_that_takes_nothing_more_is_given_up():
+    with Verifier(Unruly(), workers=1, timeout_s=1.0) as one:
+        assert judge(one, "stop").correct
+        time.sleep(0.3)
+        assert judge(one, "x" * 20_000_000).fault
+        assert judge(one, "x" * 20_000_000).correct
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_a_worker_that_is_half_full_is_replaced():
+    with Verifier(Unruly(), workers=1, timeout_s=5.0, memory_gb=1.0) as one:
+        pids = [judge(one, f"hoard:{300_000_000}").answer for _ in range(4)]
+        assert not any(judge(one, "fine").fault for _ in range(3))
+    assert pids[0] == pids[1] != pids[2] == pids[3]
 
 
 def test_a_hang_does_not_hold_up_the_other_worker(verifier):
@@ -190,7 +247,7 @@ def test_warming_up_does_not_count_against_the_time_limit():
 
 
 def test_a_task_that_no_worker_can_load_is_an_error_not_a_wrong_answer():
-    with Verifier(Broken(), workers=1) as verifier, pytest.raises(RuntimeError, match="ImportError: no module named"):
+    with Verifier(Broken(), workers=1) as verifier, pytest.raises(ConfigError, match="ImportError: no module named"):
         judge(verifier, "fine")
 
 

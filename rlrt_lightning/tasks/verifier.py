@@ -28,6 +28,8 @@ from rlrt_lightning.tasks.base import Problem, Task, Verdict
 _START_S = 300.0  # until a worker must have loaded a task; imports can be slow on a shared file system
 _MESSAGE_CHARS = 300
 _ANSWER_CHARS = 1_000
+_LABEL_CHARS = 100
+_PIPE_BYTES = 4_096  # what any system's pipe holds
 
 _keys = itertools.count()  # names for tasks that no two verifiers of this process share
 
@@ -37,7 +39,11 @@ class Verifier:
 
     Worker processes start with the first completion of an isolated task and serve until `close`. What goes wrong with a
     completion in `verify` (it raises, it exceeds its time or memory, its process dies) becomes a verdict with `fault`
-    set and reward 0. What goes wrong with the task itself (a worker cannot load it) is raised.
+    set and reward 0. What goes wrong with the task itself (a worker cannot load it) is raised as a `ConfigError`.
+
+    The processes bound time and memory, and no more: a reward may read, write and connect to what the run itself may,
+    each process that it starts has the memory limit anew, and one that detaches itself outlives it. No reward of this
+    package runs what a completion or a row says; one of your own that does has to bring its own sandbox.
 
     Args:
         task: The task whose `verify` judges.
@@ -122,7 +128,7 @@ def _judge(task: Task, problem: Problem, completion: str) -> Verdict:
             correct=bool(verdict.correct),
             answer=None if answer is None else _clip(str(answer), _ANSWER_CHARS),
             message=_clip(str(verdict.message), _MESSAGE_CHARS),
-            label=None if label is None else str(label),
+            label=None if label is None else _clip(str(label), _LABEL_CHARS),
             fault=bool(verdict.fault),
         )
     except KeyboardInterrupt:
@@ -139,7 +145,7 @@ def _text(error: BaseException) -> str:
     """An exception in one line: its type, and its text if it has any."""
     try:
         text = " ".join(str(error)[: 4 * _MESSAGE_CHARS].split())
-    except Exception:
+    except BaseException:
         text = ""
     return _clip(f"{type(error).__name__}: {text}" if text else type(error).__name__, _MESSAGE_CHARS)
 
@@ -237,7 +243,7 @@ class _Worker:
             if job.key not in self._loaded:
                 self._load(job)
             self._connection.send_bytes(pickle.dumps((job.key, None, self._timeout_s)))
-            self._connection.send_bytes(job.payload)
+            self._send(job.payload)
             if not self._connection.poll(self._timeout_s):
                 self._drop()
                 return self._lost(f"the verifier exceeded its time limit of {self._timeout_s:g} s")
@@ -247,6 +253,19 @@ class _Worker:
         if not goes_on:
             self._drop()
         return verdict
+
+    def _send(self, payload: bytes) -> None:
+        """Sends a completion. A large one does not fit the pipe, and waits for ever for a process that takes none."""
+        if len(payload) <= _PIPE_BYTES:
+            self._connection.send_bytes(payload)
+            return
+        timer = threading.Timer(self._timeout_s, self.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._connection.send_bytes(payload)
+        finally:
+            timer.cancel()
 
     def _load(self, job: _Job) -> None:
         try:
@@ -260,7 +279,7 @@ class _Worker:
             self._drop()
             if self.closing:
                 raise RuntimeError("the verifier was closed")
-            raise RuntimeError(f"the verifier's worker could not load the task: {problem}")
+            raise ConfigError(f"the verifier's worker could not load the task: {problem}")
         self._loaded.add(job.key)
 
     def _lost(self, message: str) -> Verdict:
@@ -316,7 +335,10 @@ def _work(connection: Connection, memory: int) -> None:
         os.setsid()  # Ctrl-C in the terminal is not for it, and it can be killed together with its children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tasks: dict[int, Task] = {}
-    limited = False
+    limit: int | None = None
+    process, folder, code = os.getpid(), os.curdir, 0
+    with suppress(OSError):
+        folder = os.getcwd()
     null = open(os.devnull, "w")  # noqa: SIM115 - open for as long as the process lives
     try:
         while True:
@@ -325,27 +347,49 @@ def _work(connection: Connection, memory: int) -> None:
                 connection.send(_load(tasks, key, pickled))
                 continue
             payload = connection.recv_bytes()
-            if not limited:
-                _limit_memory(memory)
-                limited = True
+            if limit is None:
+                limit = _limit_memory(memory)
             # Where the process that would end it is gone, a hanging verifier must not run for ever.
             faulthandler.dump_traceback_later(2 * timeout_s + 10, exit=True, file=null)
-            verdict, goes_on = _answer(tasks[key], payload)
+            verdict = _answer(tasks[key], payload)
             faulthandler.cancel_dump_traceback_later()
-            connection.send((verdict, goes_on))
+            if os.getpid() != process:  # a fork that the verifier made came back too: two answers to one question
+                break
+            # What has run out of memory once may hold it for good, and would then fail every completion after this one.
+            # Libraries swallow the error, so the memory itself is looked at.
+            full = verdict.fault and verdict.message.startswith("MemoryError")
+            connection.send((verdict, not full and _address_space() < limit - memory // 2))
+            with suppress(OSError):
+                os.chdir(folder)  # where the next task is imported from
     except (EOFError, OSError):
         pass
+    except BaseException:
+        code = 1
+    os._exit(code)  # whatever threads the verifier has left running
 
 
-def _limit_memory(more: int) -> None:
-    """Lets this process take at most so many bytes of address space more than it has now."""
-    with suppress(ImportError, OSError, ValueError):
+def _address_space() -> int:
+    """Bytes of address space that this process has; 0 where nothing says so."""
+    with suppress(ImportError, OSError):
         import resource
 
         with open("/proc/self/statm") as statm:
-            limit = int(statm.read().split()[0]) * resource.getpagesize() + more
+            return int(statm.read().split()[0]) * resource.getpagesize()
+    return 0
+
+
+def _limit_memory(more: int) -> int:
+    """Lets this process take at most so many bytes of address space more than it has now; returns that sum."""
+    limit = _address_space() + more
+    if limit > more:
+        import resource
+
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        with suppress(OSError, ValueError):
+            resource.setrlimit(
+                resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+            )
+    return limit
 
 
 def _load(tasks: dict[int, Task], key: int, pickled: bytes) -> str | None:
@@ -358,12 +402,10 @@ def _load(tasks: dict[int, Task], key: int, pickled: bytes) -> str | None:
     return None
 
 
-def _answer(task: Task, payload: bytes) -> tuple[Verdict, bool]:
-    """The verdict, and whether this process may go on."""
+def _answer(task: Task, payload: bytes) -> Verdict:
+    """The verdict on a pickled problem and completion."""
     try:
         problem, completion = pickle.loads(payload)
     except BaseException as error:
-        return _fault(_text(error)), True
-    verdict = _judge(task, problem, completion)
-    # What has run out of memory once may hold it for good, and would then fail every completion after this one.
-    return verdict, not (verdict.fault and verdict.message.startswith("MemoryError"))
+        return _fault(_text(error))
+    return _judge(task, problem, completion)
