@@ -6,24 +6,27 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, first_line
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.policy import Scored
@@ -33,6 +36,7 @@ from rlrt_lightning.rollouts.ahead import Ahead, Drawn
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
+from rlrt_lightning.tasks.base import OnDemand, Split
 from rlrt_lightning.tasks.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -42,6 +46,8 @@ log = logging.getLogger(__name__)
 
 EAGER_ROWS = 100_000
 """Data sets up to this size are checked row by row at the start; larger ones, and endless ones, as rows are drawn."""
+
+_SPARE_TOKENS = 16  # what a chat template may add to one prompt more than to another
 
 MOST_MISSES = 1000
 """So many prompts in a row that are too long: the limit is wrong."""
@@ -88,7 +94,8 @@ class RolloutDataModule(LightningDataModule):
         benchmarks: What is evaluated, by name; null is the training task's held-out problems, as `heldout`.
         eval_prompts: Problems in one batch of an evaluation, and what one that is stopped loses at most.
         max_prompt_tokens: Longest prompt, in tokens.
-        overlong_prompts: What to do with a longer one: drop it and count it, or stop with an error.
+        overlong_prompts: What to do with a longer one: drop it and count it, or stop with an error. Data from files is
+            counted at the start. Benchmarks keep all problems; there `error` stops at what is too long for the model.
         rescore: Take the policy's log-probs from the trainer's forward pass instead of from the sampler, and correct
             for the difference (`model.importance`). One more forward pass; needed where the two differ, as in bfloat16.
         ahead: Draw the next epoch's roll-outs while this one trains, on vLLM servers. They come from the weights before
@@ -470,7 +477,7 @@ class RolloutDataModule(LightningDataModule):
             seeds: A seed for each problem.
         """
         with self.computing():
-            prompts = [self._module.policy.encode_prompt(p.prompt) for p in problems]
+            prompts = [self._tokens(p) for p in problems]
             drawn = self._roll_out(task, problems, prompts, n, sampling, seeds)
         return self._collect_verdicts(problems, drawn)
 
@@ -490,23 +497,29 @@ class RolloutDataModule(LightningDataModule):
             self.max_prompt_tokens = limit - 1
         if stage == "fit":
             self._check_trainer()
-            self._problems = self.task.problems("train")
+            self._problems = _read(self.task, "train", "data.task")
             if not len(self._problems):
                 raise ConfigError("data.task: there are no problems to train on")
             self._check_context()
             self._check_cuts()
             self._check_ahead()
             self._scoring_engine()
-            if self.overlong_prompts == "error" and len(self._problems) <= EAGER_ROWS:
-                for problem in self._problems:
-                    self._encode(problem)
+            self._check_lengths(
+                "data.task", self._problems, "data.max_prompt_tokens", self.max_prompt_tokens, "they are left out"
+            )
         for name, spec in self.benchmarks.items():
             if spec.samples < 1:
                 raise ConfigError(f"data.benchmarks.{name}.samples is {spec.samples}; it has to be at least 1")
-            problems = (spec.task or self.task).problems("heldout")
+            where = f"data.benchmarks.{name}"
+            problems = _read(spec.task or self.task, "heldout", where)
             if not len(problems):
-                raise ConfigError(f"data.benchmarks.{name}: there are no problems to evaluate on")
-            self._eval_problems[name] = problems[: spec.limit] if spec.limit is not None else problems
+                raise ConfigError(f"{where}: there are no problems to evaluate on")
+            problems = problems[: spec.limit] if spec.limit is not None else problems
+            if limit is not None:
+                self._check_lengths(
+                    where, problems, "the longest prompt of the model", limit - 1, "they count like the others"
+                )
+            self._eval_problems[name] = problems
 
     def teardown(self, stage: str) -> None:
         """Ends the engine and the verifier's worker processes."""
@@ -652,14 +665,58 @@ class RolloutDataModule(LightningDataModule):
             self._order = round_, torch.randperm(len(self._problems), generator=shuffle)
         return int(self._order[1][place])
 
+    def _tokens(self, problem: Problem) -> list[int]:
+        try:
+            return self._module.policy.encode_prompt(problem.prompt)
+        except Exception as error:  # a chat template refuses a conversation by raising whatever it likes
+            raise ConfigError(
+                f"problem {problem.id}: its prompt cannot be made tokens: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    def _measured(self, problem: Problem, most: int) -> tuple[int, list[int]]:
+        """The number of a prompt's tokens, and the tokens. A prompt that is longer than so many of the longest token is
+        too long however it is cut, and left whole: to take one of 100 MB apart would need minutes."""
+        characters = _size(problem)
+        if characters > most and characters > most * self._longest_token:
+            return characters // self._longest_token, []
+        tokens = self._tokens(problem)
+        return len(tokens), tokens
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self._module.policy.tokenizer.get_vocab()))
+
+    def _check_lengths(self, where: str, problems: Sequence[Problem], limit: str, most: int, fate: str) -> None:
+        """Counts the prompts that are too long, where the data is there; what is made on demand is checked as it is
+        drawn. Finds conversations that the chat template refuses, too."""
+        if len(problems) > EAGER_ROWS or isinstance(problems, OnDemand):
+            return
+        shortest: dict[tuple[str, ...], Problem] = {}  # of each sequence of roles
+        for problem in sorted(problems, key=_size):
+            shortest.setdefault(_roles(problem), problem)
+        added = {roles: len(self._tokens(p)) - _size(p) + _SPARE_TOKENS for roles, p in shortest.items()}
+        sizes: dict[int, int] = {}
+        for i, problem in enumerate(problems):
+            if _size(problem, in_bytes=True) + added[_roles(problem)] > most:  # a token is a byte of text at least
+                tokens, _ = self._measured(problem, most)
+                if tokens > most:
+                    sizes[i] = tokens
+        if not sizes:
+            return
+        examples = ", ".join(f"problem {problems[i].id}: its prompt has {sizes[i]} tokens" for i in list(sizes)[:5])
+        text = f"{limit} is {most}: {len(sizes)} of {len(problems)} prompts of {where} are longer ({examples})"
+        if self.overlong_prompts == "error":
+            raise ConfigError(f"{text}; shorten them or set data.overlong_prompts to drop")
+        rank_zero_warn(f"{text}; {fate}")
+
     def _encode(self, problem: Problem) -> list[int] | None:
         """Tokens of a prompt, or None where it is too long and dropped."""
-        ids = self._module.policy.encode_prompt(problem.prompt)
-        if len(ids) <= self.max_prompt_tokens:
+        tokens, ids = self._measured(problem, self.max_prompt_tokens)
+        if tokens <= self.max_prompt_tokens:
             return ids
         if self.overlong_prompts == "error":
             raise ConfigError(
-                f"problem {problem.id}: its prompt has {len(ids)} tokens, more than data.max_prompt_tokens or the "
+                f"problem {problem.id}: its prompt has {tokens} tokens, more than data.max_prompt_tokens or the "
                 f"model allow ({self.max_prompt_tokens}); shorten it or set data.overlong_prompts to drop"
             )
         return None
@@ -699,6 +756,40 @@ class RolloutDataModule(LightningDataModule):
         hidden = shown is None or getattr(shown, "is_disabled", False) or self._trainer.sanity_checking
         with tqdm(total=total, desc=what, leave=False, disable=hidden, dynamic_ncols=True) as bar:
             yield bar
+
+
+def _read(task: Task, split: Split, where: str) -> Sequence[Problem]:
+    """A task's problems; what its own code does wrong is said in one line."""
+    try:
+        problems = task.problems(split)
+        for problem in problems if len(problems) <= EAGER_ROWS and not isinstance(problems, OnDemand) else ():
+            if not (
+                isinstance(problem, Problem)
+                and all(isinstance(text, str) for text in (*_texts(problem), *_roles(problem)))
+            ):
+                raise TypeError(f"no Problem with a prompt in text or messages: {reprlib.repr(problem)}")
+        return problems
+    except ConfigError:
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{where}: {type(task).__name__}.problems({split!r}) failed: {type(error).__name__}: {first_line(error)} "
+            f"({at.filename}, line {at.lineno})"
+        ) from error
+
+
+def _texts(problem: Problem) -> list[str]:
+    return [problem.prompt] if isinstance(problem.prompt, str) else [m["content"] for m in problem.prompt]
+
+
+def _roles(problem: Problem) -> tuple[str, ...]:
+    return () if isinstance(problem.prompt, str) else tuple(m["role"] for m in problem.prompt)
+
+
+def _size(problem: Problem, in_bytes: bool = False) -> int:
+    """Characters, or bytes, of a prompt."""
+    return sum(len(text.encode("utf-8", "surrogatepass") if in_bytes else text) for text in _texts(problem))
 
 
 class _Clock:

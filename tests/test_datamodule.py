@@ -62,10 +62,11 @@ class Recorder(TeacherRefresh):
 def fit(
     folder: Path, task: Task, epochs: int = 1, method: Method = RLRT(), accumulate: int = 1, **settings: Any
 ) -> tuple[Recorder, RLRTModule]:
+    policy = settings.pop("policy", None) or Policy()
     settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=30), **settings}
     data = RolloutDataModule(task=task, benchmarks={}, **settings)
     module = RLRTModule(
-        policy=Policy(),
+        policy=policy,
         method=method,
         teacher=Teacher("{prompt}<sol>{context}"),
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
@@ -156,7 +157,10 @@ def test_a_verifier_that_fails_counts_as_wrong_until_it_fails_too_often(
 
 def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path: Path) -> None:
     task = Counted(lambda text: "1" in text)
-    recorder, _ = fit(tmp_path, task, epochs=4, max_prompt_tokens=7)
+    with pytest.warns(
+        UserWarning, match=r"tokens is 7: 3 of 7 prompts .*problem p2: its prompt has 8 tokens.*left out"
+    ):
+        recorder, _ = fit(tmp_path, task, epochs=4, max_prompt_tokens=7)
     assert {p.prompt for epoch in recorder.epochs for p in epoch.problems} == {"a1b2", "a1b2c"}
     assert recorder.epochs[-1].stats["rollout/overlong_prompts"] > 0
     with pytest.raises(ConfigError, match=r"problem p\d: its prompt has \d+ tokens"):

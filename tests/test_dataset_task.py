@@ -139,7 +139,10 @@ def test_skipped_rows_are_counted_by_cause_in_one_warning(tmp_path):
     with pytest.warns(UserWarning, match="left out 8 of 9 rows") as caught:
         task.problems("train")
     (warning,) = caught
-    assert "rows 2, 3, 4, 5, 6 and 2 more: no prompt in prompt; row 9: no answer" in str(warning.message)
+    assert str(warning.message).endswith(
+        "rows 2, 3, 4, 5, 6 and 2 more: no prompt in prompt (7 rows, such as ''); "
+        "row 9: no answer in reward_model.ground_truth ('')"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(task.problems("train")) == 1
@@ -158,7 +161,7 @@ def test_names_must_differ(tmp_path):
         ({"answer": "label.text"}, "no column 'label.text' .answer.; it has prompt, reward_model"),
         ({"solution": "extra_info.solution"}, "no column 'extra_info.solution' .solution."),
         ({"id": "key"}, "no column 'key' .id."),
-        ({"answer": "reward_model.truth"}, "row 1: no answer in reward_model.truth"),
+        ({"answer": "reward_model.truth"}, "no usable row: row 1: no answer in reward_model.truth"),
     ],
 )
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, settings, words):
@@ -168,7 +171,12 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, setti
 
 def test_sources_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row()) + '\n\n{"prompt"\n')
+    (tmp_path / "bad.json").write_text('[{"prompt": "a"},\n{"prompt"\n')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "latin.json").write_bytes(b'[{"prompt":\n"caf\xe9"}]')
+    (tmp_path / "truncated.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "folder.parquet").mkdir()
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "bad.parquet").write_text("no parquet")
     (tmp_path / "notes.txt").write_text("text")
@@ -177,9 +185,14 @@ def test_sources_that_cannot_be_read(tmp_path):
         "missing.parquet": "no file or folder",
         "some/where/else": "no file or folder",
         "empty.jsonl": "has no rows",
-        "bad.jsonl": "line 2 is not JSON",
-        "list.jsonl": "row 1 is not an object but list",
+        "bad.jsonl": r"1 of 2 rows cannot be used: row 2 .line 3.: not JSON .Expecting",
+        "bad.json": "cannot read .*line 3 column 1",
+        "deep.json": "cannot read .*recursion",
+        "latin.json": "cannot read .*line 2 is not UTF-8",
+        "list.jsonl": "row 1: not an object but list",
         "bad.parquet": "cannot read",
+        "truncated.parquet": "cannot read",
+        "folder.parquet": "holds no .parquet",
         "notes.txt": "must end in one of .parquet, .jsonl, .json, .csv",
         "folder": "holds no .parquet",
     }.items():
