@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import resource
@@ -17,7 +18,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from rlrt_lightning.checkpoints import WholeCheckpointIO, newest, problem
+from rlrt_lightning.checkpoints import SAFE, WholeCheckpointIO, newest, no_code, problem
 from rlrt_lightning.errors import ConfigError
 from tests.processes import ROOT
 from tests.test_fit import command, comparable, scalars, weights
@@ -199,10 +200,16 @@ def test_the_newest_complete_checkpoint_is_taken_and_the_others_named(
     pickled.write_bytes(pickle.dumps(Code()))
     shards = tmp_path / "b" / "epoch-4.ckpt"
     shards.mkdir()
+    index = tmp_path / "b" / "epoch-5.ckpt"
+    index.mkdir()
+    (index / ".metadata").write_bytes(pickle.dumps(Code()))
+    (index / "meta.pt").write_bytes(good.read_bytes())
+    os.utime(index / "meta.pt", (6, 6))
     for i, path in enumerate((good, truncated, other, code, pickled, shards)):
         os.utime(path, (i, i))
     assert newest([tmp_path], [], resume=True) == good
     assert [record.getMessage().split(", going on")[0].split(", which ")[1] for record in caplog.records] == [
+        "holds objects that are not loaded, because loading them could run code",
         "is not a complete folder of shards",
         "is truncated, or not a checkpoint at all",
         "holds objects that are not loaded, because loading them could run code",
@@ -211,9 +218,21 @@ def test_the_newest_complete_checkpoint_is_taken_and_the_others_named(
     ]
     assert not (tmp_path / "it-ran").exists()
     good.unlink()
-    with pytest.raises(ConfigError, match=r"no checkpoint can be read; the newest is .*epoch-4.ckpt, which"):
+    with pytest.raises(ConfigError, match=r"no checkpoint can be read; the newest is .*epoch-5.ckpt, which"):
         newest([tmp_path], [], resume=True)
     assert newest([tmp_path / "c"], [], resume=True) is None
+
+
+def test_shards_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch reads what is no tensor in them by `torch.load(..., weights_only=False)`."""
+    monkeypatch.chdir(tmp_path)
+    file = io.BytesIO()
+    torch.save(Code(), file)
+    file.seek(0)
+    with no_code(), pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=False)
+    assert SAFE not in os.environ
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_alone_are_evaluated_but_not_resumed(tmp_path: Path) -> None:
