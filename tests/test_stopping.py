@@ -269,6 +269,14 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path, capfd: pytest
     assert "the checkpoint holds another model" in line
 
 
+def test_a_run_counted_in_steps_is_not_resumed_inexactly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint(tmp_path / "last.ckpt")
+    assert command("fit", tmp_path, f"--ckpt_path={path}", "--trainer.max_steps=8") == 2
+    assert (
+        "trainer.max_steps: a run is resumed exactly only where its end is counted in epochs" in capfd.readouterr().err
+    )
+
+
 def test_a_run_that_is_killed_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     """The short version of the benchmark."""
     words = ["--kills=2", "--epochs=3", "--phases", "checkpoint", "update", f"--out={tmp_path}"]
