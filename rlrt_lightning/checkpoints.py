@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, metadata
 
 from rlrt_lightning.errors import ConfigError
 
@@ -29,6 +29,13 @@ DISK = {
     if hasattr(errno, name)
 }
 """Errors that the user can mend: the disk is full, or this place cannot be written to."""
+
+
+SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""The variable by which torch.load runs no code of a file, whatever its caller has asked for."""
+
+PLAIN = {("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+"""What the index of a folder of shards names beside classes of its own, sizes, types and paths."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -164,6 +171,37 @@ def _written(path: Path) -> int:
     return (last if last.exists() else path).stat().st_mtime_ns
 
 
+class _Index(pickle.Unpickler):
+    """The index of a folder of shards, which torch unpickles as it is: here, without what could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """See `pickle.Unpickler.find_class`."""
+        own = getattr(metadata, name, None) if module == metadata.__name__ else None
+        plain = (
+            (isinstance(own, type) and own.__module__ == metadata.__name__)
+            or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
+            or (module.startswith("pathlib") and name in ("Path", "PosixPath"))
+            or (module, name) in PLAIN
+        )
+        if not plain:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def no_code() -> Iterator[None]:
+    """Has torch load nothing but tensors and plain values, also where it asks itself for more, as for shards."""
+    before = os.environ.get(SAFE)
+    os.environ[SAFE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE]
+        else:
+            os.environ[SAFE] = before
+
+
 def problem(path: Path, resume: bool) -> str | None:
     """What is wrong with a checkpoint, as far as can be told without a model; None if nothing.
 
@@ -177,6 +215,9 @@ def problem(path: Path, resume: bool) -> str | None:
     if sharded and not all((path / name).is_file() for name in (".metadata", "meta.pt")):
         return "is not a complete folder of shards"
     try:
+        if sharded:
+            with (path / ".metadata").open("rb") as file:
+                _Index(file).load()
         found = torch.load(path / "meta.pt" if sharded else path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return "holds objects that are not loaded, because loading them could run code"

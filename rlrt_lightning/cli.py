@@ -264,6 +264,11 @@ class RLRTCli(LightningCLI):
             raise ConfigError(f"ckpt_path: {path} {wrong}")
         self.config_init[self.subcommand]["ckpt_path"] = path
         if self.subcommand == "fit" and path:
+            if self.trainer.max_steps != -1:  # Lightning then takes the end of an epoch for its middle
+                raise ConfigError(
+                    "trainer.max_steps: a run is resumed exactly only where its end is counted in epochs; set "
+                    "trainer.max_epochs instead (an epoch has data.minibatches steps)"
+                )
             self.trainer.num_sanity_val_steps = 0  # the measurement before training has been made
 
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from rlrt_lightning.checkpoints import written_aside
+from rlrt_lightning.checkpoints import no_code, written_aside
 from rlrt_lightning.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             ConfigError: If it holds another model, or a shard is broken.
         """
         try:
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            with no_code():
+                return super().load_checkpoint(checkpoint_path, weights_only)
         except (Exception, CheckpointException) as error:
             raise ConfigError(f"ckpt_path: {checkpoint_path} does not fit this model: {first_line(error)}") from error
 

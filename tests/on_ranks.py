@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, TeacherRefresh
+from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 
 from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling, StrategySum
 from rlrt_lightning.datamodule import Benchmark
@@ -85,6 +85,14 @@ class Fails(Callback):
             if self.how == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
             raise ValueError("the disk of the second rank is on fire")
+
+
+class Asked(Callback):
+    """To end, by a signal to the second rank, while it computes with the first micro-batch of the second epoch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.global_rank, trainer.current_epoch, batch_idx) == (1, 1, 0):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any) -> dict[str, Any]:
@@ -161,6 +169,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "refresh": {"ema_decay": 0.5},
         "sharding": {"save_distributed_checkpoint": False},
     },
+    "stops": {"save": True, "refresh": {"ema_decay": 0.5}, "callbacks": [SafeStop(), Asked()]},
     "fails": {"callbacks": [Fails("raises")], "epochs": 3},
     "hangs": {"callbacks": [Fails("stopped")], "epochs": 3},
     "dies": {"callbacks": [Fails("killed")], "epochs": 3},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from rlrt_lightning.checkpoints import WholeCheckpointIO, newest, problem
+from rlrt_lightning.checkpoints import SAFE, WholeCheckpointIO, newest, no_code, problem
 from rlrt_lightning.errors import ConfigError
 from tests.processes import ROOT
 from tests.test_fit import command, comparable, scalars, weights
@@ -95,11 +97,16 @@ def test_a_run_that_is_stopped_goes_on_from_where_it_was(tmp_path: Path, capfd: 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert command("fit", whole, *FLAGS) == 0
     said = []
-    for version, phase in enumerate(("rollout", "teacher", "update", "validation")):
-        resume = ["--ckpt_path=last"] if version else []
-        assert stop(cut, phase, *resume) == 143
+    for i, phase in enumerate(("rollout", "teacher", "update", "validation")):
+        assert stop(cut, phase, *(["--ckpt_path=last"] if i else [])) == 143
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("stopped by")]
         said.append(line)
+        if phase == "update":
+            assert command("fit", cut, *FLAGS, "--ckpt_path=last", "--trainer.accumulate_grad_batches=1") == 2
+            assert "1 ranks with trainer.accumulate_grad_batches=2; go on with the same" in capfd.readouterr().err
+            assert command("validate", cut, *FLAGS[3:5], "--ckpt_path=last") == 0
+            for version in (3, 4):  # what these two have written
+                shutil.rmtree(cut / "rlrt" / f"version_{version}")
     assert "stopped by SIGTERM: saved after 2 optimiser steps as " in said[0]
     assert "go on with --ckpt_path last" in said[0]
     assert "all 2 optimiser steps are saved" in said[1], "there was nothing new"
@@ -118,14 +125,6 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(tmp_path: Path, cap
     (folder,) = tmp_path.glob("rlrt/version_0/checkpoints")
     assert sorted(path.name for path in folder.iterdir()) == ["epoch-0.ckpt", "last.ckpt"]
     assert problem(folder / "last.ckpt", resume=True) is None
-
-
-def test_the_rest_of_an_epoch_is_not_dealt_out_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert stop(tmp_path, "update") == 143
-    assert command("fit", tmp_path, *FLAGS, "--ckpt_path=last", "--trainer.accumulate_grad_batches=1") == 2
-    assert "1 ranks with trainer.accumulate_grad_batches=2; go on with the same" in capfd.readouterr().err
-    teacher = [flag for flag in FLAGS if flag.startswith("--teacher_refresh")]
-    assert command("validate", tmp_path, *teacher, "--ckpt_path=last") == 0
 
 
 def test_under_slurm_the_job_is_saved_and_requeued_where_it_can_be_resumed(
@@ -201,10 +200,16 @@ def test_the_newest_complete_checkpoint_is_taken_and_the_others_named(
     pickled.write_bytes(pickle.dumps(Code()))
     shards = tmp_path / "b" / "epoch-4.ckpt"
     shards.mkdir()
+    index = tmp_path / "b" / "epoch-5.ckpt"
+    index.mkdir()
+    (index / ".metadata").write_bytes(pickle.dumps(Code()))
+    (index / "meta.pt").write_bytes(good.read_bytes())
+    os.utime(index / "meta.pt", (6, 6))
     for i, path in enumerate((good, truncated, other, code, pickled, shards)):
         os.utime(path, (i, i))
     assert newest([tmp_path], [], resume=True) == good
     assert [record.getMessage().split(", going on")[0].split(", which ")[1] for record in caplog.records] == [
+        "holds objects that are not loaded, because loading them could run code",
         "is not a complete folder of shards",
         "is truncated, or not a checkpoint at all",
         "holds objects that are not loaded, because loading them could run code",
@@ -213,9 +218,21 @@ def test_the_newest_complete_checkpoint_is_taken_and_the_others_named(
     ]
     assert not (tmp_path / "it-ran").exists()
     good.unlink()
-    with pytest.raises(ConfigError, match=r"no checkpoint can be read; the newest is .*epoch-4.ckpt, which"):
+    with pytest.raises(ConfigError, match=r"no checkpoint can be read; the newest is .*epoch-5.ckpt, which"):
         newest([tmp_path], [], resume=True)
     assert newest([tmp_path / "c"], [], resume=True) is None
+
+
+def test_shards_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch reads what is no tensor in them by `torch.load(..., weights_only=False)`."""
+    monkeypatch.chdir(tmp_path)
+    file = io.BytesIO()
+    torch.save(Code(), file)
+    file.seek(0)
+    with no_code(), pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=False)
+    assert SAFE not in os.environ
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_alone_are_evaluated_but_not_resumed(tmp_path: Path) -> None:
@@ -250,6 +267,14 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path, capfd: pytest
     assert command("fit", tmp_path, f"--ckpt_path={other}") == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert "the checkpoint holds another model" in line
+
+
+def test_a_run_counted_in_steps_is_not_resumed_inexactly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint(tmp_path / "last.ckpt")
+    assert command("fit", tmp_path, f"--ckpt_path={path}", "--trainer.max_steps=8") == 2
+    assert (
+        "trainer.max_steps: a run is resumed exactly only where its end is counted in epochs" in capfd.readouterr().err
+    )
 
 
 def test_a_run_that_is_killed_ends_as_the_undisturbed_one(tmp_path: Path) -> None:

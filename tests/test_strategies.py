@@ -217,7 +217,22 @@ def test_a_strategy_under_which_roll_outs_would_go_wrong_is_refused(
     assert "ModelParallelStrategy is not supported; take ddp" in capsys.readouterr().err
 
 
-# -- a rank that fails ---------------------------------------------------------------------------------------------
+# -- a rank that is asked to end, or fails -------------------------------------------------------------------------
+
+
+def test_when_a_rank_is_asked_to_end_all_save_and_end(runs: dict[str, Path], tmp_path: Path) -> None:
+    """In the middle of the updates, of which each rank has its own left."""
+    (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "stops"), timeout=60)
+    assert (first, second) == (143, 0)
+    saved = tmp_path / "stops" / "checkpoints" / "last.ckpt"
+    assert f"saved after 3 optimiser steps as {saved}; go on with --ckpt_path last" in said
+    complete(2, "fsdp2", str(tmp_path), f"resumed:after:{saved}")
+    undisturbed, resumed = seen(runs["one"], "ema"), seen(tmp_path, "after")
+    assert len(resumed["gradients"]) == 1
+    assert of_training(resumed["figures"][0]) == pytest.approx(
+        of_training({tag: undisturbed["figures"][1][tag] for tag in resumed["figures"][0]}), rel=1e-5, abs=1e-6
+    )
+    torch.testing.assert_close(resumed["weights"], undisturbed["weights"], **CLOSE)
 
 
 def test_when_a_rank_fails_the_others_end_and_say_why(tmp_path: Path) -> None:
