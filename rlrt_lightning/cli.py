@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 from rlrt_lightning.checkpoints import disk_error, newest, problem
+from rlrt_lightning.credentials import masked, refuse_credentials
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
@@ -88,6 +89,11 @@ class RLRTParser(LightningArgumentParser):
         if nested_key is None:
             self.class_name = theclass.__name__
         return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        """See `jsonargparse.ArgumentParser.dump`, which also answers `--print_config`."""
+        refuse_credentials(cfg)
+        return super().dump(cfg, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """See `argparse.ArgumentParser.error`. jsonargparse passes an inner parser's error on to the outer one."""
@@ -225,6 +231,18 @@ class RLRTCli(LightningCLI):
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_stream_seed)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """See `LightningCLI.parse_arguments`, which warns of what `__main__` does: words of its own beside sys.argv."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would merge settings that a checkpoint holds into the config, and with them import the classes that
+        it names. Here the user's config alone decides what runs."""
+
+    def before_instantiate_classes(self) -> None:
+        """See `LightningCLI.before_instantiate_classes`; what must not be saved is refused."""
+        refuse_credentials(self.config[self.subcommand])
+
     def instantiate_classes(self) -> None:
         """See `LightningCLI.instantiate_classes`; what a constructor refuses is a wrong setting."""
         try:
@@ -263,6 +281,9 @@ class RLRTCli(LightningCLI):
         if path and "://" not in path and (wrong := problem(Path(path), resume=self.subcommand == "fit")):
             raise ConfigError(f"ckpt_path: {path} {wrong}")
         self.config_init[self.subcommand]["ckpt_path"] = path
+        if settings.get("weights_only", False) is None:
+            # Lightning leaves it to torch, and turns it off for an address of the web.
+            settings["weights_only"] = self.config_init[self.subcommand]["weights_only"] = True
         if self.subcommand == "fit" and path:
             if self.trainer.max_steps != -1:  # Lightning then takes the end of an epoch for its middle
                 raise ConfigError(
@@ -310,7 +331,7 @@ def run(command: Callable[[], Any]) -> int:
         command()
     except (ConfigError, MisconfigurationException) as error:
         line = re.sub(r"\s+", " ", str(error))
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {masked(line)}", file=sys.stderr)
         return 2
     except OSError as error:
         if disk_error(error) is None:

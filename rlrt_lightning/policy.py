@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import logging
+import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, final
 
@@ -112,11 +114,9 @@ class Policy(nn.Module):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
-            config = AutoConfig.from_pretrained(self.path)
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"model.policy.path: no model can be read at {self.path!r}: {first_line(error)}"
-            ) from error
+            raise ConfigError(f"model.policy.path: no model can be read at {self.path!r}: {_reason(error)}") from error
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ConfigError(f"model.policy.path: {self.path!r} is a {config.model_type} model, not a causal LM")
         return config
@@ -132,10 +132,10 @@ class Policy(nn.Module):
 
         _ = self.config  # says more clearly what is wrong with a folder that holds no model at all
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"model.policy.path: no tokenizer can be read at {self.path!r}: {first_line(error)}"
+                f"model.policy.path: no tokenizer can be read at {self.path!r}: {_reason(error)}"
             ) from error
         if not tokenizer.chat_template and (self.chat or self.system_prompt):
             setting = "chat" if self.chat else "system_prompt"
@@ -173,10 +173,17 @@ class Policy(nn.Module):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if self.system_prompt is not None:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        from jinja2 import TemplateError
+
         # In two steps, since the template writes the special tokens itself.
-        text: Any = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs
-        )
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs
+            )
+        except TemplateError as error:  # it refuses a conversation, or tries what transformers' sandbox forbids
+            raise ConfigError(
+                f"model.policy.path: the chat template of {self.path!r} takes no such prompt: {first_line(error)}"
+            ) from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -198,10 +205,14 @@ class Policy(nn.Module):
         _ = self.config
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=getattr(torch, self.dtype), attn_implementation=self.attention
+                self.path,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attention,
+                trust_remote_code=False,
+                weights_only=True,  # of a pytorch_model.bin, which is a pickle
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {first_line(error)}") from error
+        except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {_reason(error)}") from error
         if self.gradient_checkpointing:
             # Renamed in later releases of transformers, which warn of the old name.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -221,7 +232,9 @@ class Policy(nn.Module):
         from transformers.initialization import no_init_weights
 
         with no_init_weights(), torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation=self.attention)
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, attn_implementation=self.attention, trust_remote_code=False
+            )
         return model.eval().requires_grad_(False)
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -418,8 +431,8 @@ class Policy(nn.Module):
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(self.model, cache),
         )[:, -1]
         members = [(i, g) for g, (_, rows) in enumerate(groups) for i in rows]
         for part in batches([len(sequences[i][1]) for i, _ in members], sys.maxsize):
@@ -437,8 +450,8 @@ class Policy(nn.Module):
                     input_ids=told,
                     attention_mask=seen,
                     position_ids=(seen.cumsum(1) - 1)[:, longest:],
-                    past_key_values=read,
                     use_cache=True,
+                    **cache_argument(self.model, read),
                 )
                 states = torch.cat([states, told_states], 1)
             asked = pad_sequences([([], sequences[i][1]) for i in chosen], self.device)[2]
@@ -529,3 +542,29 @@ def _deal(
     lengths = [len(sequences[i][1]) for i in chosen]
     for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
         scores[i] = tuple(part.clone() for part in parts)
+
+
+def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """A key-value cache, by the name that the model's forward pass has for it."""
+    return {_cache_name(cast(Any, type(model))): cache}
+
+
+@lru_cache
+def _cache_name(kind: type[PreTrainedModel]) -> str:
+    """Renamed in later releases of transformers, which warn of the old name."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def _reason(error: Exception) -> str:
+    """Why a model cannot be read, in a line."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with Python code that would have to run to read it (auto_map), and that is never done; take a "
+            "model of an architecture that transformers has"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, which could run code when it is read; take a model "
+            "with safetensors"
+        )
+    return first_line(error)

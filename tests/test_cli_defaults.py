@@ -14,8 +14,6 @@ from rlrt_lightning.__main__ import main
 from rlrt_lightning.cli import RLRTCli, run
 from rlrt_lightning.errors import ConfigError
 
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
-
 Parse = Callable[..., Namespace]
 
 RLRT_09 = "model: {method: {class_path: RLRT, init_args: {lam: 0.3, eps_w: 0.9}}}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.policy import cache_argument
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
 from rlrt_lightning.seeding import generator
 
@@ -158,9 +159,9 @@ class _Decoding:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(self.model, cache),
         )
         return out.logits[:, -1]
 

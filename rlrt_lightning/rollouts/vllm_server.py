@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlrt_lightning.credentials import refuse_credentials
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import of_first_rank
 from rlrt_lightning.rollouts.base import Rollout, Sampling
@@ -42,7 +44,8 @@ class VllmServerEngine(VllmEngine):
     or min-p the log-probs are those after the cut.
 
     The servers' endpoints for weights are vLLM's development mode, and let anybody who reaches them change the model:
-    loopback or a trusted network only.
+    loopback or a trusted network only. Servers that want an API key get the environment variable VLLM_API_KEY; it does
+    not guard those endpoints.
 
     Args:
         urls: Addresses of the servers, such as http://127.0.0.1:8000.
@@ -71,6 +74,7 @@ class VllmServerEngine(VllmEngine):
         check_rollouts: int = 4,
     ) -> None:
         super().__init__(dtype, tolerance, check_rollouts)
+        refuse_credentials(urls, "data.engine.urls")
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise ConfigError(f"data.engine.urls is {urls}; it has to name servers, such as http://127.0.0.1:8000")
         for name, value in (("concurrency", concurrency), ("timeout_s", timeout_s), ("patience_s", patience_s)):
@@ -233,9 +237,14 @@ class _Server:
 
         self.url, self.patience_s = url, patience_s
         limits = httpx.Limits(max_connections=concurrency + 4)
+        key = os.environ.get("VLLM_API_KEY")
         # No proxy from the environment: the servers are ours, and near.
         self.client: httpx.Client = httpx.Client(
-            base_url=url, timeout=httpx.Timeout(timeout_s, connect=10.0), limits=limits, trust_env=False
+            base_url=url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(timeout_s, connect=10.0),
+            limits=limits,
+            trust_env=False,
         )
         self.wanted: tuple[str, Path] | None = None
         self._lost = False
@@ -311,6 +320,10 @@ class _Server:
             raise _Unreachable(f"{type(error).__name__}: {error}") from None
         if answer.status_code in (502, 503, 504):  # not up yet, or a proxy before it says so
             raise _Unreachable(f"{path} answers {answer.status_code}")
+        if answer.status_code == 401:
+            raise EngineError(
+                f"data.engine.urls: {self.url} wants an API key: set the environment variable VLLM_API_KEY"
+            )
         if answer.status_code == 404 and path != "/v1/completions":
             raise EngineError(
                 f"data.engine.urls: {self.url} does not know {path}; start it with python -m rlrt_lightning serve, or "
@@ -374,7 +387,20 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
         host: Where it listens.
         port: Where it listens.
         flags: Further flags of vLLM.
+
+    Raises:
+        ConfigError: If the flags set what has a setting of its own.
     """
+    for flag in flags:
+        if (name := flag.partition("=")[0]) in ("--host", "--port", "--model"):
+            raise ConfigError(f"serve.flags sets {name}; set it by serve's own --host and --port, or model.policy.path")
+    if not _is_loopback(host):
+        log.warning(
+            "whoever reaches %s, port %s, can take the model's weights for others, without a key: it has to be in a "
+            "trusted network; 127.0.0.1 is for this machine alone",
+            host,
+            port,
+        )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy.path]
     command += ["--dtype", engine.dtype or policy.dtype, "--host", host, "--port", str(port)]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
@@ -383,6 +409,13 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
     if not torch.cuda.is_available():
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]  # as in the training process
     return [*command, *flags]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # the name of a machine
+        return False
 
 
 def server_environment() -> dict[str, str]:
