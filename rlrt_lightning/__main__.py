@@ -8,6 +8,18 @@ import warnings
 
 from rlrt_lightning.errors import ConfigError
 
+EXPECTED_WARNINGS = (
+    # Lightning's own use of torch and of jsonargparse, which the user can do nothing about.
+    r".*isinstance\(treespec, LeafSpec\)",
+    r"\s*(By default only one JsonargparseDeprecationWarning|[\s\S]* was deprecated in v4\.)",
+    # What we mean to do: a resumed run has a folder of its own, a teacher's copy is never trained, and in an epoch in
+    # which no roll-out is better than its siblings there is nothing to train on.
+    r"The dirpath has changed from",
+    r"Found \d+ module\(s\) in eval mode",
+    r"Total length of .* across ranks is zero",
+)
+"""Warnings that say nothing to the user, as regular expressions of how they begin."""
+
 
 def main(args: list[str] | None = None) -> int:
     """The command line.
@@ -19,8 +31,8 @@ def main(args: list[str] | None = None) -> int:
         Exit code: 0, or 2 where a setting or an input is wrong.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the verifier's processes would make it warn
-    # Lightning's own use of torch, which the user can do nothing about.
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     words = sys.argv[1:] if args is None else args
     # Imported here, since the verifier's worker processes import this module again.
     from rlrt_lightning import quick_help

@@ -5,6 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from rlrt_lightning.__main__ import EXPECTED_WARNINGS
+
+# Random examples are the same in every run; `--hypothesis-profile=random` looks for new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("random", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile("fixed")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -15,3 +23,9 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared/ folder with data sets and golden vectors is not beside this checkout")
     return SHARED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Every other warning is an error (pyproject.toml); these are expected also where a test needs no command line."""
+    for message in EXPECTED_WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")

@@ -122,7 +122,7 @@ class Batch:
 
 
 seeds = st.integers(0, 2**31)
-batches = settings(max_examples=40, derandomize=True, deadline=None)
+batches = settings(max_examples=40)
 WEIGHTED = [RLRT(), RLRT(gated=False), RLRT(lam=1.0, eps_w=0.5), RLSD(), RLSD(gated=True, lam=1.0)]
 METHODS = [GRPO(), EntropyBonus(), SDPO(), SRPO(), *WEIGHTED]
 

@@ -14,7 +14,7 @@ from tests.tiny import ARCHITECTURES, policy
 
 
 @given(st.lists(st.integers(1, 50), max_size=9), st.integers(1, 4))
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100)
 def test_balance_finds_the_best_cut_of_the_sorted_lengths(lengths: list[int], parts: int) -> None:
     dealt = balance(lengths, parts)
     assert len(dealt) == parts
@@ -29,7 +29,7 @@ def test_balance_finds_the_best_cut_of_the_sorted_lengths(lengths: list[int], pa
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100)
 def test_blocks_hold_all_rows_and_little_padding(lengths: list[int]) -> None:
     ranked = sorted(lengths, reverse=True)
     cut = blocks(ranked)
@@ -42,7 +42,7 @@ def test_blocks_hold_all_rows_and_little_padding(lengths: list[int]) -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=4, max_size=20), st.integers(1, 4))
-@settings(max_examples=50, derandomize=True, deadline=None)
+@settings(max_examples=50)
 def test_as_many_blocks_as_are_asked_for(lengths: list[int], count: int) -> None:
     cut = blocks(sorted(lengths, reverse=True), count)
     assert len(cut) == count
@@ -50,7 +50,7 @@ def test_as_many_blocks_as_are_asked_for(lengths: list[int], count: int) -> None
 
 
 @given(st.lists(st.integers(0, 300), max_size=40), st.integers(1, 1000))
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100)
 def test_batches_hold_each_sequence_once_within_the_limit(lengths: list[int], most: int) -> None:
     dealt = list(batches(lengths, most))
     assert sorted(i for part in dealt for i in part) == list(range(len(lengths)))
