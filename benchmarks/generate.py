@@ -1,8 +1,9 @@
 """Our roll-outs against transformers' `generate`: `python benchmarks/generate.py --model models/smollm2-135m-instruct`.
 
 The same weights, prompts and length limit, natural stopping, in turns (A B A B ...) in one process; `generate` has the
-K copies of each prompt in one batch and gives back the log-probs that training needs. Prints tokens per second and the
-ratio.
+K copies of each prompt in one batch and gives back the log-probs that training needs. Prints tokens per second, the
+ratio, and what the machine could do at best: each step of decoding multiplies its open rows with all weights, and reads
+all weights once, at the best rates of products and of reading that are seen in the same run.
 """
 
 from __future__ import annotations
@@ -13,23 +14,20 @@ import time
 from typing import Any
 
 import torch
+from common import arithmetic_rate, question, read_rate, weights_in_products
 
-QUESTIONS = [f"What is {a} + {7 * a % 13}? Explain it in a few sentences." for a in range(3, 11)]
 
-
-def ours(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn: int) -> int:
+def ours(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn: int) -> list[int]:
     from rlrt_lightning import Sampling, TransformersEngine
 
     engine = TransformersEngine()
     engine.sync(policy)
     seeds = [100 * turn + i for i in range(len(prompts))]
-    return sum(
-        len(r.response_ids)
-        for r in engine.generate(prompts, args.rollouts, Sampling(max_new_tokens=args.tokens), seeds)
-    )
+    drawn = engine.generate(prompts, args.rollouts, Sampling(max_new_tokens=args.tokens), seeds)
+    return [len(rollout.response_ids) for rollout in drawn]
 
 
-def theirs(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn: int) -> int:
+def theirs(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn: int) -> list[int]:
     torch.manual_seed(turn)
     longest = max(map(len, prompts))
     rows = [prompt for prompt in prompts for _ in range(args.rollouts)]
@@ -52,8 +50,20 @@ def theirs(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn
         tokens = out.sequences[:, longest:]
         for step, logits in enumerate(out.logits):
             logits.float().log_softmax(-1).gather(-1, tokens[:, step : step + 1])
-    ended = torch.isin(tokens, torch.tensor(policy.end_tokens)).cumsum(1)
-    return int(((ended == 0) | ((ended == 1) & torch.isin(tokens, torch.tensor(policy.end_tokens)))).sum())
+    ends = torch.isin(tokens, torch.tensor(policy.end_tokens))
+    return [int(n) for n in (ends.cumsum(1) - ends.long() == 0).sum(1)]
+
+
+def bound(policy: Any, prompts: list[list[int]], lengths: list[int], rates: tuple[float, float]) -> float:
+    """Seconds that prompts and responses of these lengths take at least."""
+    arithmetic, read = rates
+    body, head = weights_in_products(policy.model)
+    width = next(policy.model.parameters()).element_size()
+    seconds = 2 * body * sum(map(len, prompts)) / arithmetic
+    for step in range(1, max(lengths)):
+        rows = sum(length > step for length in lengths)
+        seconds += max(2 * (body + head) * rows / arithmetic, width * (body + head) / read)
+    return seconds
 
 
 def main() -> None:
@@ -61,26 +71,38 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or id of the model")
-    parser.add_argument("--rollouts", type=int, default=8, help=f"roll-outs of each of the {len(QUESTIONS)} prompts")
+    parser.add_argument("--rollouts", type=int, default=8, help="roll-outs of each of 8 prompts")
     parser.add_argument("--tokens", type=int, default=128, help="longest response")
     parser.add_argument("--turns", type=int, default=3, help="how often each is measured")
     args = parser.parse_args()
     policy = Policy(path=args.model)
     policy.load()
-    prompts = [policy.encode_prompt(q) for q in QUESTIONS]
+    prompts = [policy.encode_prompt(question(i)) for i in range(8)]
     ways = {"ours": ours, "generate": theirs}
     speeds: dict[str, list[float]] = {name: [] for name in ways}
+    rates = arithmetic_rate(), read_rate()
+    best: list[tuple[float, list[int]]] = []
     for turn in range(args.turns):
         for name, way in ways.items():
             start = time.perf_counter()
-            tokens = way(policy, prompts, args, turn)
-            speeds[name].append(tokens / (time.perf_counter() - start))
-            print(f"turn {turn + 1}, {name}: {tokens} tokens, {speeds[name][-1]:.0f} tokens/s", flush=True)
+            lengths = way(policy, prompts, args, turn)
+            seconds = time.perf_counter() - start
+            speeds[name].append(sum(lengths) / seconds)
+            print(f"turn {turn + 1}, {name}: {sum(lengths)} tokens, {speeds[name][-1]:.0f} tokens/s", flush=True)
+            if name == "ours":
+                best.append((seconds, lengths))
+        rates = max(rates[0], arithmetic_rate()), max(rates[1], read_rate())
     print("\n| sampler | tokens/s, median (range) | of generate |\n| --- | --- | --- |")
     for name, speed in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(speed, speeds["generate"], strict=True))
         middle = statistics.median(speed)
         print(f"| {name} | {middle:.0f} ({min(speed):.0f} to {max(speed):.0f}) | {ratio:.2f} |")
+
+    shares = [bound(policy, prompts, lengths, rates) / seconds for seconds, lengths in best]
+    print(
+        f"\nours reaches {statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f}) of the limit "
+        f"({rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s)"
+    )
 
 
 if __name__ == "__main__":
