@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from rlrt_lightning import padding
 from rlrt_lightning.objective import Aggregation, Credit
-from rlrt_lightning.padding import at_mask, balance, blocks, pad_sequences
+from rlrt_lightning.padding import Shared, at_mask, balance, blocks, pad_sequences, worth_sharing
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks.base import Problem
 from rlrt_lightning.teacher import TeacherScore
@@ -75,6 +76,7 @@ class MicroBatch:
         input_ids: Prompt and response, padded on the right, the longest first, [B, T].
         attention_mask: 0 at padding, [B, T].
         blocks: Rows and width of the parts that go through the decoder on their own, so that little of it is padding.
+        shared: The prompts, where each is read once for the rows that share it, as in `Policy.from_logits`.
         response_mask: True at response tokens, [B, T].
         logp_old: Log-probs under the policy that made the roll-outs, nats, [B, T].
         importance: Weight of each token that corrects for the sampler's arithmetic, [B, T].
@@ -93,6 +95,7 @@ class MicroBatch:
         input_ids: Tensor,
         attention_mask: Tensor,
         blocks: list[tuple[int, int]],
+        shared: Shared | None,
         response_mask: Tensor,
         logp_old: Tensor,
         importance: Tensor,
@@ -107,6 +110,7 @@ class MicroBatch:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self.blocks = blocks
+        self.shared = shared
         self.response_mask = response_mask
         self.logp_old = logp_old
         self.importance = importance
@@ -124,7 +128,24 @@ class MicroBatch:
             name: value.to(device, **options) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
+        if self.shared is not None:
+            prompts, mask, after = (tensor.to(device, **options) for tensor in self.shared)
+            moved["shared"] = prompts, mask, after
         return MicroBatch(**moved)
+
+    @property
+    def places(self) -> int:
+        """Places that the decoder computes, padding included."""
+        if self.shared is None:
+            return sum(rows * width for rows, width in self.blocks)
+        return self.shared[0].numel() + sum(rows * max(width - 1, 0) for rows, width in self.blocks)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens among them, a scalar."""
+        if self.shared is None:
+            return self.attention_mask.sum()
+        return self.shared[1].sum() + (self.response_mask.sum(1) - 1).clamp(min=0).sum()
 
 
 T = TypeVar("T")
@@ -173,6 +194,7 @@ def micro_batches(
     world_size: int = 1,
     totals: Tensor | None = None,
     from_ranks: Callable[[list[tuple[int, int]]], list[list[tuple[int, int]]]] = lambda mine: [mine],
+    share_prompts: bool = False,
 ) -> Batches[MicroBatch]:
     """Cuts an epoch into mini-batches (one optimiser step each) of whole groups, and each of these into exactly
     `accumulate` micro-batches.
@@ -189,6 +211,7 @@ def micro_batches(
         world_size: Ranks whose gradients are averaged.
         totals: `mini_batch_sizes` summed over all ranks; None for one rank.
         from_ranks: Gathers what each rank has: all make as many forward passes, since sharded weights want that.
+        share_prompts: Have a prompt read once for the roll-outs that share it, where that saves much.
     """
     if totals is None:
         totals = mini_batch_sizes(epoch, minibatches)
@@ -214,7 +237,10 @@ def micro_batches(
         for part in zip(*from_ranks(wanted), strict=True)
     ]
     return Batches(
-        [_collate(epoch, rows, share, temperature, n) for (rows, share), n in zip(parts, counts, strict=True)]
+        [
+            _collate(epoch, rows, share, temperature, n, share_prompts)
+            for (rows, share), n in zip(parts, counts, strict=True)
+        ]
     )
 
 
@@ -236,7 +262,15 @@ def _step_of(epoch: EpochBatch, minibatches: int) -> Tensor:
     return groups * minibatches // len(epoch.problems)
 
 
-def _collate(epoch: EpochBatch, rows: Tensor, share: float, temperature: float, count: int) -> MicroBatch:
+def _collate(
+    epoch: EpochBatch, rows: Tensor, share: float, temperature: float, count: int, share_prompts: bool
+) -> MicroBatch:
+    sequences = [(r.prompt_ids, r.response_ids) for r in (epoch.rollouts[i] for i in rows.tolist())]
+    shared, cut = None, blocks(_lengths(epoch, rows), count)
+    if share_prompts and worth_sharing(sequences):
+        rows = rows[epoch.mask[rows].sum(1).argsort(descending=True, stable=True)]
+        shared = padding.share_prompts([epoch.rollouts[i].prompt_ids for i in rows.tolist()])
+        cut = blocks([len(epoch.rollouts[i].response_ids) for i in rows.tolist()])
     chosen = [epoch.rollouts[i] for i in rows.tolist()]
     ids, attention, response = pad_sequences([(r.prompt_ids, r.response_ids) for r in chosen])
 
@@ -250,7 +284,8 @@ def _collate(epoch: EpochBatch, rows: Tensor, share: float, temperature: float, 
     return MicroBatch(
         input_ids=ids,
         attention_mask=attention,
-        blocks=blocks(_lengths(epoch, rows), count),
+        blocks=cut,
+        shared=shared,
         response_mask=response,
         logp_old=spread(epoch.logp_old),
         importance=spread(epoch.importance),

@@ -294,6 +294,7 @@ class RolloutDataModule(LightningDataModule):
             trainer.world_size,
             self._sum_over_ranks(mini_batch_sizes(self.epoch, self.minibatches)),
             partial(gather, trainer),
+            module.policy.shares_prompts,
         )
 
     def _draw_prompts(self, epoch: int) -> tuple[list[Problem], list[list[int]], list[int]]:

@@ -143,8 +143,8 @@ class RLRTModule(LightningModule):
             loss = loss - token_mean(batch.entropy_bonus * entropy, batch.response_mask, self.aggregation)
         loss = loss * batch.share
         self._figures.setdefault("train/loss", []).append((loss.detach(), 1))
-        self._tokens = self._tokens + batch.attention_mask.sum()  # read at the epoch's end: a GPU would stop for it
-        self._places += sum(rows * width for rows, width in batch.blocks)
+        self._tokens = self._tokens + batch.tokens  # read at the epoch's end: a GPU would stop for it
+        self._places += batch.places
         for tag, (mean, count) in figures.items():
             # What only stands in, so that this rank takes the step with the others, is not trained on.
             self._figures.setdefault(tag, []).append((mean, count if batch.share else 0))
@@ -155,7 +155,7 @@ class RLRTModule(LightningModule):
         and teacher: [B, T] each, nats, 0 outside the response."""
         sequences = batch.input_ids, batch.attention_mask, batch.response_mask, batch.temperature
         if batch.top_tokens is None or batch.top_logp is None:
-            return *self.policy.log_probs(*sequences, blocks=batch.blocks), None
+            return *self.policy.log_probs(*sequences, blocks=batch.blocks, shared=batch.shared), None
         assert isinstance(self.method, Distilling)
         alpha = self.method.alpha
 
@@ -166,7 +166,7 @@ class RLRTModule(LightningModule):
 
         targets = batch.input_ids[batch.response_mask]
         of_tokens = targets, batch.top_tokens, batch.top_logp
-        results = self.policy.from_logits(compute, *sequences, *of_tokens, blocks=batch.blocks)
+        results = self.policy.from_logits(compute, *sequences, *of_tokens, blocks=batch.blocks, shared=batch.shared)
         logp, entropy, divergence = (at_mask(values, batch.response_mask) for values in results)
         return logp, entropy, divergence
 

@@ -30,6 +30,32 @@ def pad_sequences(
     return ids.to(device), attention.to(device), response_mask.to(device)
 
 
+Shared = tuple[Tensor, Tensor, Tensor]
+"""Prompts that several rows share: token ids [G, P], padded on the left, their attention mask [G, P], and which of them
+each row begins with [B]."""
+
+WORTH_SHARING = 0.9
+"""A prompt is read once for the responses that share it where that leaves at most this share of the tokens."""
+
+
+def worth_sharing(sequences: Sequence[tuple[list[int], list[int]]]) -> bool:
+    """Whether reading each prompt once leaves clearly fewer tokens to read of some prompts with their responses."""
+    prompts = {tuple(prompt) for prompt, _ in sequences}
+    responses = sum(len(response) for _, response in sequences)
+    whole = sum(len(prompt) for prompt, _ in sequences) + responses
+    return all(prompts) and sum(map(len, prompts)) + responses < WORTH_SHARING * whole
+
+
+def share_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Shared:
+    """The different ones among the prompts of some rows."""
+    numbers: dict[tuple[int, ...], int] = {}
+    after = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    longest = max(map(len, numbers))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in numbers])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in numbers])
+    return ids.to(device), mask.to(device), torch.tensor(after, device=device)
+
+
 def pad_rows(rows: Sequence[Tensor | None], width: int | None = None) -> Tensor:
     """Float32 rows of different lengths side by side, [N, T], 0 where a row ends or is None; T is the longest row's
     length, or `width`."""

@@ -16,21 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from rlrt_lightning.errors import ConfigError, first_line
 from rlrt_lightning.log_probs import Compute, in_chunks, token_log_probs
 from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
-from rlrt_lightning.padding import at_mask, batches, pad_sequences
+from rlrt_lightning.padding import Shared, at_mask, batches, pad_sequences, share_prompts, worth_sharing
 from rlrt_lightning.sharding import decoder_states, in_step, whole
 from rlrt_lightning.tasks.base import Messages
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import DynamicCache
 
 log = logging.getLogger(__name__)
-
-WORTH_SHARING = 0.9
-"""Responses that share a prompt are scored after one reading of it where that leaves at most this share of tokens."""
 
 EMBEDDED = Path(__file__).parent / "tasks" / "strategy_sum" / "model"
 
@@ -250,6 +249,12 @@ class Policy(nn.Module):
             yield "lm_head.weight", whole(cast(Tensor, head.weight)).detach()
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt can be read once for several responses in training too: not where activations are computed
+        again, which leaves no cache, nor with sharded weights, which want the same passes on all ranks."""
+        return not self.gradient_checkpointing and not isinstance(self.model, FSDPModule)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
@@ -287,6 +292,7 @@ class Policy(nn.Module):
         response_mask: Tensor,
         temperature: float = 1.0,
         blocks: Sequence[tuple[int, int]] | None = None,
+        shared: Shared | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each response token, without the logits of the whole batch in memory.
 
@@ -295,14 +301,22 @@ class Policy(nn.Module):
             attention_mask: 0 at padding, [B, T].
             response_mask: True at response tokens, [B, T]; never at position 0.
             temperature: Divides the logits, as it did when the tokens were sampled.
-            blocks: As in `from_logits`.
+            blocks: As in `from_logits`; so is the next.
+            shared: The prompts that rows share.
 
         Returns:
             Log-probs and entropies in nats, float32 [B, T], 0 outside the response. Gradient flows through both.
         """
         targets = input_ids[response_mask.bool()]
         logp, entropy = self.from_logits(
-            token_log_probs, input_ids, attention_mask, response_mask, temperature, targets, blocks=blocks
+            token_log_probs,
+            input_ids,
+            attention_mask,
+            response_mask,
+            temperature,
+            targets,
+            blocks=blocks,
+            shared=shared,
         )
         return at_mask(logp, response_mask), at_mask(entropy, response_mask)
 
@@ -315,6 +329,7 @@ class Policy(nn.Module):
         temperature: float,
         *of_tokens: Tensor,
         blocks: Sequence[tuple[int, int]] | None = None,
+        shared: Shared | None = None,
     ) -> list[Tensor]:
         """What can be computed from the logits of each response token, `logits_chunk` tokens at a time: the logits of a
         chunk are dropped, and computed again in the backward pass, so that they are never all in memory.
@@ -329,12 +344,18 @@ class Policy(nn.Module):
             of_tokens: Whatever else `compute` needs of the R response tokens of the batch, in reading order, [R, ...].
             blocks: Rows and width of the parts that go through the decoder on their own, as `padding.blocks` gives
                 them; None for one part.
+            shared: The prompts, where each is read once for the rows that share it; the widths of the blocks are then
+                those of the responses alone.
 
         Returns:
             The tensors that `compute` returns, of all response tokens, [R, ...].
         """
+        blocks = blocks or [(len(input_ids), input_ids.shape[1])]
+        if shared is not None:
+            states = self._states_of_siblings(input_ids, attention_mask, response_mask, blocks, shared)
+            return self._in_chunks(compute, states, temperature, *of_tokens)
         parts, start = [], 0
-        for rows, width in blocks or [(len(input_ids), input_ids.shape[1])]:
+        for rows, width in blocks:
             part = slice(start, start + rows), slice(width)
             parts.append(self._states(input_ids[part], attention_mask[part], response_mask[part]))
             start += rows
@@ -398,64 +419,95 @@ class Policy(nn.Module):
 
     def _states_of(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[list[int], Tensor]]:
         """Sequences in batches, with what `_logits` makes the logits of their response tokens of, [R, H]."""
-        prompts = {tuple(prompt): prompt for prompt, _ in sequences}
-        whole = sum(len(prompt) + len(response) for prompt, response in sequences)
-        shared = sum(map(len, prompts)) + sum(len(response) for _, response in sequences)
-        if shared >= WORTH_SHARING * whole or not all(prompts):
+        if not worth_sharing(sequences):
             for chosen in batches([sum(map(len, sequence)) for sequence in sequences], self.score_tokens):
                 yield chosen, self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
             return
-        siblings: dict[tuple[int, ...], list[int]] = {prompt: [] for prompt in prompts}
+        siblings: dict[tuple[int, ...], list[int]] = {}
         for i, (prompt, _) in enumerate(sequences):
-            siblings[tuple(prompt)].append(i)
+            siblings.setdefault(tuple(prompt), []).append(i)
         groups = list(siblings.items())
         # The room that a prompt takes is that of all its rows.
         longest = [len(prompt) + max(len(sequences[i][1]) for i in rows) for prompt, rows in groups]
         most = max(len(rows) for _, rows in groups)
         for part in batches(longest, max(1, self.score_tokens // most)):
-            yield from self._states_after_prompts(sequences, [groups[g] for g in part])
+            yield from self._states_after_prompts(sequences, [i for g in part for i in groups[g][1]])
 
     def _states_after_prompts(
-        self, sequences: Sequence[tuple[list[int], list[int]]], groups: Sequence[tuple[tuple[int, ...], list[int]]]
+        self, sequences: Sequence[tuple[list[int], list[int]]], chosen: Sequence[int]
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Reads some prompts, padded on the left, and then the responses that follow each."""
+        """Reads the prompts of some sequences, and then the responses that follow each."""
+        prompts, mask, after = share_prompts([sequences[i][0] for i in chosen], self.device)
+        read = self._read_prompts(prompts, mask)
+        for part in batches([len(sequences[i][1]) for i in chosen], sys.maxsize):
+            those = [chosen[m] for m in part]
+            told, _, asked = pad_sequences([([], sequences[i][1]) for i in those], self.device)
+            yield those, self._states_told(read, mask, after[part], told, asked)[asked]
+
+    def _states_of_siblings(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        blocks: Sequence[tuple[int, int]],
+        shared: Shared,
+    ) -> Tensor:
+        """`_states` of rows whose prompts are read once for all of them, [R, H]."""
+        prompts, mask, after = shared
+        read = self._read_prompts(prompts, mask)
+        begin = (attention_mask.bool() & ~response_mask.bool()).sum(1, keepdim=True)
+        length = response_mask.sum(1, keepdim=True)
+        parts, start = [], 0
+        for rows, width in blocks:
+            part, start = slice(start, start + rows), start + rows
+            place = torch.arange(width, device=input_ids.device)
+            asked = place < length[part]
+            told = input_ids[part].gather(1, (begin[part] + place).clamp(max=input_ids.shape[1] - 1))
+            parts.append(self._states_told(read, mask, after[part], told, asked)[asked])
+        return torch.cat(parts)
+
+    def _read_prompts(self, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+        """The cache of some prompts [G, P], padded on the left, and the state of each one's last token [G, H]."""
         from transformers.cache_utils import DynamicCache
 
-        longest = max(len(prompt) for prompt, _ in groups)
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt, _ in groups], device=self.device)
-        mask = torch.tensor(
-            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in groups], device=self.device
-        )
         cache = DynamicCache(config=self.config)
-        last = self._all_states(
+        states = self._all_states(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=True,
             **cache_argument(self.model, cache),
-        )[:, -1]
-        members = [(i, g) for g, (_, rows) in enumerate(groups) for i in rows]
-        for part in batches([len(sequences[i][1]) for i, _ in members], sys.maxsize):
-            chosen = [members[m][0] for m in part]
-            after = torch.tensor([members[m][1] for m in part], device=self.device)
-            # The last token of a response predicts nothing that is asked for.
-            told, told_mask, _ = pad_sequences([([], sequences[i][1][:-1]) for i in chosen], self.device)
-            states = last[after][:, None]
-            if told.shape[1]:
-                read = copy.copy(cache)  # selecting rows makes new tensors; those of the prompts stay
-                read.layers = [copy.copy(layer) for layer in cache.layers]
-                read.batch_select_indices(after)
-                seen = torch.cat([mask[after], told_mask], 1)
-                told_states = self._all_states(
-                    input_ids=told,
-                    attention_mask=seen,
-                    position_ids=(seen.cumsum(1) - 1)[:, longest:],
-                    use_cache=True,
-                    **cache_argument(self.model, read),
-                )
-                states = torch.cat([states, told_states], 1)
-            asked = pad_sequences([([], sequences[i][1]) for i in chosen], self.device)[2]
-            yield chosen, states[:, : asked.shape[1]][asked]
+        )
+        return cache, states[:, -1]
+
+    def _states_told(
+        self, read: tuple[DynamicCache, Tensor], mask: Tensor, after: Tensor, told: Tensor, asked: Tensor
+    ) -> Tensor:
+        """What predicts each token of some responses, [B, T, H].
+
+        Args:
+            read: What `_read_prompts` gave.
+            mask: Of the prompts, [G, P].
+            after: Which prompt each response follows, [B].
+            told: The responses, padded on the right, [B, T].
+            asked: Their mask, [B, T].
+        """
+        cache, last = read
+        states = last[after][:, None]
+        if told.shape[1] <= 1:
+            return states[:, : told.shape[1]]
+        ours = copy.copy(cache)  # selecting rows makes new tensors; those of the prompts stay
+        ours.layers = [copy.copy(layer) for layer in cache.layers]
+        ours.batch_select_indices(after)
+        seen = torch.cat([mask[after], asked[:, 1:].long()], 1)  # the last token of a response predicts nothing
+        told_states = self._all_states(
+            input_ids=told[:, :-1],
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1)[:, mask.shape[1] :],
+            use_cache=True,
+            **cache_argument(self.model, ours),
+        )
+        return torch.cat([states, told_states], 1)
 
     def compare(
         self,

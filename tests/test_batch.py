@@ -46,17 +46,22 @@ def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int
     made.zero_grad()
     for batch in batches:
         ids, attention, mask = batch.input_ids, batch.attention_mask, batch.response_mask
-        logp, _ = made.log_probs(ids, attention, mask, batch.temperature)
+        logp, _ = made.log_probs(ids, attention, mask, batch.temperature, batch.blocks, batch.shared)
         loss = clipped_surrogate(logp, batch.logp_old, batch.advantages, batch.response_mask, aggregation=aggregation)
         (loss.loss * batch.share / accumulate).backward()
     return torch.cat([p.grad.flatten() for p in made.parameters()])
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["each prompt", "shared prompts"])
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 20])
-def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(aggregation: Any, accumulate: int) -> None:
+def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(
+    aggregation: Any, accumulate: int, share: bool
+) -> None:
     made, data = policy(), epoch()
-    cut = list(micro_batches(data, 2, accumulate, aggregation))
+    cut = list(micro_batches(data, 2, accumulate, aggregation, share_prompts=share))
+    if accumulate == 1:
+        assert any(batch.shared is not None for batch in cut) == share
     assert len(cut) == 2 * accumulate
     for step in range(2):
         rows = [r for r in data.rollouts if r.group // 2 == step]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrt_lightning.padding import WASTE, balance, batches, blocks, pad_sequences
+from rlrt_lightning.padding import WASTE, balance, batches, blocks, pad_sequences, share_prompts
 from tests.tiny import ARCHITECTURES, policy
 
 
@@ -77,6 +77,30 @@ def test_blocks_change_no_log_prob_and_no_gradient(architecture: str) -> None:
             (logp.detach(), entropy.detach(), [p.grad for p in made.model.parameters() if p.grad is not None])
         )
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prompts_that_are_read_once_change_no_log_prob_and_no_gradient(architecture: str) -> None:
+    made = policy(architecture, logits_chunk=3)
+    made.model.eval()
+    prompts = [[5, 6, 7, 2, 9, 4, 8, 3], [4, 5, 7]]
+    sequences = [
+        (prompts[1], [10, 11, 12, 13, 14, 2, 15, 1]),
+        (prompts[0], [8, 9, 11, 3, 5, 1]),
+        (prompts[0], [20, 4]),
+        (prompts[1], [7]),
+        (prompts[0], [1]),
+    ]
+    given_, shared = pad_sequences(sequences), share_prompts([prompt for prompt, _ in sequences])
+    assert len(shared[0]) == 2
+    results = []
+    for given in ({}, {"shared": shared, "blocks": [(1, 8), (2, 6), (2, 1)]}):
+        made.model.zero_grad()
+        logp, entropy = made.log_probs(*given_, **given)
+        (logp.sum() + 0.3 * entropy.sum()).backward()
+        gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
+        results.append((logp.detach(), entropy.detach(), gradients))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("score_tokens", [1, 30, 4096])
