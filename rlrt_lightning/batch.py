@@ -35,6 +35,7 @@ class EpochBatch:
         logp_teacher: Log-probs of the tokens under the teacher, nats, [N, T]; 0 where it did not score.
         credit: What the method made of it, [N, T] each.
         stats: Figures for the logs by tag.
+        faults: Which roll-outs have log-probs that are not finite, and which these are.
     """
 
     problems: list[Problem]
@@ -49,6 +50,7 @@ class EpochBatch:
     logp_teacher: Tensor
     credit: Credit
     stats: dict[str, float] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
 
     @property
     def has_context(self) -> Tensor:
@@ -176,6 +178,11 @@ class Batches(Generic[T]):
     def left(self) -> list[T]:
         """Those that were not given out yet."""
         return self.batches[self.given - self._before :]
+
+    def newest(self, n: int) -> list[T]:
+        """The n that were given out last."""
+        end = self.given - self._before
+        return self.batches[max(0, end - n) : end]
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the data module saves what is left. Lightning warns of a loader that has none of these two."""

@@ -19,7 +19,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
-from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
+from rlrt_lightning.callbacks import (
+    CollapseGuard,
+    Evaluation,
+    NumberGuard,
+    RankGuard,
+    ReversedSignalLogger,
+    SafeStop,
+    TeacherRefresh,
+)
 from rlrt_lightning.checkpoints import disk_error, newest, problem
 from rlrt_lightning.credentials import masked, refuse_credentials
 from rlrt_lightning.datamodule import RolloutDataModule
@@ -176,9 +184,10 @@ def _meant(word: str, known: Iterable[str]) -> str:
 class RLRTCli(LightningCLI):
     """LightningCLI with `RLRTModule` and `RolloutDataModule`.
 
-    `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard` and `ModelCheckpoint` are always there, and set
-    by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`, `rank_guard` and `checkpoint`; one of the same
-    class under `trainer.callbacks` takes their place. So is `SafeStop`, which has no settings.
+    `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard`, `NumberGuard`, `CollapseGuard` and
+    `ModelCheckpoint` are always there, and set by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`,
+    `rank_guard`, `number_guard`, `collapse_guard` and `checkpoint`; one of the same class under `trainer.callbacks`
+    takes their place. So is `SafeStop`, which has no settings.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -219,6 +228,8 @@ class RLRTCli(LightningCLI):
         parser.add_lightning_class_args(ReversedSignalLogger, "reversed_signal")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(RankGuard, "rank_guard")
+        parser.add_lightning_class_args(NumberGuard, "number_guard")
+        parser.add_lightning_class_args(CollapseGuard, "collapse_guard")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -190,6 +190,14 @@ class RolloutDataModule(LightningDataModule):
             self._made = self._make_epoch()
         return self._made
 
+    def newest_batches(self, n: int) -> list[MicroBatch]:
+        """The micro-batches that were trained on last, on the CPU.
+
+        Args:
+            n: How many.
+        """
+        return self._made.newest(n) if self._made is not None else []
+
     def finish_epoch(self) -> None:
         """The epoch was trained on; the module says so at its end."""
         self._made = self._begun = None
@@ -213,11 +221,16 @@ class RolloutDataModule(LightningDataModule):
                 shaped = method.shape_rewards(rewards, groups, [r.text for r in rollouts])
                 advantages = group_advantages(shaped, groups, method.normalize_std)
 
-            wanted = method.uses_teacher(advantages, rewards)
+            # A response without any token has its share in rewards and advantages, and nothing that could be learnt.
+            spoken = torch.tensor([len(r.response_ids) > 0 for r in rollouts])
+            wanted = method.uses_teacher(advantages, rewards) & spoken
             scored = module.policy.scored = Scored()
             with self.stop_signal.may_end(trainer), clock("rescore"):
                 if self.rescore:
-                    self._rescore(rollouts, (advantages != 0) | wanted)
+                    self._rescore(rollouts, ((advantages != 0) & spoken) | wanted)
+            faults = _take_out_bad(rollouts)
+            unusable = torch.tensor([i in faults for i in range(len(rollouts))])
+            advantages, wanted = advantages.masked_fill(unusable, 0.0), wanted & ~unusable
             with self.stop_signal.may_end(trainer), clock("teacher"):
                 contexts = module.teacher.contexts(
                     method.context,
@@ -242,6 +255,9 @@ class RolloutDataModule(LightningDataModule):
                 )
                 self.engine.release()
 
+        for i, score in enumerate(teacher):
+            if score is not None and (wrong := _not_finite(vars(score))):
+                faults[i], teacher[i] = f"the teacher's {wrong}", None
         contexts = [None if score is None else c for c, score in zip(contexts, teacher, strict=True)]
         mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
         logp_old = pad_rows([r.logp for r in rollouts])
@@ -257,8 +273,10 @@ class RolloutDataModule(LightningDataModule):
             credit = method(*figures, teacher_entropy, self._sum_over_ranks)
         else:
             credit = method(*figures)
+        credit = credit.without(unusable)
 
         stats = {**_statistics(rollouts, rewards, groups), **clock.stats}
+        stats["faults/rollouts"] = float(self._sum_over_ranks(torch.tensor(float(len(faults)))))
         if self.rescore:
             rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
             stats |= _mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
@@ -284,6 +302,7 @@ class RolloutDataModule(LightningDataModule):
             logp_teacher=logp_teacher,
             credit=credit,
             stats=stats,
+            faults=faults,
         )
         return micro_batches(
             self.epoch,
@@ -713,6 +732,8 @@ class RolloutDataModule(LightningDataModule):
     def _encode(self, problem: Problem) -> list[int] | None:
         """Tokens of a prompt, or None where it is too long and dropped."""
         tokens, ids = self._measured(problem, self.max_prompt_tokens)
+        if not tokens:
+            raise ConfigError(f"problem {problem.id}: its prompt has no tokens, and a response needs one to follow")
         if tokens <= self.max_prompt_tokens:
             return ids
         if self.overlong_prompts == "error":
@@ -810,6 +831,27 @@ class _Clock:
         self._within = outside + spent
 
 
+def _take_out_bad(rollouts: Sequence[Rollout]) -> dict[int, str]:
+    """Which roll-outs have log-probs that are not finite, and which these are; they get 0 in place of these."""
+    faults = {}
+    for i, rollout in enumerate(rollouts):
+        by = {"logp of the policy": rollout.logp, "logp of the sampler": rollout.sampler_logp}
+        if wrong := _not_finite(by):
+            faults[i] = wrong
+            rollout.logp, rollout.sampler_logp = torch.zeros(len(rollout.response_ids)), None
+    return faults
+
+
+def _not_finite(figures: Mapping[str, Tensor | None]) -> str | None:
+    """What is not finite among some figures of a response's tokens, [T, ...] each: the first, in words."""
+    for name, values in figures.items():
+        if values is not None and not values.isfinite().all():
+            where = int((~values.isfinite()).nonzero()[0, 0])
+            bad = values[~values.isfinite()][0]
+            return f"{name} is {float(bad)} at token {where}"
+    return None
+
+
 def _mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
     """How far the sampler is from the trainer, from log P_trainer - log P_sampler of the sampled tokens [R] and whether
     the importance weight was capped [R]."""
@@ -843,7 +885,9 @@ def _statistics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) ->
     }
     if all(r.entropy is not None for r in rollouts):
         of_tokens = torch.cat([r.entropy for r in rollouts if r.entropy is not None])
-        stats["rollout/entropy"] = Mean(float(of_tokens.mean()), len(of_tokens))
+        of_tokens = of_tokens[of_tokens.isfinite()]
+        if len(of_tokens):
+            stats["rollout/entropy"] = Mean(float(of_tokens.mean()), len(of_tokens))
     labels = Counter(v.label for v in verdicts if v.label is not None)
     stats |= {f"labels/{label}": torch.tensor(count / len(verdicts)) for label, count in labels.items()}
     return {tag: value if isinstance(value, Mean) else float(value) for tag, value in stats.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -100,6 +101,9 @@ class RLRTModule(LightningModule):
         self._places = 0  # of these, padding included
         self._figures: dict[str, list[tuple[Tensor | float, int]]] = {}
         self._of_rollouts: dict[str, float] = {}
+        self._steps = {"faults/skipped_steps": 0, "train/empty_steps": 0}  # of the epoch
+        self.skipped = False
+        """Whether the newest optimiser step was skipped, because its gradient was not finite."""
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -187,6 +191,7 @@ class RLRTModule(LightningModule):
         if self._data.epoch is not None:
             self.log_epoch(mean_over_ranks(self.trainer, self._data.epoch.stats))
         self._tokens, self._places = 0, 0
+        self._steps = dict.fromkeys(self._steps, 0)
         self._epoch_start = time.perf_counter()
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
@@ -195,9 +200,20 @@ class RLRTModule(LightningModule):
             torch.manual_seed(derive_seed(self._data.seed, "training", self.global_step, self.global_rank))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Notes the gradient's norm before it is clipped, and the learning rate."""
+        """Notes the gradient's norm before it is clipped, and the learning rate.
+
+        A step whose gradient is not finite is skipped, and so is one whose gradient is exactly 0, since no rank has
+        anything to learn: momentum and weight decay would move the policy without any evidence. The norm is that over
+        all ranks, so all of them decide the same."""
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # and skips by itself
+        self.skipped = not math.isfinite(norm) and not scales
+        self._steps["faults/skipped_steps"] += self.skipped
+        self._steps["train/empty_steps"] += norm == 0
+        if self.skipped or norm == 0:
+            for p in self.policy.parameters():
+                p.grad = None  # optimisers leave alone what has none
         for tag, value in (("train/grad_norm", norm), ("train/lr", optimizer.param_groups[0]["lr"])):
             self._figures.setdefault(tag, []).append((value, 1))
 
@@ -208,9 +224,12 @@ class RLRTModule(LightningModule):
         then would be missing if the run were killed in between."""
         figures: dict[str, float] = {}
         for tag, parts in self._figures.items():
-            count = sum(n for _, n in parts)
-            figures[tag] = Mean(sum(float(mean) * n for mean, n in parts) / max(count, 1), count)
+            # A skipped step would make a whole epoch's curve NaN; what was bad in it stands in a file of its own.
+            finite = [(float(mean), n) for mean, n in parts if n and math.isfinite(mean)]
+            count = sum(n for _, n in finite)
+            figures[tag] = Mean(sum(mean * n for mean, n in finite) / max(count, 1), count)
         self._figures.clear()
+        figures |= self._steps
         tokens = float(self._tokens)
         seconds = figures["time/train"] = time.perf_counter() - self._epoch_start
         figures["speed/train_tokens_per_s"] = tokens / seconds
@@ -231,6 +250,11 @@ class RLRTModule(LightningModule):
         """
         self._of_rollouts |= {tag: float(value) for tag, value in values.items()}
 
+    @property
+    def rollout_figures(self) -> dict[str, float]:
+        """What was logged of the epoch's roll-outs, by tag; the same on all ranks."""
+        return self._of_rollouts
+
     def figures_so_far(self) -> dict[str, Any]:
         """What is to be logged at the end of the epoch, for a checkpoint within it."""
         figures = {tag: [(float(mean), n) for mean, n in parts] for tag, parts in self._figures.items()}
@@ -239,13 +263,14 @@ class RLRTModule(LightningModule):
             "rollouts": self._of_rollouts,
             "tokens": int(self._tokens),
             "places": self._places,
+            "steps": self._steps,
             "seconds": time.perf_counter() - self._epoch_start,
         }
 
     def go_on_with(self, so_far: dict[str, Any]) -> None:
         """Takes up what `figures_so_far` gave."""
         self._figures, self._of_rollouts = so_far["figures"], so_far["rollouts"]
-        self._tokens, self._places = so_far["tokens"], so_far["places"]
+        self._tokens, self._places, self._steps = so_far["tokens"], so_far["places"], so_far["steps"]
         self._epoch_start = time.perf_counter() - so_far["seconds"]
 
     # -- evaluation ------------------------------------------------------------------------------------------------

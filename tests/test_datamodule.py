@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from rlrt_lightning.callbacks import TeacherRefresh
 
 from rlrt_lightning import (
@@ -60,7 +60,14 @@ class Recorder(TeacherRefresh):
 
 
 def fit(
-    folder: Path, task: Task, epochs: int = 1, method: Method = RLRT(), accumulate: int = 1, **settings: Any
+    folder: Path,
+    task: Task,
+    epochs: int = 1,
+    method: Method = RLRT(),
+    accumulate: int = 1,
+    callbacks: Sequence[Callback] = (),
+    optimizer: Any = lambda p: torch.optim.SGD(p, lr=0.1),
+    **settings: Any,
 ) -> tuple[Recorder, RLRTModule]:
     policy = settings.pop("policy", None) or Policy()
     settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=30), **settings}
@@ -69,13 +76,13 @@ def fit(
         policy=policy,
         method=method,
         teacher=Teacher("{prompt}<sol>{context}"),
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        optimizer=optimizer,
     )
     recorder = Recorder()
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[recorder],
+        callbacks=[recorder, *callbacks],
         reload_dataloaders_every_n_epochs=1,
         accumulate_grad_batches=accumulate,
         default_root_dir=folder,

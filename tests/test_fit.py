@@ -59,6 +59,7 @@ def test_every_run_logs_its_signals(run4: Path) -> None:
     expected = """rollout/reward rollout/correct rollout/length rollout/truncated rollout/faults rollout/entropy
         rollout/overlong_prompts groups/mixed groups/all_correct groups/all_wrong labels/direct
         train/loss train/clip_fraction train/entropy train/kl train/grad_norm train/lr
+        train/empty_steps faults/rollouts faults/skipped_steps
         time/sync time/rollout time/verify time/teacher time/train
         speed/rollout_tokens_per_s speed/train_tokens_per_s speed/train_padding
         speed/score_tokens_per_s speed/score_padding

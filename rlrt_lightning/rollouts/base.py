@@ -61,7 +61,8 @@ class Rollout:
         group: Index of the prompt in the batch that was asked for; the K roll-outs of a prompt share it.
         index: Which of the group's K roll-outs this is, 0 to K-1.
         prompt_ids: Tokens of the prompt, [P].
-        response_ids: Tokens of the response exactly as they were sampled, the end token included, [T].
+        response_ids: Tokens of the response exactly as they were sampled, the end token included, [T]. With none, it
+            counts in its group's rewards, and has no gradient.
         logp: Log-probability (nats) of each response token under the policy at the sampling temperature, before
             top-p, top-k and min-p cut the distribution, float32 [T].
         entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.

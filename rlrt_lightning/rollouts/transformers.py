@@ -217,7 +217,8 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
         cumulative = _cut(probs, sampling).cumsum(-1)
         total = cumulative[:, -1:]
         target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        # With weights that are not finite no token is found; the log-prob then says what is wrong.
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return tokens, logp.gather(-1, tokens[:, None])[:, 0], entropy
 
 

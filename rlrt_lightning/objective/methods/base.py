@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,6 +43,19 @@ class Credit:
         """Which roll-outs have a gradient: bool [N]."""
         parts = (self.advantages, self.distillation, self.entropy_bonus)
         return torch.stack([p.ne(0).any(-1) for p in parts if p is not None]).any(0)
+
+    def without(self, rows: Tensor) -> Credit:
+        """The same with no gradient from some roll-outs, bool [N]; they still count in the mean."""
+
+        def cleared(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.masked_fill(rows[:, None], 0.0)
+
+        return replace(
+            self,
+            advantages=self.advantages.masked_fill(rows[:, None], 0.0),
+            distillation=cleared(self.distillation),
+            entropy_bonus=cleared(self.entropy_bonus),
+        )
 
 
 class Method(ABC):
