@@ -67,13 +67,13 @@ def fit(
     accumulate: int = 1,
     callbacks: Sequence[Callback] = (),
     optimizer: Any = lambda p: torch.optim.SGD(p, lr=0.1),
+    policy: Policy | None = None,
     **settings: Any,
 ) -> tuple[Recorder, RLRTModule]:
-    policy = settings.pop("policy", None) or Policy()
     settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=30), **settings}
     data = RolloutDataModule(task=task, benchmarks={}, **settings)
     module = RLRTModule(
-        policy=policy,
+        policy=policy or Policy(),
         method=method,
         teacher=Teacher("{prompt}<sol>{context}"),
         optimizer=optimizer,
@@ -172,7 +172,10 @@ def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path: Path) ->
     assert recorder.epochs[-1].stats["rollout/overlong_prompts"] > 0
     with pytest.raises(ConfigError, match=r"problem p\d: its prompt has \d+ tokens"):
         fit(tmp_path, task, max_prompt_tokens=7, overlong_prompts="error")
-    with pytest.raises(ConfigError, match="each of 7 prompts in a row was longer"):
+    with (
+        pytest.warns(UserWarning, match="7 of 7 prompts"),
+        pytest.raises(ConfigError, match="each of 7 prompts in a row was longer"),
+    ):
         fit(tmp_path, task, max_prompt_tokens=3)
 
 

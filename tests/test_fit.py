@@ -188,7 +188,7 @@ def test_training_learns(tmp_path: Path) -> None:
         (["--trainer.accelerator=gpu"], r"gpu"),
         (["--trainer.strategy=fdsp"], r"fdsp"),
         (["--trainer.reload_dataloaders_every_n_epochs=0"], r"reload_dataloaders_every_n_epochs"),
-        (["--ckpt_path=last"], r"no last.ckpt"),
+        (["--ckpt_path=last"], r"no checkpoint in"),
         (["--ckpt_path=nothing.ckpt"], r"nothing.ckpt"),
         (["--evaluation.ks=[16]"], r"evaluation.ks names 16.*samples is 8"),
         (["--config=nothing.yaml"], r"nothing.yaml"),

@@ -94,9 +94,9 @@ def test_prompts_that_are_read_once_change_no_log_prob_and_no_gradient(architect
     given_, shared = pad_sequences(sequences), share_prompts([prompt for prompt, _ in sequences])
     assert len(shared[0]) == 2
     results = []
-    for given in ({}, {"shared": shared, "blocks": [(1, 8), (2, 6), (2, 1)]}):
+    for how in ({}, {"shared": shared, "blocks": [(1, 8), (2, 6), (2, 1)]}):
         made.model.zero_grad()
-        logp, entropy = made.log_probs(*given_, **given)
+        logp, entropy = made.log_probs(*given_, **how)
         (logp.sum() + 0.3 * entropy.sum()).backward()
         gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
         results.append((logp.detach(), entropy.detach(), gradients))
