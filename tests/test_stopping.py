@@ -272,9 +272,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path, capfd: pytest
 def test_a_run_counted_in_steps_is_not_resumed_inexactly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = checkpoint(tmp_path / "last.ckpt")
     assert command("fit", tmp_path, f"--ckpt_path={path}", "--trainer.max_steps=8") == 2
-    assert (
-        "trainer.max_steps: a run is resumed exactly only where its end is counted in epochs" in capfd.readouterr().err
-    )
+    assert "trainer.max_steps: a run is resumed exactly only where its end" in capfd.readouterr().err
 
 
 def test_a_run_that_is_killed_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
