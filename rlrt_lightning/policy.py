@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import logging
 import pickle
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache, partial
@@ -427,10 +426,8 @@ class Policy(nn.Module):
         for i, (prompt, _) in enumerate(sequences):
             siblings.setdefault(tuple(prompt), []).append(i)
         groups = list(siblings.items())
-        # The room that a prompt takes is that of all its rows.
-        longest = [len(prompt) + max(len(sequences[i][1]) for i in rows) for prompt, rows in groups]
-        most = max(len(rows) for _, rows in groups)
-        for part in batches(longest, max(1, self.score_tokens // most)):
+        most = max(len(rows) for _, rows in groups)  # the room that a prompt takes is that of all its rows
+        for part in batches([len(prompt) for prompt, _ in groups], max(1, self.score_tokens // most)):
             yield from self._states_after_prompts(sequences, [i for g in part for i in groups[g][1]])
 
     def _states_after_prompts(
@@ -439,7 +436,7 @@ class Policy(nn.Module):
         """Reads the prompts of some sequences, and then the responses that follow each."""
         prompts, mask, after = share_prompts([sequences[i][0] for i in chosen], self.device)
         read = self._read_prompts(prompts, mask)
-        for part in batches([len(sequences[i][1]) for i in chosen], sys.maxsize):
+        for part in batches([len(sequences[i][1]) for i in chosen], self.score_tokens):
             those = [chosen[m] for m in part]
             told, _, asked = pad_sequences([([], sequences[i][1]) for i in those], self.device)
             yield those, self._states_told(read, mask, after[part], told, asked)[asked]
