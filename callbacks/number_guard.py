@@ -41,7 +41,7 @@ class NumberGuard(Callback):
     rate's schedule goes on. The roll-outs of its micro-batches go to `bad_numbers/step-N.jsonl` in the run's folder,
     those whose loss is not finite first. Roll-outs with log-probs that are not finite take no part in the update and go
     to `bad_numbers/epoch-N.jsonl`. `faults/skipped_steps` and `faults/rollouts` count both. Under
-    `--trainer.precision=16-mixed` the gradient scaler skips steps by itself, and they are not counted.
+    `--trainer.precision=16-mixed` the gradient scaler skips steps by itself, which count once its scale cannot fall.
 
     No checkpoint is written of weights that are not finite.
 
@@ -57,7 +57,11 @@ class NumberGuard(Callback):
         self._losses: list[Any] = []  # of the micro-batches since the last optimiser step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the epoch's roll-outs that have bad log-probs."""
+        """Writes the epoch's roll-outs that have bad log-probs.
+
+        Raises:
+            ConfigError: On all ranks, if there are no others.
+        """
         self._losses = []
         epoch = _data(trainer).epoch
         if epoch is None or not epoch.stats.get("faults/rollouts"):  # over all ranks
@@ -72,6 +76,11 @@ class NumberGuard(Callback):
         if trainer.is_global_zero:
             count = int(epoch.stats["faults/rollouts"])
             log.warning("%d roll-outs of epoch %d have bad log-probs: %s", count, trainer.current_epoch, path)
+        if epoch.stats["faults/rollouts"] >= trainer.world_size * len(epoch.rollouts):
+            raise ConfigError(
+                f"all roll-outs of epoch {trainer.current_epoch} have log-probs that are not finite: look at {path}; "
+                "the model's weights or the sampler (data.engine) are broken, so go on from an earlier checkpoint"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -236,7 +236,7 @@ class RolloutDataModule(LightningDataModule):
                     method.context,
                     problems,
                     rollouts,
-                    method.successful(rewards),
+                    method.successful(rewards) & ~unusable,
                     self.seed,
                     self._epochs,
                     0,

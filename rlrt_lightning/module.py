@@ -202,16 +202,16 @@ class RLRTModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Notes the gradient's norm before it is clipped, and the learning rate.
 
-        A step whose gradient is not finite is skipped, and so is one whose gradient is exactly 0, since no rank has
-        anything to learn: momentum and weight decay would move the policy without any evidence. The norm is that over
-        all ranks, so all of them decide the same."""
+        A step whose gradient is not finite is skipped. The norm is that over all ranks, so all of them decide the same.
+        One whose gradient is exactly 0, since no rank has anything to learn, is taken: momentum goes on as ever."""
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
         norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
-        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # and skips by itself
-        self.skipped = not math.isfinite(norm) and not scales
+        # One that looks for a scale skips by itself, until there is no smaller one to try.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        self.skipped = not math.isfinite(norm) and (scaler is None or scaler.get_scale() <= 1)
         self._steps["faults/skipped_steps"] += self.skipped
         self._steps["train/empty_steps"] += norm == 0
-        if self.skipped or norm == 0:
+        if self.skipped:
             for p in self.policy.parameters():
                 p.grad = None  # optimisers leave alone what has none
         for tag, value in (("train/grad_norm", norm), ("train/lr", optimizer.param_groups[0]["lr"])):

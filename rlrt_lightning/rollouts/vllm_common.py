@@ -93,6 +93,8 @@ class VllmEngine(RolloutEngine):
         if not rollouts:
             return
         apart = torch.cat([(r.logp - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
+        if not len(apart):  # of responses without a token
+            return
         limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
         if not float(apart.mean()) <= limit:  # NaN is no agreement either
             raise EngineError(
