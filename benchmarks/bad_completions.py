@@ -5,7 +5,7 @@ r"""Adversarial completions against the rewards, in the verifier's real worker p
 Megabytes of digits, LaTeX nested ten thousand deep, towers of exponents, code that would leave a trace if anything ran
 it, bytes that are no text. Prints a table by kind; ends with exit code 1 where a wrong completion counted as right or a
 right one as wrong, where a verdict took longer or a worker held more memory than its limit, or where code of a
-completion was run. Five thousand take about twelve minutes on two cores.
+completion was run. Five thousand take five to twelve minutes on two cores.
 """
 
 from __future__ import annotations
