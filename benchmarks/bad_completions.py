@@ -329,6 +329,9 @@ class Trap:
             return True
         return self.file.exists()
 
+    def close(self) -> None:
+        self._socket.close()
+
 
 def judged(
     given: Iterable[Case], timeout_s: float, memory_gb: float, workers: int

@@ -9,8 +9,9 @@ import warnings
 from rlrt_lightning.errors import ConfigError
 
 EXPECTED_WARNINGS = (
-    # Lightning's own use of torch and of jsonargparse, which the user can do nothing about.
+    # Lightning's own use of torch and of jsonargparse, and peft's of transformers, which the user can do nothing about.
     r".*isinstance\(treespec, LeafSpec\)",
+    r".*`is_gradient_checkpointing` is deprecated",
     r"\s*(By default only one JsonargparseDeprecationWarning|[\s\S]* was deprecated in v4\.)",
     # What we mean to do: a resumed run has a folder of its own, a teacher's copy is never trained, and in an epoch in
     # which no roll-out is better than its siblings there is nothing to train on.

@@ -687,11 +687,14 @@ class RolloutDataModule(LightningDataModule):
 
     def _tokens(self, problem: Problem) -> list[int]:
         try:
-            return self._module.policy.encode_prompt(problem.prompt)
+            ids = self._module.policy.encode_prompt(problem.prompt)
         except Exception as error:  # a chat template refuses a conversation by raising whatever it likes
             raise ConfigError(
                 f"problem {problem.id}: its prompt cannot be made tokens: {type(error).__name__}: {first_line(error)}"
             ) from error
+        if not ids:
+            raise ConfigError(f"problem {problem.id}: its prompt has no tokens, and a response needs one to follow")
+        return ids
 
     def _measured(self, problem: Problem, most: int) -> tuple[int, list[int]]:
         """The number of a prompt's tokens, and the tokens. A prompt that is longer than so many of the longest token is
@@ -732,8 +735,6 @@ class RolloutDataModule(LightningDataModule):
     def _encode(self, problem: Problem) -> list[int] | None:
         """Tokens of a prompt, or None where it is too long and dropped."""
         tokens, ids = self._measured(problem, self.max_prompt_tokens)
-        if not tokens:
-            raise ConfigError(f"problem {problem.id}: its prompt has no tokens, and a response needs one to follow")
         if tokens <= self.max_prompt_tokens:
             return ids
         if self.overlong_prompts == "error":

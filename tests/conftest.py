@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared/ folder with data sets and golden vectors is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """A strategy of several ranks that ran in this process leaves no trace for the tests after it."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def pytest_configure(config: pytest.Config) -> None:

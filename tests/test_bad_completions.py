@@ -25,6 +25,7 @@ def test_no_completion_is_run_counts_as_right_or_stops_the_verifier():
         assert not (verdict.correct and not case.right), case
     assert sum(verdict.correct for verdict in verdicts) >= 1
     assert not trap.sprung()
+    trap.close()
     faults = {verdict.message for verdict in verdicts if verdict.fault}
     assert all("time limit of 0.5 s" in fault or fault.startswith("MemoryError") for fault in faults), faults
     assert memory.peak < 2e9

@@ -289,7 +289,7 @@ def test_the_command_line_says_it_in_one_line(tmp_path, capfd, bad_rows, words):
     path.write_bytes(b"\n".join(line for line, _ in lines))
     columns = [f"--data.task.{column}={column}" for column in ("prompt", "answer", "id")]
     source = [f"--data.task.train={path}", f"--data.task.bad_rows={bad_rows}"]
-    folder = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"]
+    folder = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.max_epochs=1"]
     assert main(["fit", "--data.task=DatasetTask", *columns, *source, *folder]) == 2
     said = capfd.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("error:")]

@@ -56,6 +56,7 @@ def test_the_papers_settings(name: str, path: str, eps_w: float, resolved: Any) 
     assert (data["max_prompt_tokens"], settings["trainer"]["max_epochs"]) == (2048, 100)
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts of data.* are longer")
 def test_the_papers_config_runs_on_a_shrunk_random_model(tmp_path: Path, shared: Path) -> None:
     small = policy("qwen3")
     small.model.save_pretrained(tmp_path / "model")

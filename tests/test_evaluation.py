@@ -226,6 +226,7 @@ def test_two_ranks_find_what_one_finds(undisturbed: tuple[Path, dict[str, Any]],
         assert curve[0][1] == pytest.approx(figures[tag][0][1], rel=1e-5), tag
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts of data.* are longer")
 def test_the_papers_benchmarks_are_layers(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files are read where they are, and all six benchmarks of one config are evaluated at once."""
     monkeypatch.chdir(ROOT)

@@ -92,6 +92,7 @@ def union(folder: Path) -> dict[str, dict[int, float]]:
     return curves
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # `validate` has other settings
 def test_a_run_that_is_stopped_goes_on_from_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """SIGTERM in each phase of an epoch in turn, where checkpoints are made every four epochs only."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -255,6 +255,6 @@ def test_when_a_rank_hangs_the_others_end_within_the_time_limit(tmp_path: Path) 
     processes = start(2, "ddp", str(tmp_path), "hangs")
     code, said = finish(processes[:1], timeout=60)[0]
     os.kill(processes[1].pid, signal.SIGKILL)
-    processes[1].wait()
+    processes[1].communicate()
     assert code == 3
     assert "nothing was heard of rank 1 for 10 s" in said
