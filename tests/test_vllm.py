@@ -38,9 +38,12 @@ from rlrt_lightning.seeding import derive_seed
 from tests.processes import run_cli, unused_port
 from tests.test_fit import ROOT, SMALL, command, scalars
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (tests/install_vllm_cpu.sh)"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (tests/install_vllm_cpu.sh)"
+    ),
+    pytest.mark.filterwarnings("default"),  # vLLM has many, which are no errors of ours
+]
 
 SAMPLING = Sampling(max_new_tokens=30)
 ENGINE_SECONDS = 240  # until a server that was started answers
