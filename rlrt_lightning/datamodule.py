@@ -6,48 +6,40 @@
 from __future__ import annotations
 
 import logging
-import reprlib
 import sys
 import time
-import traceback
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
-from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.epoch_figures import Clock, mismatch, not_finite, statistics, take_out_bad
+from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.policy import Scored
+from rlrt_lightning.prompts import PromptReader, read_problems
 from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.rollouts.ahead import Ahead, Drawn
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
-from rlrt_lightning.tasks.base import OnDemand, Split
 from rlrt_lightning.tasks.verifier import Verifier
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
 
 log = logging.getLogger(__name__)
-
-EAGER_ROWS = 100_000
-"""Data sets up to this size are checked row by row at the start; larger ones, and endless ones, as rows are drawn."""
-
-_SPARE_TOKENS = 16  # what a chat template may add to one prompt more than to another
 
 MOST_MISSES = 1000
 """So many prompts in a row that are too long: the limit is wrong."""
@@ -164,7 +156,7 @@ class RolloutDataModule(LightningDataModule):
         """Names of the problems whose results are known already, by benchmark; the `Evaluation` callback knows them."""
         self.stop_signal = StopSignal()
         """Whether the run was asked to end; the `SafeStop` callback listens for that."""
-        self._clock = _Clock()
+        self._clock = Clock()
         self._ahead = Ahead()
         self._restored: list[dict[str, Any]] = []
         self._synced: int | None = None
@@ -206,7 +198,7 @@ class RolloutDataModule(LightningDataModule):
         """Prompts, roll-outs, verdicts, advantages, teacher, credit, micro-batches."""
         trainer, module = self._trainer, self._module
         method = module.method.at(trainer.global_step)
-        clock = self._clock = _Clock()
+        clock = self._clock = Clock()
         with self.computing():
             problems, prompts, seeds = self._draw_prompts(self._epochs)
 
@@ -228,7 +220,7 @@ class RolloutDataModule(LightningDataModule):
             with self.stop_signal.may_end(trainer), clock("rescore"):
                 if self.rescore:
                     self._rescore(rollouts, ((advantages != 0) & spoken) | wanted)
-            faults = _take_out_bad(rollouts)
+            faults = take_out_bad(rollouts)
             unusable = torch.tensor([i in faults for i in range(len(rollouts))])
             advantages, wanted = advantages.masked_fill(unusable, 0.0), wanted & ~unusable
             with self.stop_signal.may_end(trainer), clock("teacher"):
@@ -256,7 +248,7 @@ class RolloutDataModule(LightningDataModule):
                 self.engine.release()
 
         for i, score in enumerate(teacher):
-            if score is not None and (wrong := _not_finite(vars(score))):
+            if score is not None and (wrong := not_finite(vars(score))):
                 faults[i], teacher[i] = f"the teacher's {wrong}", None
         contexts = [None if score is None else c for c, score in zip(contexts, teacher, strict=True)]
         mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
@@ -275,11 +267,11 @@ class RolloutDataModule(LightningDataModule):
             credit = method(*figures)
         credit = credit.without(unusable)
 
-        stats = {**_statistics(rollouts, rewards, groups), **clock.stats}
+        stats = {**statistics(rollouts, rewards, groups), **clock.stats}
         stats["faults/rollouts"] = float(self._sum_over_ranks(torch.tensor(float(len(faults)))))
         if self.rescore:
             rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
-            stats |= _mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
+            stats |= mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
         stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / max(sampling_s, 1e-9)
         if scored.places:
             tokens, seconds = float(scored.tokens), stats["time/rescore"] + stats["time/teacher"]
@@ -497,7 +489,7 @@ class RolloutDataModule(LightningDataModule):
             seeds: A seed for each problem.
         """
         with self.computing():
-            prompts = [self._tokens(p) for p in problems]
+            prompts = [self._reader.tokens(p) for p in problems]
             drawn = self._roll_out(task, problems, prompts, n, sampling, seeds)
         return self._collect_verdicts(problems, drawn)
 
@@ -512,31 +504,32 @@ class RolloutDataModule(LightningDataModule):
         self._synced = self._made = None
         policy = self._module.policy
         _ = policy.tokenizer, policy.end_tokens
+        self._reader = PromptReader(policy, self.overlong_prompts)
         limit = policy.max_positions
         if limit is not None and self.max_prompt_tokens >= limit:
             self.max_prompt_tokens = limit - 1
         if stage == "fit":
             self._check_trainer()
-            self._problems = _read(self.task, "train", "data.task")
+            self._problems = read_problems(self.task, "train", "data.task")
             if not len(self._problems):
                 raise ConfigError("data.task: there are no problems to train on")
             self._check_context()
             self._check_cuts()
             self._check_ahead()
             self._scoring_engine()
-            self._check_lengths(
+            self._reader.check_lengths(
                 "data.task", self._problems, "data.max_prompt_tokens", self.max_prompt_tokens, "they are left out"
             )
         for name, spec in self.benchmarks.items():
             if spec.samples < 1:
                 raise ConfigError(f"data.benchmarks.{name}.samples is {spec.samples}; it has to be at least 1")
             where = f"data.benchmarks.{name}"
-            problems = _read(spec.task or self.task, "heldout", where)
+            problems = read_problems(spec.task or self.task, "heldout", where)
             if not len(problems):
                 raise ConfigError(f"{where}: there are no problems to evaluate on")
             problems = problems[: spec.limit] if spec.limit is not None else problems
             if limit is not None:
-                self._check_lengths(
+                self._reader.check_lengths(
                     where, problems, "the longest prompt of the model", limit - 1, "they count like the others"
                 )
             self._eval_problems[name] = problems
@@ -685,56 +678,9 @@ class RolloutDataModule(LightningDataModule):
             self._order = round_, torch.randperm(len(self._problems), generator=shuffle)
         return int(self._order[1][place])
 
-    def _tokens(self, problem: Problem) -> list[int]:
-        try:
-            ids = self._module.policy.encode_prompt(problem.prompt)
-        except Exception as error:  # a chat template refuses a conversation by raising whatever it likes
-            raise ConfigError(
-                f"problem {problem.id}: its prompt cannot be made tokens: {type(error).__name__}: {first_line(error)}"
-            ) from error
-        if not ids:
-            raise ConfigError(f"problem {problem.id}: its prompt has no tokens, and a response needs one to follow")
-        return ids
-
-    def _measured(self, problem: Problem, most: int) -> tuple[int, list[int]]:
-        """The number of a prompt's tokens, and the tokens. A prompt that is longer than so many of the longest token is
-        too long however it is cut, and left whole: to take one of 100 MB apart would need minutes."""
-        characters = _size(problem)
-        if characters > most and characters > most * self._longest_token:
-            return characters // self._longest_token, []
-        tokens = self._tokens(problem)
-        return len(tokens), tokens
-
-    @cached_property
-    def _longest_token(self) -> int:
-        return max(map(len, self._module.policy.tokenizer.get_vocab()))
-
-    def _check_lengths(self, where: str, problems: Sequence[Problem], limit: str, most: int, fate: str) -> None:
-        """Counts the prompts that are too long, where the data is there; what is made on demand is checked as it is
-        drawn. Finds conversations that the chat template refuses, too."""
-        if len(problems) > EAGER_ROWS or isinstance(problems, OnDemand):
-            return
-        shortest: dict[tuple[str, ...], Problem] = {}  # of each sequence of roles
-        for problem in sorted(problems, key=_size):
-            shortest.setdefault(_roles(problem), problem)
-        added = {roles: len(self._tokens(p)) - _size(p) + _SPARE_TOKENS for roles, p in shortest.items()}
-        sizes: dict[int, int] = {}
-        for i, problem in enumerate(problems):
-            if _size(problem, in_bytes=True) + added[_roles(problem)] > most:  # a token is a byte of text at least
-                tokens, _ = self._measured(problem, most)
-                if tokens > most:
-                    sizes[i] = tokens
-        if not sizes:
-            return
-        examples = ", ".join(f"problem {problems[i].id}: its prompt has {sizes[i]} tokens" for i in list(sizes)[:5])
-        text = f"{limit} is {most}: {len(sizes)} of {len(problems)} prompts of {where} are longer ({examples})"
-        if self.overlong_prompts == "error":
-            raise ConfigError(f"{text}; shorten them or set data.overlong_prompts to drop")
-        rank_zero_warn(f"{text}; {fate}")
-
     def _encode(self, problem: Problem) -> list[int] | None:
         """Tokens of a prompt, or None where it is too long and dropped."""
-        tokens, ids = self._measured(problem, self.max_prompt_tokens)
+        tokens, ids = self._reader.measured(problem, self.max_prompt_tokens)
         if tokens <= self.max_prompt_tokens:
             return ids
         if self.overlong_prompts == "error":
@@ -779,116 +725,3 @@ class RolloutDataModule(LightningDataModule):
         hidden = shown is None or getattr(shown, "is_disabled", False) or self._trainer.sanity_checking
         with tqdm(total=total, desc=what, leave=False, disable=hidden, dynamic_ncols=True) as bar:
             yield bar
-
-
-def _read(task: Task, split: Split, where: str) -> Sequence[Problem]:
-    """A task's problems; what its own code does wrong is said in one line."""
-    try:
-        problems = task.problems(split)
-        for problem in problems if len(problems) <= EAGER_ROWS and not isinstance(problems, OnDemand) else ():
-            if not (
-                isinstance(problem, Problem)
-                and all(isinstance(text, str) for text in (*_texts(problem), *_roles(problem)))
-            ):
-                raise TypeError(f"no Problem with a prompt in text or messages: {reprlib.repr(problem)}")
-        return problems
-    except ConfigError:
-        raise
-    except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"{where}: {type(task).__name__}.problems({split!r}) failed: {type(error).__name__}: {first_line(error)} "
-            f"({at.filename}, line {at.lineno})"
-        ) from error
-
-
-def _texts(problem: Problem) -> list[str]:
-    return [problem.prompt] if isinstance(problem.prompt, str) else [m["content"] for m in problem.prompt]
-
-
-def _roles(problem: Problem) -> tuple[str, ...]:
-    return () if isinstance(problem.prompt, str) else tuple(m["role"] for m in problem.prompt)
-
-
-def _size(problem: Problem, in_bytes: bool = False) -> int:
-    """Characters, or bytes, of a prompt."""
-    return sum(len(text.encode("utf-8", "surrogatepass") if in_bytes else text) for text in _texts(problem))
-
-
-class _Clock:
-    """Seconds of each phase of an epoch, without those of the phases within it."""
-
-    def __init__(self) -> None:
-        self.stats: dict[str, float] = {}
-        self._within = 0.0
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        outside, self._within = self._within, 0.0
-        start = time.perf_counter()
-        yield
-        spent = time.perf_counter() - start
-        self.stats[f"time/{phase}"] = spent - self._within
-        self._within = outside + spent
-
-
-def _take_out_bad(rollouts: Sequence[Rollout]) -> dict[int, str]:
-    """Which roll-outs have log-probs that are not finite, and which these are; they get 0 in place of these."""
-    faults = {}
-    for i, rollout in enumerate(rollouts):
-        by = {"logp of the policy": rollout.logp, "logp of the sampler": rollout.sampler_logp}
-        if wrong := _not_finite(by):
-            faults[i] = wrong
-            rollout.logp, rollout.sampler_logp = torch.zeros(len(rollout.response_ids)), None
-    return faults
-
-
-def _not_finite(figures: Mapping[str, Tensor | None]) -> str | None:
-    """What is not finite among some figures of a response's tokens, [T, ...] each: the first, in words."""
-    for name, values in figures.items():
-        if values is not None and not values.isfinite().all():
-            where = int((~values.isfinite()).nonzero()[0, 0])
-            bad = values[~values.isfinite()][0]
-            return f"{name} is {float(bad)} at token {where}"
-    return None
-
-
-def _mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
-    """How far the sampler is from the trainer, from log P_trainer - log P_sampler of the sampled tokens [R] and whether
-    the importance weight was capped [R]."""
-    if not len(difference):
-        return {}
-    # (rho - 1) - log rho estimates KL(sampler || trainer) and is never negative.
-    return {
-        "rollout/mismatch_mean": Mean(float(difference.abs().mean()), len(difference)),
-        "rollout/mismatch_max": float(difference.abs().max()),
-        "rollout/mismatch_kl": Mean(float((difference.exp() - 1 - difference).mean()), len(difference)),
-        "rollout/mismatch_capped": Mean(float(capped.float().mean()), len(difference)),
-    }
-
-
-def _statistics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) -> dict[str, float]:
-    """What every run logs of its roll-outs."""
-    verdicts = [r.verdict for r in rollouts if r.verdict is not None]
-    correct = torch.tensor([v.correct for v in verdicts]).float()
-    size = torch.bincount(groups)
-    solved = torch.zeros(len(size)).index_add_(0, groups, correct) / size
-    lengths = torch.tensor([len(r.response_ids) for r in rollouts]).float()
-    stats: dict[str, Tensor | float] = {
-        "rollout/reward": rewards.mean(),
-        "rollout/correct": correct.mean(),
-        "rollout/length": lengths.mean(),
-        "rollout/truncated": torch.tensor([r.truncated for r in rollouts]).float().mean(),
-        "rollout/faults": torch.tensor([v.fault for v in verdicts]).float().mean(),
-        "groups/all_correct": (solved == 1).float().mean(),
-        "groups/all_wrong": (solved == 0).float().mean(),
-        "groups/mixed": ((solved > 0) & (solved < 1)).float().mean(),
-    }
-    if all(r.entropy is not None for r in rollouts):
-        of_tokens = torch.cat([r.entropy for r in rollouts if r.entropy is not None])
-        of_tokens = of_tokens[of_tokens.isfinite()]
-        if len(of_tokens):
-            stats["rollout/entropy"] = Mean(float(of_tokens.mean()), len(of_tokens))
-    labels = Counter(v.label for v in verdicts if v.label is not None)
-    stats |= {f"labels/{label}": torch.tensor(count / len(verdicts)) for label, count in labels.items()}
-    return {tag: value if isinstance(value, Mean) else float(value) for tag, value in stats.items()}
