@@ -21,6 +21,11 @@ def question(number: int) -> str:
     return f"What is {3 + number} + {7 * number % 13}? Explain it in a few sentences."
 
 
+def ask(model: str, number: int) -> str:
+    """A question that the model can read."""
+    return question(number) if model != "embedded" else f"a{number % 10}b{number // 10 % 10}c{number % 7}d1"
+
+
 def right(completion: str) -> bool:
     """About half of all completions, whatever they say: by a checksum."""
     return sum(map(ord, completion)) % 2 == 0
@@ -62,8 +67,7 @@ def epochs_of_ours(
         isolated = False
 
         def problems(self, split: str) -> list[Problem]:
-            asks = question if model != "embedded" else lambda i: f"a{i % 10}b{i // 10 % 10}c{i % 7}d1"
-            return [Problem(str(i), asks(i)) for i in range(prompts)]
+            return [Problem(str(i), ask(model, i)) for i in range(prompts)]
 
         def verify(self, problem: Problem, completion: str) -> Verdict:
             return Verdict(float(right(completion)), right(completion))

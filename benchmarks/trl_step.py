@@ -24,10 +24,10 @@ import torch
 from common import (
     Figures,
     arithmetic_rate,
+    ask,
     cell,
     epochs_of_ours,
     in_turns,
-    question,
     ratios,
     right,
     save,
@@ -67,9 +67,10 @@ def trl(args: argparse.Namespace, **settings: Any) -> list[Figures]:
     tokenizer = AutoTokenizer.from_pretrained(policy.path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(policy.path, dtype=getattr(torch, args.dtype))
-    asks = question if args.model != "embedded" else lambda i: f"a{i % 10}b{i // 10 % 10}c{i % 7}d1"
     chat = tokenizer.chat_template
-    prompts = [[{"role": "user", "content": asks(i)}] if chat else asks(i) for i in range(args.prompts)]
+    prompts = [
+        [{"role": "user", "content": ask(args.model, i)}] if chat else ask(args.model, i) for i in range(args.prompts)
+    ]
     clock = Clock()
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
@@ -126,8 +127,7 @@ def bound(args: argparse.Namespace) -> tuple[float, float]:
 
     policy = Policy(path=args.model)
     policy.load()
-    asks = question if args.model != "embedded" else lambda i: f"a{i % 10}b{i // 10 % 10}c{i % 7}d1"
-    prompts = sum(len(policy.encode_prompt(asks(i))) for i in range(args.prompts))
+    prompts = sum(len(policy.encode_prompt(ask(args.model, i))) for i in range(args.prompts))
     body, head = weights_in_products(policy.model)
     responses = args.prompts * K * args.tokens
     drawn = 2 * body * (prompts + responses) + 2 * head * responses

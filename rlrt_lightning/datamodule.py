@@ -272,7 +272,8 @@ class RolloutDataModule(LightningDataModule):
         if self.rescore:
             rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
             stats |= mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
-        stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / max(sampling_s, 1e-9)
+        if sampling_s:  # not known of roll-outs that a checkpoint held
+            stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / sampling_s
         if scored.places:
             tokens, seconds = float(scored.tokens), stats["time/rescore"] + stats["time/teacher"]
             stats["speed/score_tokens_per_s"] = tokens / max(seconds, 1e-9)
@@ -348,7 +349,7 @@ class RolloutDataModule(LightningDataModule):
             seconds = time.perf_counter() - start - self._clock.stats.get("time/sync", 0.0)
         if self.ahead and self._trainer.current_epoch + 1 != self._trainer.max_epochs:
             self._begin_next_epoch()
-        return sorted(drawn, key=lambda pair: (pair[0].group, pair[0].index)), seconds
+        return drawn, seconds
 
     def _begin_next_epoch(self) -> None:
         """Leaves no trace in what decides the next epoch, which comes to the same prompts and seeds by itself."""
@@ -383,7 +384,7 @@ class RolloutDataModule(LightningDataModule):
         sampling: Sampling,
         seeds: Sequence[int],
     ) -> list[Drawn]:
-        """Roll-outs ordered by problem, by the policy as it is now."""
+        """Roll-outs by the policy as it is now, in the order in which they finished."""
         self._ahead.wait()
         self._sync_engine()
         drawn = []
@@ -391,7 +392,7 @@ class RolloutDataModule(LightningDataModule):
             for pair in self._drawing(task, problems, prompts, n, sampling, seeds):
                 drawn.append(pair)
                 bar.update()
-        return sorted(drawn, key=lambda pair: (pair[0].group, pair[0].index))
+        return drawn
 
     def _drawing(
         self,
@@ -416,10 +417,10 @@ class RolloutDataModule(LightningDataModule):
     def _collect_verdicts(
         self, problems: Sequence[Problem], drawn: Sequence[tuple[Rollout, Future[Verdict]]]
     ) -> list[Rollout]:
-        """The roll-outs with their verdicts; says which verdicts are the verifier's own failures."""
+        """The roll-outs with their verdicts, by problem; says which verdicts are the verifier's own failures."""
         rollouts, faults = [], []
         with self._progress("verdicts", len(drawn)) as bar:
-            for rollout, pending in drawn:
+            for rollout, pending in sorted(drawn, key=lambda pair: (pair[0].group, pair[0].index)):
                 rollout.verdict = pending.result()
                 rollouts.append(rollout)
                 if rollout.verdict.fault:
