@@ -217,9 +217,10 @@ class RolloutDataModule(LightningDataModule):
             spoken = torch.tensor([len(r.response_ids) > 0 for r in rollouts])
             wanted = method.uses_teacher(advantages, rewards) & spoken
             scored = module.policy.scored = Scored()
+            trainable = method.may_train(advantages, rewards) & spoken
             with self.stop_signal.may_end(trainer), clock("rescore"):
                 if self.rescore:
-                    self._rescore(rollouts, ((advantages != 0) & spoken) | wanted)
+                    self._rescore(rollouts, trainable)
             faults = take_out_bad(rollouts)
             unusable = torch.tensor([i in faults for i in range(len(rollouts))])
             advantages, wanted = advantages.masked_fill(unusable, 0.0), wanted & ~unusable
@@ -266,6 +267,11 @@ class RolloutDataModule(LightningDataModule):
         else:
             credit = method(*figures)
         credit = credit.without(unusable)
+        if self.rescore and (credit.trains & ~trainable).any():
+            raise ConfigError(
+                f"model.method: {type(method).__name__} trains on roll-outs that its may_train leaves out, which "
+                "data.rescore has therefore not corrected for the sampler; override may_train"
+            )
 
         stats = {**statistics(rollouts, rewards, groups), **clock.stats}
         stats["faults/rollouts"] = float(self._sum_over_ranks(torch.tensor(float(len(faults)))))
