@@ -92,7 +92,7 @@ class VllmEngine(RolloutEngine):
         own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
         if not rollouts:
             return
-        apart = torch.cat([(r.logp - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
+        apart = torch.cat([(r.logp_sampler - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
         if not len(apart):  # of responses without a token
             return
         limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
@@ -147,7 +147,7 @@ def as_rollout(
         index=index,
         prompt_ids=prompt,
         response_ids=list(response),
-        logp=torch.tensor(logp, dtype=torch.float32),
+        logp_sampler=torch.tensor(logp, dtype=torch.float32),
         truncated=finish_reason == "length",
         text=policy.decode(response),
     )
