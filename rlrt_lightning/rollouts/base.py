@@ -12,6 +12,8 @@ from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.tasks.base import Verdict
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rlrt_lightning.policy import Policy
 
 
@@ -25,7 +27,8 @@ class Sampling:
         top_p: Keep the likeliest tokens that together have this probability; 1 keeps all.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         min_p: Drop tokens less likely than this share of the likeliest one; 0 keeps all.
-        stop: Strings that end a response; the tokens that complete one stay in it.
+        stop: Strings that end a response; the tokens that complete one stay in it. One that is a special token, such
+            as <|im_end|>, ends it as that token.
     """
 
     max_new_tokens: int = 1024
@@ -51,6 +54,25 @@ class Sampling:
         for name, (good, range_) in limits.items():
             if not good:
                 raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it has to be {range_}")
+
+
+def stop_conditions(tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> tuple[list[int], list[str]]:
+    """What ends a response besides the policy's end tokens: the same for all engines.
+
+    A stop string that is exactly one special token stands for that token, which text without special tokens would never
+    show. Other stop strings are looked for in the text of the response with its special tokens.
+
+    Args:
+        tokenizer: The policy's.
+        sampling: Whose stop strings.
+
+    Returns:
+        Token ids, and stop strings.
+    """
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    stops = dict.fromkeys(sampling.stop)
+    return [special[stop] for stop in stops if stop in special], [stop for stop in stops if stop not in special]
 
 
 @dataclass
@@ -87,7 +109,8 @@ class Rollout:
 
 @runtime_checkable
 class ScoringEngine(Protocol):
-    """An engine that can also say how likely given responses are."""
+    """An engine that can also say how likely given responses are. It may want room in the model for one token after
+    each."""
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, as `Policy.score` gives them.
