@@ -72,8 +72,9 @@ class Teacher(nn.Module):
         max_context_tokens: A longer context loses its end.
         strip_think: Leave out what the context has inside <think> and </think>.
         scored_by: "trainer", by a forward pass with the teacher's weights, or "engine", by the roll-out engine; both
-            sides of D_t then come from the engine. Either reads a demonstration once for all of its siblings. The
-            engine: for vLLM, a teacher that is refreshed each epoch, and methods that need no more than log-probs.
+            sides of D_t then come from the engine. The trainer and VllmColocateEngine read a demonstration once for all
+            of its siblings; VllmServerEngine reads it again for each of them. The engine: for vLLM, a teacher that is
+            refreshed each epoch, and methods that need no more than log-probs.
         rest_on_cpu: Keep the teacher's own weights, where it has a whole copy, in the CPU's memory except while it
             scores: frees the GPU of them while the policy is trained, and sends them twice an epoch.
     """
@@ -232,6 +233,8 @@ class Teacher(nn.Module):
             For each roll-out the scores, None where it has no context or does not fit into the model with it; and how
             many contexts were cut, or did not fit.
         """
+        # vLLM refuses a sequence that leaves no place for one token more.
+        places = None if policy.max_positions is None else policy.max_positions - (engine is not None)
         prompts: dict[tuple[int, str], tuple[list[int], bool]] = {}
         sequences, which, truncated = [], [], 0
         for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=True)):
@@ -242,7 +245,7 @@ class Teacher(nn.Module):
                 prompts[key] = self.prompt(policy, problems[rollout.group], context, kind)
                 truncated += prompts[key][1]
             ids, _ = prompts[key]
-            if policy.max_positions is None or len(ids) + len(rollout.response_ids) <= policy.max_positions:
+            if places is None or len(ids) + len(rollout.response_ids) <= places:
                 sequences.append((ids, rollout.response_ids))
                 which.append(i)
             else:

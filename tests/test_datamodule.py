@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -69,6 +69,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     optimizer: Any = lambda p: torch.optim.SGD(p, lr=0.1),
     policy: Policy | None = None,
+    scored_by: Literal["trainer", "engine"] = "trainer",
     **settings: Any,
 ) -> tuple[Recorder, RLRTModule]:
     settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=30), **settings}
@@ -76,7 +77,7 @@ def fit(
     module = RLRTModule(
         policy=policy or Policy(),
         method=method,
-        teacher=Teacher("{prompt}<sol>{context}"),
+        teacher=Teacher("{prompt}<sol>{context}", scored_by=scored_by),
         optimizer=optimizer,
     )
     recorder = Recorder()
@@ -194,14 +195,14 @@ class AnotherProgram(TransformersEngine):
 
     def generate(self, *args: Any) -> Iterator[Rollout]:
         for rollout in super().generate(*args):
-            rollout.logp = rollout.logp - 1.5
+            rollout.logp_sampler = rollout.logp_sampler - 1.5
             yield rollout
 
 
 def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) -> None:
     recorder, _ = fit(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8, engine=AnotherProgram())
     epoch = recorder.epochs[0]
-    rescored = torch.tensor([r.sampler_logp is not None for r in epoch.rollouts])
+    rescored = torch.tensor([r.logp_policy is not None for r in epoch.rollouts])
     assert torch.equal(rescored, epoch.advantages != 0)
     assert epoch.importance[epoch.mask & rescored[:, None]].unique().tolist() == [2.0], "e^1.5, capped"
     assert epoch.importance[epoch.mask & ~rescored[:, None]].unique().tolist() == [1.0]
