@@ -67,7 +67,7 @@ class Rollout:
             top-p, top-k and min-p cut the distribution, float32 [T].
         entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
         truncated: True where the response was cut at `max_new_tokens`.
-        text: The response as text, special tokens removed.
+        text: The response as text, as `Policy.decode` gives it: without end tokens, padding and chat tokens.
         verdict: What the verifier said, once it has spoken.
         sampler_logp: What the sampler gave as `logp`, where the trainer has put its own there (`data.rescore`).
     """
