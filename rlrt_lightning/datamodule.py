@@ -233,6 +233,7 @@ class RolloutDataModule(LightningDataModule):
                     self._epochs,
                     0,
                     places=range(trainer.global_rank, self.prompts_per_epoch, trainer.world_size),
+                    policy=module.policy,
                 )
                 contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
                 teacher, truncated = module.teacher.score(
