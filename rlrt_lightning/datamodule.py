@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -235,6 +236,7 @@ class RolloutDataModule(LightningDataModule):
                     self._epochs,
                     0,
                     places=range(trainer.global_rank, self.prompts_per_epoch, trainer.world_size),
+                    policy=module.policy,
                 )
                 contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
                 teacher, truncated = module.teacher.score(
@@ -681,6 +683,14 @@ class RolloutDataModule(LightningDataModule):
                 f"model.method.context is {kind}, but none of the first {len(first)} training problems has one; name "
                 f"the data's column in data.task.{kind}, or take another context"
             )
+
+    def example(self, stage: str) -> Problem | None:
+        """The first problem of a stage whose prompt is not too long, to be shown; None where there is none."""
+        problems = chain.from_iterable(self._eval_problems.values())
+        if stage == "fit":
+            problems = chain(self._problems[self._row(i)] for i in range(len(self._problems)))
+        first, most = islice(problems, MOST_MISSES), self.max_prompt_tokens
+        return next((p for p in first if self._reader.measured(p, most)[0] <= most), None)
 
     def _row(self, position: int) -> int:
         """Which row comes at a position of the endless, shuffled order of prompts."""

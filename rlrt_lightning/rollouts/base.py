@@ -89,7 +89,7 @@ class Rollout:
             float32 [T]. Before top-p, top-k and min-p cut the distribution, except where the engine `cuts_before_logp`.
         entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
         truncated: True where the response was cut at `max_new_tokens`.
-        text: The response as text, special tokens removed.
+        text: The response as text, as `Policy.decode` gives it: without end tokens, padding and chat tokens.
         verdict: What the verifier said, once it has spoken.
         logp_policy: Log-probability of the same tokens by the trainer's forward pass, float32 [T]; None until the
             rollout is rescored (`data.rescore`).
