@@ -59,9 +59,9 @@ def epochs_of_ours(
         learning_rate: 0 gives the same roll-outs to all methods.
     """
     from lightning import Callback, Trainer
-    from rlrt_lightning.callbacks import TeacherRefresh
 
     from rlrt_lightning import Policy, Problem, RLRTModule, RolloutDataModule, Sampling, Task, Teacher, Verdict
+    from rlrt_lightning.callbacks import TeacherRefresh
 
     class Parity(Task):
         isolated = False

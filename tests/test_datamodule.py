@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
-from rlrt_lightning.callbacks import TeacherRefresh
 
 from rlrt_lightning import (
     RLRT,
@@ -29,6 +28,7 @@ from rlrt_lightning import (
     Verdict,
     VllmServerEngine,
 )
+from rlrt_lightning.callbacks import TeacherRefresh
 from rlrt_lightning.objective import Method
 
 
