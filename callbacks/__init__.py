@@ -1,6 +1,7 @@
 """Lightning callbacks, imported as `rlrt_lightning.callbacks`."""
 
 from .collapse_guard import CollapseGuard
+from .defaults import CHECKPOINT, WITH_SETTINGS, adopt_checkpoints, default_callbacks
 from .evaluation import Evaluation
 from .hf_export import HFExport
 from .number_guard import NumberGuard
@@ -10,6 +11,8 @@ from .safe_stop import SafeStop
 from .teacher_refresh import TeacherRefresh
 
 __all__ = [
+    "CHECKPOINT",
+    "WITH_SETTINGS",
     "CollapseGuard",
     "Evaluation",
     "HFExport",
@@ -18,4 +21,6 @@ __all__ = [
     "ReversedSignalLogger",
     "SafeStop",
     "TeacherRefresh",
+    "adopt_checkpoints",
+    "default_callbacks",
 ]
