@@ -14,12 +14,11 @@ from torchmetrics import MeanMetric
 
 from rlrt_lightning.datamodule import Evaluated
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.folders import run_folder
 from rlrt_lightning.metrics import AvgAtK, PassAtK
 from rlrt_lightning.ranks import gather
 from rlrt_lightning.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
 
-from .boards import tensorboards
+from .boards import run_folder, tensorboards
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule

@@ -9,7 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.folders import run_folder
+
+from .boards import run_folder
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule

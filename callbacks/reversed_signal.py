@@ -10,10 +10,9 @@ from lightning import Callback, LightningModule, Trainer
 
 from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.folders import run_folder
 from rlrt_lightning.ranks import Mean, mean_over_ranks
 
-from .boards import tensorboards
+from .boards import run_folder, tensorboards
 from .signal_picture import Scored, Token, draw, html_page
 
 if TYPE_CHECKING:

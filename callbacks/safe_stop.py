@@ -13,8 +13,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rlrt_lightning.checkpoints import PART, WholeCheckpointIO, check_writable, remove
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.folders import run_folder
 from rlrt_lightning.stopping import Stop
+
+from .boards import run_folder
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule

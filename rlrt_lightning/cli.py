@@ -20,11 +20,11 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
+from rlrt_lightning.callbacks.boards import run_folder
 from rlrt_lightning.checkpoints import disk_error, newest, problem
 from rlrt_lightning.credentials import masked, refuse_credentials
 from rlrt_lightning.datamodule import RELOAD, RolloutDataModule
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.folders import run_folder
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.sharding import FSDP2Strategy
 

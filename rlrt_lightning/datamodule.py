@@ -107,7 +107,7 @@ class RolloutDataModule(LightningDataModule):
             this epoch's updates; `model.importance` corrects for that, which takes `rescore`. Checkpoints hold them.
         verifier_workers: Processes that check completions, for tasks whose verifier is not trusted code.
         verifier_timeout_s: Time limit of one verdict, in seconds.
-        verifier_memory_gb: Memory limit of a verifier process, in GiB.
+        verifier_memory_gb: Memory limit of a verifier process, in GiB; on Linux only.
         max_fault_share: Stop when the verifier itself fails on more than this share of an epoch's roll-outs; below it
             they count as wrong.
         seed: Seed of every random stream; the command line sets it by `--seed_everything`.

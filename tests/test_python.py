@@ -22,7 +22,7 @@ from rlrt_lightning import (
     Teacher,
 )
 from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
-from rlrt_lightning.folders import run_folder
+from rlrt_lightning.callbacks.boards import run_folder
 from tests.test_fit import command, comparable, scalars, weights
 
 OURS = ["SafeStop", "TeacherRefresh", "ReversedSignalLogger", "Evaluation", "RankGuard", "NumberGuard"]
@@ -111,11 +111,10 @@ def test_evaluations_from_python_are_those_of_the_command_line(name: str, by_com
 
 def test_an_evaluation_of_the_bare_minimum_has_figures(tmp_path: Path) -> None:
     """Nothing but a trainer, as in the documentation."""
-    figures = Trainer(logger=False, default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False).validate(
-        module(), datamodule=data()
-    )
+    made = Trainer(logger=False, default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    figures = made.validate(module(), datamodule=data())
     assert {"eval/heldout/avg@8", "eval/longer/pass@8"} <= figures[0].keys()
-    assert (tmp_path / "evaluation" / "pass_at_k.csv").exists()
+    assert (run_folder(made) / "evaluation" / "pass_at_k.csv").exists()
 
 
 # -- whose callbacks -----------------------------------------------------------------------------------------------
@@ -269,7 +268,7 @@ class Served(Logger):
 @pytest.mark.parametrize(
     ("logger", "folder"),
     [
-        (lambda root: False, "."),
+        (lambda root: False, None),
         (lambda root: CSVLogger(root, "csv"), "csv/version_0"),
         (lambda root: Served(), "project/a1b2"),
         (lambda root: Served(3), "project/version_3"),
@@ -280,17 +279,19 @@ class Served(Logger):
     ids=["none", "csv", "no folder", "number", "web", "shared folder", "two"],
 )
 def test_a_run_has_a_folder_whatever_its_logger(
-    logger: Any, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    logger: Any, folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "root"
     made = trainer(root, logger=logger(root), max_epochs=1, check_val_every_n_epoch=1)
     made.fit(module(), data())
     made.validate(made.lightning_module, datamodule=data())
-    assert run_folder(made) == root / folder
-    assert {"signal/epoch-0.html", "evaluation/heldout.jsonl"} <= files(root / folder)
+    found = run_folder(made)
+    assert found.is_relative_to(root)
+    assert folder is None or found == root / folder
+    assert {"signal/epoch-0.html", "evaluation/heldout.jsonl"} <= files(found)
     if "memory" not in str(made.loggers and made.loggers[0].save_dir):
-        assert "checkpoints/last.ckpt" in files(root / folder)
+        assert "checkpoints/last.ckpt" in files(found)
     for each in made.loggers:
         if isinstance(each, Served):
             assert {"rollout/reward", "eval/heldout/avg@8"} <= each.metrics.keys()
