@@ -5,6 +5,7 @@ from .defaults import CHECKPOINT, WITH_SETTINGS, adopt_checkpoints, default_call
 from .evaluation import Evaluation
 from .hf_export import HFExport
 from .number_guard import NumberGuard
+from .prompt_preview import PromptPreview
 from .rank_guard import RankGuard
 from .reversed_signal import ReversedSignalLogger
 from .safe_stop import SafeStop
@@ -17,6 +18,7 @@ __all__ = [
     "Evaluation",
     "HFExport",
     "NumberGuard",
+    "PromptPreview",
     "RankGuard",
     "ReversedSignalLogger",
     "SafeStop",

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from .collapse_guard import CollapseGuard
 from .evaluation import Evaluation
 from .number_guard import NumberGuard
+from .prompt_preview import PromptPreview
 from .rank_guard import RankGuard
 from .reversed_signal import ReversedSignalLogger
 from .safe_stop import SafeStop
@@ -49,7 +50,7 @@ def default_callbacks(
     """
     if made is None:
         made = {name: kind(**(CHECKPOINT if name == "checkpoint" else {})) for name, kind in WITH_SETTINGS.items()}
-    ours: list[Callback] = [SafeStop(), *made.values()]
+    ours: list[Callback] = [SafeStop(), PromptPreview(), *made.values()]
     wanted = (callback for callback in ours if checkpoints or not isinstance(callback, ModelCheckpoint))
     return [callback for callback in wanted if not any(isinstance(other, type(callback)) for other in present)]
 

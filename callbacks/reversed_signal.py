@@ -127,7 +127,7 @@ def describe(module: RLRTModule, epoch: EpochBatch, row: int) -> Scored:
         Token(
             text=str(policy.tokenizer.decode([token], clean_up_tokenization_spaces=False)),
             asymmetry=float(epoch.credit.asymmetry[row, t]),
-            logp_student=float(epoch.logp_old[row, t]),
+            logp_student=float(epoch.logp_student[row, t]),
             logp_teacher=float(epoch.logp_teacher[row, t]),
             weight=float(epoch.credit.weights[row, t]),
             advantage=float(epoch.credit.advantages[row, t]),

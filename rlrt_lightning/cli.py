@@ -195,7 +195,7 @@ class RLRTCli(LightningCLI):
     `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard`, `NumberGuard`, `CollapseGuard` and
     `ModelCheckpoint` are always there, and set by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`,
     `rank_guard`, `number_guard`, `collapse_guard` and `checkpoint`; one of the same class under `trainer.callbacks`
-    takes their place. So is `SafeStop`, which has no settings.
+    takes their place. So are `SafeStop` and `PromptPreview`, which have no settings.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
-from rlrt_lightning.epoch_figures import Clock, mismatch, not_finite, statistics, take_out_bad
+from rlrt_lightning.epoch_figures import Clock, log_probs, mismatch, non_finite_log_probs, not_finite, statistics
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
@@ -230,11 +231,13 @@ class RolloutDataModule(LightningDataModule):
             spoken = torch.tensor([len(r.response_ids) > 0 for r in rollouts])
             wanted = method.uses_teacher(advantages, rewards) & spoken
             scored = module.policy.scored = Scored()
+            trainable = method.may_train(advantages, rewards) & spoken
             with self.stop_signal.may_end(trainer), clock("rescore"):
                 if self.rescore:
-                    self._rescore(rollouts, ((advantages != 0) & spoken) | wanted)
-            faults = take_out_bad(rollouts)
+                    self._rescore(rollouts, trainable)
+            faults = non_finite_log_probs(rollouts)
             unusable = torch.tensor([i in faults for i in range(len(rollouts))])
+            logp_sampler, logp_old, rescored = log_probs(rollouts, unusable)
             advantages, wanted = advantages.masked_fill(unusable, 0.0), wanted & ~unusable
             with self.stop_signal.may_end(trainer), clock("teacher"):
                 contexts = module.teacher.contexts(
@@ -246,6 +249,7 @@ class RolloutDataModule(LightningDataModule):
                     self._epochs,
                     0,
                     places=range(trainer.global_rank, self.prompts_per_epoch, trainer.world_size),
+                    policy=module.policy,
                 )
                 contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
                 teacher, truncated = module.teacher.score(
@@ -265,13 +269,11 @@ class RolloutDataModule(LightningDataModule):
                 faults[i], teacher[i] = f"the teacher's {wrong}", None
         contexts = [None if score is None else c for c, score in zip(contexts, teacher, strict=True)]
         mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
-        logp_old = pad_rows([r.logp for r in rollouts])
-        logp_sampler = pad_rows([r.logp if r.sampler_logp is None else r.sampler_logp for r in rollouts])
         importance = importance_weights(logp_old, logp_sampler, mask, module.importance, module.importance_cap)
         logp_teacher = pad_rows([s.logp if s else None for s in teacher], width=mask.shape[1])
         has_context = torch.tensor([c is not None for c in contexts])
         # Both sides of D_t from the same arithmetic.
-        logp_student = logp_old if module.teacher.scored_by == "trainer" else logp_sampler
+        logp_student = logp_sampler if module.teacher.scored_by == "engine" else logp_old
         figures = advantages, rewards, logp_student, logp_teacher, mask, has_context
         if isinstance(method, Distilling):
             teacher_entropy = pad_rows([s.entropy if s else None for s in teacher], width=mask.shape[1])
@@ -279,12 +281,17 @@ class RolloutDataModule(LightningDataModule):
         else:
             credit = method(*figures)
         credit = credit.without(unusable)
+        if self.rescore and (credit.trains & ~trainable).any():
+            raise ConfigError(
+                f"model.method: {type(method).__name__} trains on roll-outs that its may_train leaves out, which "
+                "data.rescore has therefore not corrected for the sampler; override may_train"
+            )
 
         stats = {**statistics(rollouts, rewards, groups), **clock.stats}
         stats["faults/rollouts"] = float(self._sum_over_ranks(torch.tensor(float(len(faults)))))
         if self.rescore:
-            rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
-            stats |= mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
+            compared = mask & rescored[:, None]
+            stats |= mismatch((logp_old - logp_sampler)[compared], importance[compared] == module.importance_cap)
         if sampling_s:  # not known of roll-outs that a checkpoint held
             stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / sampling_s
         if scored.places:
@@ -305,6 +312,7 @@ class RolloutDataModule(LightningDataModule):
             importance=importance,
             contexts=contexts,
             teacher=teacher,
+            logp_student=logp_student,
             logp_teacher=logp_teacher,
             credit=credit,
             stats=stats,
@@ -450,11 +458,11 @@ class RolloutDataModule(LightningDataModule):
         return rollouts
 
     def _rescore(self, rollouts: Sequence[Rollout], needed: Tensor) -> None:
-        """Replaces the sampler's log-probs by the policy's own, where they are going to be used."""
+        """Computes the policy's own log-probs of the rollouts that use them (`Rollout.logp_policy`)."""
         chosen = [r for r, used in zip(rollouts, needed.tolist(), strict=True) if used]
         scores = self._module.policy.score([(r.prompt_ids, r.response_ids) for r in chosen], self.sampling.temperature)
         for rollout, logp in zip(chosen, scores, strict=True):
-            rollout.sampler_logp, rollout.logp = rollout.logp, logp
+            rollout.logp_policy = logp
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -659,6 +667,11 @@ class RolloutDataModule(LightningDataModule):
             wrong = f"{type(self._module.method).__name__} needs the teacher's whole distribution"
         elif self.sampling.temperature != 1:
             wrong = "vLLM scores at temperature 1 only"
+        elif self.engine.cuts_before_logp and self.sampling.cuts:
+            wrong = (
+                "data.sampling cuts the distribution (top_p, top_k or min_p): the engine gives the student's log-probs "
+                "after the cut, and the teacher's before it"
+            )
         if wrong is not None:
             raise ConfigError(f"model.teacher.scored_by is engine, but {wrong}; or set it to trainer")
         return cast(ScoringEngine, self.engine)
@@ -694,6 +707,14 @@ class RolloutDataModule(LightningDataModule):
                 f"model.method.context is {kind}, but none of the first {len(first)} training problems has one; name "
                 f"the data's column in data.task.{kind}, or take another context"
             )
+
+    def example(self, stage: str) -> Problem | None:
+        """The first problem of a stage whose prompt is not too long, to be shown; None where there is none."""
+        problems = chain.from_iterable(self._eval_problems.values())
+        if stage == "fit":
+            problems = chain(self._problems[self._row(i)] for i in range(len(self._problems)))
+        first, most = islice(problems, MOST_MISSES), self.max_prompt_tokens
+        return next((p for p in first if self._reader.measured(p, most)[0] <= most), None)
 
     def _row(self, position: int) -> int:
         """Which row comes at a position of the endless, shuffled order of prompts."""

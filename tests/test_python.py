@@ -25,7 +25,7 @@ from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRe
 from rlrt_lightning.callbacks.boards import run_folder
 from tests.test_fit import command, comparable, scalars, weights
 
-OURS = ["SafeStop", "TeacherRefresh", "ReversedSignalLogger", "Evaluation", "RankGuard", "NumberGuard"]
+OURS = ["SafeStop", "PromptPreview", "TeacherRefresh", "ReversedSignalLogger", "Evaluation", "RankGuard", "NumberGuard"]
 OURS += ["CollapseGuard", "ModelCheckpoint"]
 
 

@@ -69,7 +69,7 @@ def prompts_of(made: Policy, n: int = 6) -> list[list[int]]:
 
 def mismatch(made: Policy, rollouts: list[Rollout], temperature: float = 1.0) -> float:
     own = made.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
-    return max(float((r.logp - logp).abs().max()) for r, logp in zip(rollouts, own, strict=True))
+    return max(float((r.logp_sampler - logp).abs().max()) for r, logp in zip(rollouts, own, strict=True))
 
 
 def in_order(rollouts: Iterator[Rollout]) -> list[Rollout]:
@@ -182,7 +182,7 @@ def test_ends_truncation_and_stop_strings(colocated: VllmColocateEngine) -> None
         assert not rollout.truncated
         assert rollout.response_ids[-1] in made.end_tokens
         assert rollout.text == made.decode(rollout.response_ids)
-        assert len(rollout.logp) == len(rollout.response_ids)
+        assert len(rollout.logp_sampler) == len(rollout.response_ids)
     for rollout in draw(colocated, made, sampling=Sampling(max_new_tokens=2)):
         assert rollout.truncated
         assert len(rollout.response_ids) == 2

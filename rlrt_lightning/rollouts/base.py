@@ -12,6 +12,8 @@ from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.tasks.base import Verdict
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rlrt_lightning.policy import Policy
 
 
@@ -25,7 +27,8 @@ class Sampling:
         top_p: Keep the likeliest tokens that together have this probability; 1 keeps all.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         min_p: Drop tokens less likely than this share of the likeliest one; 0 keeps all.
-        stop: Strings that end a response; the tokens that complete one stay in it.
+        stop: Strings that end a response; the tokens that complete one stay in it. One that is a special token, such
+            as <|im_end|>, ends it as that token.
     """
 
     max_new_tokens: int = 1024
@@ -53,6 +56,25 @@ class Sampling:
                 raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it has to be {range_}")
 
 
+def stop_conditions(tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> tuple[list[int], list[str]]:
+    """What ends a response besides the policy's end tokens: the same for all engines.
+
+    A stop string that is exactly one special token stands for that token, which text without special tokens would never
+    show. Other stop strings are looked for in the text of the response with its special tokens.
+
+    Args:
+        tokenizer: The policy's.
+        sampling: Whose stop strings.
+
+    Returns:
+        Token ids, and stop strings.
+    """
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    stops = dict.fromkeys(sampling.stop)
+    return [special[stop] for stop in stops if stop in special], [stop for stop in stops if stop not in special]
+
+
 @dataclass
 class Rollout:
     """One response of the policy to one prompt.
@@ -63,30 +85,32 @@ class Rollout:
         prompt_ids: Tokens of the prompt, [P].
         response_ids: Tokens of the response exactly as they were sampled, the end token included, [T]. With none, it
             counts in its group's rewards, and has no gradient.
-        logp: Log-probability (nats) of each response token under the policy at the sampling temperature, before
-            top-p, top-k and min-p cut the distribution, float32 [T].
+        logp_sampler: Log-probability (nats) of each response token as the engine drew it, at the sampling temperature,
+            float32 [T]. Before top-p, top-k and min-p cut the distribution, except where the engine `cuts_before_logp`.
         entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
         truncated: True where the response was cut at `max_new_tokens`.
-        text: The response as text, special tokens removed.
+        text: The response as text, as `Policy.decode` gives it: without end tokens, padding and chat tokens.
         verdict: What the verifier said, once it has spoken.
-        sampler_logp: What the sampler gave as `logp`, where the trainer has put its own there (`data.rescore`).
+        logp_policy: Log-probability of the same tokens by the trainer's forward pass, float32 [T]; None until the
+            rollout is rescored (`data.rescore`).
     """
 
     group: int
     index: int
     prompt_ids: list[int]
     response_ids: list[int]
-    logp: Tensor
+    logp_sampler: Tensor
     truncated: bool
     text: str
     entropy: Tensor | None = None
     verdict: Verdict | None = None
-    sampler_logp: Tensor | None = None
+    logp_policy: Tensor | None = None
 
 
 @runtime_checkable
 class ScoringEngine(Protocol):
-    """An engine that can also say how likely given responses are."""
+    """An engine that can also say how likely given responses are. It may want room in the model for one token after
+    each."""
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, as `Policy.score` gives them.
@@ -102,7 +126,7 @@ class RolloutEngine(Protocol):
     """Draws roll-outs from the policy. Implementations hold settings until `sync` gives them the weights."""
 
     cuts_before_logp: bool = False
-    """Whether top-p, top-k and min-p change the log-probs that it gives, which `Rollout.logp` does not want."""
+    """Whether top-p, top-k and min-p change the log-probs that it gives, which the policy's own are without."""
 
     beside_training: bool = False
     """Whether it draws with weights and devices of its own, so that the policy can train meanwhile (`data.ahead`)."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, stop_conditions
 from rlrt_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 """Mean |difference| in nats between vLLM's log-probs and the policy's own that arithmetic explains. In float32 it is
 about 1e-6; a head that was not sent is off by more than 1e-2 after 1 % of change."""
+
+
+HOTTEST = 2.0
+"""The highest temperature that vLLM samples at."""
 
 
 class EngineError(ConfigError):
@@ -63,6 +67,11 @@ class VllmEngine(RolloutEngine):
         """See `RolloutEngine.generate`."""
         if self._policy is None or not self.ready:
             raise RuntimeError("sync the engine with a policy before it generates")
+        if sampling.temperature > HOTTEST:
+            raise ConfigError(
+                f"sampling.temperature is {sampling.temperature}; vLLM takes at most {HOTTEST:g}: lower it, or take "
+                "TransformersEngine"
+            )
         rollouts = self._sample(prompts, n, sampling, seeds)
         if self._unchecked and sampling.temperature > 0 and not sampling.cuts:
             first = list(islice(rollouts, self.check_rollouts))
@@ -88,13 +97,12 @@ class VllmEngine(RolloutEngine):
         """
         assert self._policy is not None
         self._unchecked = False
+        rollouts = [r for r in rollouts if r.response_ids]
         # Also without roll-outs: with sharded weights all ranks compute together.
         own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
         if not rollouts:
             return
-        apart = torch.cat([(r.logp - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
-        if not len(apart):  # of responses without a token
-            return
+        apart = torch.cat([(r.logp_sampler - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
         limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
         if not float(apart.mean()) <= limit:  # NaN is no agreement either
             raise EngineError(
@@ -102,6 +110,19 @@ class VllmEngine(RolloutEngine):
                 f"nats on average ({float(apart.max()):.3g} at most), more than data.engine.tolerance ({limit:g}) "
                 "allows: it samples from other weights than the policy's, or in another precision"
             )
+
+    def _room(self, prompt: Sequence[int], wanted: int) -> int:
+        """Tokens that a response may have: at most as many as the model has positions for after this very prompt."""
+        assert self._policy is not None
+        positions = self._policy.max_positions
+        return wanted if positions is None else max(0, min(wanted, positions - len(prompt)))
+
+    def _without_room(self, prompts: Sequence[list[int]], n: int) -> Iterator[Rollout]:
+        """The rollouts of prompts that fill the model, which vLLM refuses: empty and truncated."""
+        assert self._policy is not None
+        for group, prompt in enumerate(prompts):
+            for index in range(0 if self._room(prompt, 1) else n):
+                yield as_rollout(group, index, prompt, [], [], "length", self._policy)
 
 
 def require_vllm(engine: str) -> None:
@@ -116,17 +137,21 @@ def require_vllm(engine: str) -> None:
         )
 
 
-def request(sampling: Sampling, seed: int, index: int, policy: Policy) -> dict[str, Any]:
-    """vLLM's names for how one roll-out is sampled. `vllm.SamplingParams` and the server take the same."""
+def request(sampling: Sampling, seed: int, index: int, policy: Policy, room: int) -> dict[str, Any]:
+    """vLLM's names for how one roll-out of at most `room` tokens is sampled. `vllm.SamplingParams` and the server take
+    the same."""
+    tokens, strings = stop_conditions(policy.tokenizer, sampling)
     return {
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": room,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
-        "stop": sampling.stop,
+        "repetition_penalty": 1.0,  # or a server takes that of the model's generation config
+        "stop": strings,
         "include_stop_str_in_output": True,
-        "stop_token_ids": policy.end_tokens,
+        "skip_special_tokens": False,  # in the text that stop strings are looked for in
+        "stop_token_ids": sorted({*policy.end_tokens, *tokens}),
         "seed": derive_seed(seed, "sampling", index),
         "logprobs": 0,
     }
@@ -147,7 +172,7 @@ def as_rollout(
         index=index,
         prompt_ids=prompt,
         response_ids=list(response),
-        logp=torch.tensor(logp, dtype=torch.float32),
+        logp_sampler=torch.tensor(logp, dtype=torch.float32),
         truncated=finish_reason == "length",
         text=policy.decode(response),
     )
