@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import run_folder, tensorboards
 from torchmetrics import MeanMetric
 
 from rlrt_lightning.datamodule import Evaluated
@@ -18,6 +17,8 @@ from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import AvgAtK, PassAtK
 from rlrt_lightning.ranks import gather
 from rlrt_lightning.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
+
+from .boards import run_folder, tensorboards
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule

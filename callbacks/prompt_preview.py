@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from rlrt_lightning.callbacks.boards import tensorboards
 
 from rlrt_lightning.chat import is_tag, special_tokens
 from rlrt_lightning.objective.methods import Context
@@ -20,6 +19,8 @@ from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks import Problem
 from rlrt_lightning.teacher import Teacher
 from rlrt_lightning.texts import CLOSING_TAG, MARK, OPENING_TAG
+
+from .boards import tensorboards
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import pytest
 import torch
 from lightning import Callback, Trainer
-from rlrt_lightning.callbacks import TeacherRefresh
 
 from rlrt_lightning import (
     RLRT,
@@ -30,6 +29,7 @@ from rlrt_lightning import (
     Verdict,
     VllmServerEngine,
 )
+from rlrt_lightning.callbacks import TeacherRefresh
 from rlrt_lightning.objective import SDPO, EntropyBonus, Method
 
 

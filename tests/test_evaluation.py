@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from lightning import Trainer
-from rlrt_lightning.callbacks import Evaluation
 from torch import nn
 
 from rlrt_lightning import Policy, RLRTModule, RolloutDataModule, Sampling, StrategySum, Teacher
+from rlrt_lightning.callbacks import Evaluation
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.results import description, fingerprint, pass_curve
 from rlrt_lightning.tasks import Problem

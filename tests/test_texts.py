@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from rlrt_lightning.callbacks import PromptPreview
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlrt_lightning import (
@@ -26,6 +25,7 @@ from rlrt_lightning import (
     Teacher,
     Verdict,
 )
+from rlrt_lightning.callbacks import PromptPreview
 from rlrt_lightning.chat import template_variables
 from rlrt_lightning.prompts import PromptReader
 from rlrt_lightning.texts import MARK, without_thinking
