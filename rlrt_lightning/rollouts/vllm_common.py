@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, room, without_room
 from rlrt_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -63,12 +63,23 @@ class VllmEngine(RolloutEngine):
         """See `RolloutEngine.generate`."""
         if self._policy is None or not self.ready:
             raise RuntimeError("sync the engine with a policy before it generates")
-        rollouts = self._sample(prompts, n, sampling, seeds)
+        yield from without_room(self._policy, prompts, n, sampling)
+        rollouts = self._sample_fitting(prompts, n, sampling, seeds)
         if self._unchecked and sampling.temperature > 0 and not sampling.cuts:
             first = list(islice(rollouts, self.check_rollouts))
             self._check(first, sampling.temperature)
             rollouts = chain(first, rollouts)
         yield from rollouts
+
+    def _sample_fitting(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[Rollout]:
+        """`_sample` of the prompts that leave room for a response: vLLM refuses others."""
+        assert self._policy is not None
+        fitting = [i for i, prompt in enumerate(prompts) if room(self._policy, prompt, sampling)]
+        for rollout in self._sample([prompts[i] for i in fitting], n, sampling, [seeds[i] for i in fitting]):
+            rollout.group = fitting[rollout.group]
+            yield rollout
 
     @abstractmethod
     def _send_weights(self, policy: Policy) -> None:
