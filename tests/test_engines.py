@@ -12,25 +12,19 @@ import pytest
 import torch
 
 from rlrt_lightning import ConfigError, Policy, Sampling, VllmColocateEngine
-from rlrt_lightning.rollouts.base import stop_conditions
+from rlrt_lightning.rollouts.base import Stops
 from rlrt_lightning.rollouts.vllm_common import request
 from rlrt_lightning.rollouts.vllm_server import _Server
 
 
-def test_a_stop_string_that_is_a_special_token_is_that_token() -> None:
-    policy = Policy()
-    sol, question = (policy.tokenizer.convert_tokens_to_ids(token) for token in ("<sol>", "<q>"))
-    conditions = stop_conditions(policy.tokenizer, Sampling(stop=["#", "<sol>", "D<sol>", "<sol", "<q>", "#", "<sol>"]))
-    assert conditions == ([sol, question], ["#", "D<sol>", "<sol"])
-    assert stop_conditions(policy.tokenizer, Sampling()) == ([], [])
-
-
-def test_a_token_that_is_added_as_special_is_special_and_an_ordinary_one_is_not() -> None:
-    tokenizer = Policy().tokenizer
-    tokenizer.add_tokens(["</answer>"], special_tokens=True)
-    tokenizer.add_tokens(["</think>"])
-    special = tokenizer.convert_tokens_to_ids("</answer>")
-    assert stop_conditions(tokenizer, Sampling(stop=["</think>", "</answer>"])) == ([special], ["</think>"])
+def test_vllm_is_asked_for_the_stops_the_room_and_nothing_of_its_own() -> None:
+    policy, sampling = Policy(), Sampling(stop=["<sol>", "#", "D<sol>"])
+    asked = request(sampling, Stops.of(policy, sampling), 7, 0, 0)
+    assert asked["stop_token_ids"] == [1, policy.tokenizer.convert_tokens_to_ids("<sol>")]
+    assert asked["stop"] == ["#", "D<sol>"]
+    assert asked["skip_special_tokens"] is False
+    assert asked["max_tokens"] == 7
+    assert asked["repetition_penalty"] == 1.0
 
 
 def test_a_temperature_that_vllm_does_not_take_is_refused_before_anything_is_drawn() -> None:
@@ -38,16 +32,6 @@ def test_a_temperature_that_vllm_does_not_take_is_refused_before_anything_is_dra
     engine._policy, engine._awake = Policy(), True
     with pytest.raises(ConfigError, match=r"sampling\.temperature is 2\.5; vLLM takes at most 2"):
         next(engine.generate([[3]], 1, Sampling(temperature=2.5), [0]))
-
-
-def test_vllm_is_asked_for_the_stops_the_room_and_nothing_of_its_own() -> None:
-    policy = Policy()
-    asked = request(Sampling(stop=["<sol>", "#"]), 0, 0, policy, 7)
-    assert asked["stop_token_ids"] == [1, policy.tokenizer.convert_tokens_to_ids("<sol>")]
-    assert asked["stop"] == ["#"]
-    assert asked["skip_special_tokens"] is False
-    assert asked["max_tokens"] == 7
-    assert asked["repetition_penalty"] == 1.0
 
 
 class Cached(VllmColocateEngine):

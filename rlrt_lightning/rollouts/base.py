@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.tasks.base import Verdict
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from rlrt_lightning.policy import Policy
 
 
@@ -27,8 +26,8 @@ class Sampling:
         top_p: Keep the likeliest tokens that together have this probability; 1 keeps all.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         min_p: Drop tokens less likely than this share of the likeliest one; 0 keeps all.
-        stop: Strings that end a response; the tokens that complete one stay in it. One that is a special token, such
-            as <|im_end|>, ends it as that token.
+        stop: Strings that end a response; the tokens that complete one stay in it. One that is a special token ends
+            it as an end token does; others are looked for in the response's text with special tokens in it.
     """
 
     max_new_tokens: int = 1024
@@ -54,25 +53,57 @@ class Sampling:
         for name, (good, range_) in limits.items():
             if not good:
                 raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it has to be {range_}")
+        if isinstance(self.stop, str) or not all(isinstance(stop, str) for stop in self.stop):
+            raise ConfigError(f"sampling.stop is {self.stop!r}; it has to be a list of strings")
+        for stop in self.stop:
+            if not stop or "�" in stop:  # what the first bytes of a longer character look like
+                raise ConfigError(f"sampling.stop has {stop!r}, which would end responses anywhere; leave it out")
 
 
-def stop_conditions(tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> tuple[list[int], list[str]]:
-    """What ends a response besides the policy's end tokens: the same for all engines.
-
-    A stop string that is exactly one special token stands for that token, which text without special tokens would never
-    show. Other stop strings are looked for in the text of the response with its special tokens.
+@dataclass(frozen=True)
+class Stops:
+    """What ends a response, for every engine: one of some tokens, or one of some strings.
 
     Args:
-        tokenizer: The policy's.
-        sampling: Whose stop strings.
-
-    Returns:
-        Token ids, and stop strings.
+        ids: The model's end tokens, and stop strings that are a special token. They end a response and stay in it.
+        strings: The other stop strings. A response ends with the token that completes one in its own text, the
+            prompt's left out, with special tokens in it (`Policy.decode` with `keep_special`).
     """
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    stops = dict.fromkeys(sampling.stop)
-    return [special[stop] for stop in stops if stop in special], [stop for stop in stops if stop not in special]
+
+    ids: list[int]
+    strings: list[str]
+
+    @classmethod
+    def of(cls, policy: Policy, sampling: Sampling, where: str = "data.sampling") -> Stops:
+        """What ends the responses of a policy.
+
+        Args:
+            policy: Whose end tokens and tokenizer they are.
+            sampling: The stop strings.
+            where: The setting that holds them.
+
+        Raises:
+            ConfigError: If one can never be drawn.
+        """
+        special = [policy.special_tokens[stop] for stop in sampling.stop if stop in policy.special_tokens]
+        policy.check_embedded(special, f"{where}.stop tokens")
+        strings = [stop for stop in sampling.stop if stop not in policy.special_tokens]
+        for stop in strings:
+            read = policy.read_back(stop)
+            if stop not in read:
+                raise ConfigError(
+                    f"{where}.stop: {stop!r} can never end a response: the model's tokenizer has no tokens for it, and "
+                    f"makes {read!r} of it; leave it out, or take a string that the tokenizer gives back"
+                )
+        return cls(sorted({*policy.end_tokens, *special}), strings)
+
+
+def room(policy: Policy, prompt: Sequence[int], sampling: Sampling) -> int:
+    """Tokens that a response to a prompt may have, whatever other prompts there are: 0 where the prompt fills all
+    positions of the model."""
+    positions = policy.max_positions
+    left = sampling.max_new_tokens if positions is None else positions - len(prompt)
+    return max(0, min(sampling.max_new_tokens, left))
 
 
 @dataclass
@@ -88,7 +119,8 @@ class Rollout:
         logp_sampler: Log-probability (nats) of each response token as the engine drew it, at the sampling temperature,
             float32 [T]. Before top-p, top-k and min-p cut the distribution, except where the engine `cuts_before_logp`.
         entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
-        truncated: True where the response was cut at `max_new_tokens`.
+        truncated: True where the response was cut at `max_new_tokens`, or where the model has no more positions; so
+            are the empty responses to a prompt that fills all of them.
         text: The response as text, as `Policy.decode` gives it: without end tokens, padding and chat tokens.
         verdict: What the verifier said, once it has spoken.
         logp_policy: Log-probability of the same tokens by the trainer's forward pass, float32 [T]; None until the
@@ -159,3 +191,12 @@ class RolloutEngine(Protocol):
             seeds: A seed for each prompt: with the same weights it gives the same roll-outs, whatever the other
                 prompts of the call are.
         """
+
+
+def without_room(policy: Policy, prompts: Sequence[list[int]], n: int, sampling: Sampling) -> Iterator[Rollout]:
+    """The empty, truncated responses to those prompts that leave no room for one, n each."""
+    for group, prompt in enumerate(prompts):
+        if not room(policy, prompt, sampling):
+            for index in range(n):
+                nothing = torch.zeros(0)
+                yield Rollout(group, index, prompt, [], nothing, truncated=True, text="", entropy=nothing)

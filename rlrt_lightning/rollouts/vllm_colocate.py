@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.rollouts.base import Rollout, Sampling
+from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
 from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request, require_vllm
 
 if TYPE_CHECKING:
@@ -149,15 +149,16 @@ class VllmColocateEngine(VllmEngine):
 
         policy = self._policy
         assert policy is not None
+        stops = Stops.of(policy, sampling)
         asked: dict[str, tuple[int, int]] = {}
         for mine, pairs in self._of_all_in_group(list(zip(prompts, seeds, strict=True))):
             for group, (prompt, seed) in enumerate(pairs):
-                room = self._room(prompt, sampling.max_new_tokens)
-                for index in range(n if room else 0):
+                most = room(policy, prompt, sampling)
+                for index in range(n):
                     # One request for each: a roll-out can be verified while its siblings go on, and the prefix cache
                     # reads the prompt once for all.
-                    wanted = request(sampling, seed, index, policy, room)
-                    params = SamplingParams(**wanted, detokenize=bool(wanted["stop"]))
+                    wanted = request(sampling, stops, most, seed, index)
+                    params = SamplingParams(**wanted, detokenize=bool(stops.strings))
                     asked[self._add(prompt, params)] = (group, index) if mine else (-1, -1)
         for key, done in self._finished(set(asked)):
             group, index = asked[key]
@@ -166,7 +167,6 @@ class VllmColocateEngine(VllmEngine):
             out = done.outputs[0]
             logp = [step[token].logprob for step, token in zip(out.logprobs, out.token_ids, strict=True)]
             yield as_rollout(group, index, prompts[group], out.token_ids, logp, out.finish_reason, policy)
-        yield from self._without_room(prompts, n)
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, as `Policy.score`; a prompt that several share is read

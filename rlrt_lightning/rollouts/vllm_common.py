@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, stop_conditions
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, room, without_room
 from rlrt_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -72,12 +72,23 @@ class VllmEngine(RolloutEngine):
                 f"sampling.temperature is {sampling.temperature}; vLLM takes at most {HOTTEST:g}: lower it, or take "
                 "TransformersEngine"
             )
-        rollouts = self._sample(prompts, n, sampling, seeds)
+        yield from without_room(self._policy, prompts, n, sampling)
+        rollouts = self._sample_fitting(prompts, n, sampling, seeds)
         if self._unchecked and sampling.temperature > 0 and not sampling.cuts:
             first = list(islice(rollouts, self.check_rollouts))
             self._check(first, sampling.temperature)
             rollouts = chain(first, rollouts)
         yield from rollouts
+
+    def _sample_fitting(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[Rollout]:
+        """`_sample` of the prompts that leave room for a response: vLLM refuses others."""
+        assert self._policy is not None
+        fitting = [i for i, prompt in enumerate(prompts) if room(self._policy, prompt, sampling)]
+        for rollout in self._sample([prompts[i] for i in fitting], n, sampling, [seeds[i] for i in fitting]):
+            rollout.group = fitting[rollout.group]
+            yield rollout
 
     @abstractmethod
     def _send_weights(self, policy: Policy) -> None:
@@ -97,12 +108,13 @@ class VllmEngine(RolloutEngine):
         """
         assert self._policy is not None
         self._unchecked = False
-        rollouts = [r for r in rollouts if r.response_ids]
         # Also without roll-outs: with sharded weights all ranks compute together.
         own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
         if not rollouts:
             return
         apart = torch.cat([(r.logp_sampler - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
+        if not len(apart):  # of responses without a token
+            return
         limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
         if not float(apart.mean()) <= limit:  # NaN is no agreement either
             raise EngineError(
@@ -110,19 +122,6 @@ class VllmEngine(RolloutEngine):
                 f"nats on average ({float(apart.max()):.3g} at most), more than data.engine.tolerance ({limit:g}) "
                 "allows: it samples from other weights than the policy's, or in another precision"
             )
-
-    def _room(self, prompt: Sequence[int], wanted: int) -> int:
-        """Tokens that a response may have: at most as many as the model has positions for after this very prompt."""
-        assert self._policy is not None
-        positions = self._policy.max_positions
-        return wanted if positions is None else max(0, min(wanted, positions - len(prompt)))
-
-    def _without_room(self, prompts: Sequence[list[int]], n: int) -> Iterator[Rollout]:
-        """The rollouts of prompts that fill the model, which vLLM refuses: empty and truncated."""
-        assert self._policy is not None
-        for group, prompt in enumerate(prompts):
-            for index in range(0 if self._room(prompt, 1) else n):
-                yield as_rollout(group, index, prompt, [], [], "length", self._policy)
 
 
 def require_vllm(engine: str) -> None:
@@ -137,21 +136,20 @@ def require_vllm(engine: str) -> None:
         )
 
 
-def request(sampling: Sampling, seed: int, index: int, policy: Policy, room: int) -> dict[str, Any]:
-    """vLLM's names for how one roll-out of at most `room` tokens is sampled. `vllm.SamplingParams` and the server take
+def request(sampling: Sampling, stops: Stops, most: int, seed: int, index: int) -> dict[str, Any]:
+    """vLLM's names for how one rollout of at most so many tokens is sampled. `vllm.SamplingParams` and the server take
     the same."""
-    tokens, strings = stop_conditions(policy.tokenizer, sampling)
     return {
-        "max_tokens": room,
+        "max_tokens": most,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
         "repetition_penalty": 1.0,  # or a server takes that of the model's generation config
-        "stop": strings,
+        "stop": stops.strings,
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,  # in the text that stop strings are looked for in
-        "stop_token_ids": sorted({*policy.end_tokens, *tokens}),
+        "stop_token_ids": stops.ids,
         "seed": derive_seed(seed, "sampling", index),
         "logprobs": 0,
     }

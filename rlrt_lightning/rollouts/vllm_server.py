@@ -22,7 +22,7 @@ from torch import Tensor
 from rlrt_lightning.credentials import refuse_credentials
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import of_first_rank
-from rlrt_lightning.rollouts.base import Rollout, Sampling
+from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
 from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request
 
 if TYPE_CHECKING:
@@ -136,13 +136,13 @@ class VllmServerEngine(VllmEngine):
     ) -> Iterator[Rollout]:
         policy = self._policy
         assert policy is not None
-        rooms = [self._room(prompt, sampling.max_new_tokens) for prompt in prompts]
-        jobs = [(group, index) for group, room in enumerate(rooms) if room for index in range(n)]
+        stops = Stops.of(policy, sampling)
+        jobs = [(group, index) for group in range(len(prompts)) for index in range(n)]
         bodies = [
             {
                 "prompt": prompts[group],
                 "return_token_ids": True,
-                **request(sampling, seeds[group], index, policy, rooms[group]),
+                **request(sampling, stops, room(policy, prompts[group], sampling), seeds[group], index),
             }
             for group, index in jobs
         ]
@@ -150,7 +150,6 @@ class VllmServerEngine(VllmEngine):
             choice, (group, index) = answer["choices"][0], jobs[i]
             logp = choice["logprobs"]["token_logprobs"]
             yield as_rollout(group, index, prompts[group], choice["token_ids"], logp, choice["finish_reason"], policy)
-        yield from self._without_room(prompts, n)
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, as `Policy.score`. A server reads each prompt with its
