@@ -10,7 +10,7 @@ import yaml
 
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.cli import RLRTCli
-from tests.test_cli_defaults import cli  # noqa: F401
+from tests.test_cli_defaults import Settings
 from tests.tiny import policy
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +79,11 @@ def test_the_papers_config_runs_on_a_shrunk_random_model(tmp_path: Path, shared:
     ]
     # Longer than the small model's 128 positions are most of the prompts, which are dropped.
     assert main(["fit", RLRT_YAML, *flags]) == 0
+
+
+@pytest.fixture(scope="module")
+def cli() -> RLRTCli:
+    return Settings(["fit"])
 
 
 LIVE = {"every_n_epochs": 1, "ema_decay": 0.0}
