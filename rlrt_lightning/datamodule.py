@@ -283,7 +283,7 @@ class RolloutDataModule(LightningDataModule):
         credit = credit.without(unusable)
         if self.rescore and (credit.trains & ~trainable).any():
             raise ConfigError(
-                f"model.method: {type(method).__name__} trains on roll-outs that its may_train leaves out, which "
+                f"model.method: {type(method).__name__} trains on rollouts that its may_train leaves out, which "
                 "data.rescore has therefore not corrected for the sampler; override may_train"
             )
 
