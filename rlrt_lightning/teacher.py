@@ -182,8 +182,7 @@ class Teacher(nn.Module):
                 ranks, the choice does not depend on which rank it is on.
         """
         if kind == "answer":
-            answers = [problems[r.group].answer for r in rollouts]
-            return [None if answer is None else str(answer) for answer in answers]
+            return [problems[r.group].answer_text for r in rollouts]
         if kind == "solution":
             return [problems[r.group].solution for r in rollouts]
         if kind == "feedback":
