@@ -199,7 +199,7 @@ _APART = re.compile(r"(?<![0-9._^])[0-9.]*[0-9](?:\.? \.?|')[0-9]")
 
 def canonical(answer: str) -> str:
     r"""An answer in one spelling: see `respelled`; in one line, and without the signs that begin and end formulas."""
-    return respelled(_DELIMITER.sub(lambda m: m[1] or "", answer).replace("\n", " ").strip())
+    return respelled(_DELIMITER.sub(lambda m: m[1] or "", answer).replace("\n", " ")).strip()
 
 
 def respelled(text: str) -> str:
@@ -212,6 +212,7 @@ def respelled(text: str) -> str:
     text = _SPACING.sub(lambda m: m[1] or ("" if m[0] == r"\!" else " "), text)
     for pattern, replacement in _ALIASES:
         text = pattern.sub(replacement, text)
+    text = re.sub(" {2,}", " ", text)
     text = _GROUPED.sub(lambda m: re.sub(r"[^0-9]", "", m[0]), text)
     text = _GROUPED_DECIMALS.sub(lambda m: m[0].replace(" ", ""), text)
     return _MIXED.sub(_improper, text).replace("{,}", ",")

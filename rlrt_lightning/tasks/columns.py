@@ -74,7 +74,7 @@ def _parsed(text: str) -> Any:
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_BEGINS_AN_OBJECT = re.compile(r"""[\s"'\\]*[\[({][\s\[({]*["'\\]+\w+["'\\]+\s*:""")
+_BEGINS_AN_OBJECT = re.compile(r"""[\s"'\\]*(?:array\()?[\[({][\s\[({]*["'\\]+\w+["'\\]+\s*:""")
 _LAYOUTS = [
     [re.compile(rf"""["']{key}\\*["']\s*:""") for key in keys] for keys in (("role", "content"), ("from", "value"))
 ]
@@ -118,7 +118,7 @@ def _messages(value: Any, what: str, name: str) -> Messages | None:
         inside = _parsed(value)
         inside = _parsed(inside) if isinstance(inside, str) else inside  # JSON in JSON
         if isinstance(inside, str):
-            why = "looks like messages but is neither JSON nor Python's notation"
+            why = "looks like messages but is neither JSON nor Python's notation; write it as JSON"
             raise BadRow(f"the {what} in {name} {why}", excerpt(value))
         value = inside
     if isinstance(value, dict):
@@ -144,7 +144,8 @@ def _message(value: Any, what: str, name: str) -> dict[str, str]:
     message = value
     if _is_message(value) and (value.get("role") is None and "from" in value):
         speaker = value["from"]
-        message = {"role": _SPEAKERS.get(speaker) if isinstance(speaker, str) else None, "content": value["value"]}
+        role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+        message = {"role": role, "content": value["value"]}
     if not (_is_message(message) and isinstance(message["role"], str) and isinstance(message["content"], str)):
         raise BadRow(f"the {what} in {name} {_NO_MESSAGES}", excerpt(value))
     check_text(message["role"], name)
@@ -187,9 +188,12 @@ def solution(value: Any, name: str) -> str | None:
         value = said[-1]
     elif isinstance(value, str):
         try:
-            value = listed(value) or value
+            inside = listed(value)
         except ValueError as error:
             raise BadRow(f"the solution in {name} {error}", excerpt(value)) from None
+        if inside is None and re.match(r"\s*[\[({][\s\[({]*'", value):
+            inside = _parsed(value)  # a dict or a list as Python prints it, which no teacher should read
+        value = value if inside is None else inside
     if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
         value = next((text for text in value if not is_empty(text)), None)
     if is_empty(value):

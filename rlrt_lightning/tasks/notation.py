@@ -95,15 +95,15 @@ def parsed(text: str) -> Any:
     return text
 
 
-def listed(text: str) -> list[str | None] | None:
-    """The list of texts that a text is in JSON or in Python's notation; None if it is any other text.
+def listed(text: str) -> list[Any] | None:
+    """The list that a text is in JSON or in Python's notation, if it begins with a text in quotes; else None.
 
     Raises:
         ValueError: If it looks like such a list but cannot be read, as numpy prints one.
     """
-    if not re.match(r"\s*\[\s*(?:[\"']|None|null)", text) or not text.rstrip().endswith("]"):
+    if not re.match(r"\s*\[\s*(?:[\"']|None|null)", text):
         return None
     value = parsed(text)
-    if isinstance(value, str):
-        raise ValueError("looks like a list of texts but is neither JSON nor Python's notation")
-    return value if all(entry is None or isinstance(entry, str) for entry in value) else None
+    if isinstance(value, str) and re.search(r"(?:[\"']|None|null)\s*\]\s*$", text):
+        raise ValueError("looks like a list of texts but is neither JSON nor Python's notation; write it as JSON")
+    return value if isinstance(value, list) else None

@@ -145,6 +145,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         table = pyarrow.parquet.read_table(file)
     if (repeated := first_repeated(table.column_names)) is not None:
         raise ValueError(f"it has several columns {printable(repeated)}")
+    for i, column in enumerate(table.schema):
+        if column.type in (pyarrow.float16(), pyarrow.float32()):  # 0.1 of 32 bits stays 0.1, not 0.10000000149011612
+            table = table.set_column(i, column.name, table[i].cast(pyarrow.string()).cast(pyarrow.float64()))
     rows: Iterable[Any]
     try:
         rows = table.to_pylist()

@@ -27,7 +27,7 @@ from rlrt_lightning.tasks.answers import (
     truths,
 )
 from rlrt_lightning.tasks.base import Problem, Verdict
-from rlrt_lightning.tasks.notation import listed
+from rlrt_lightning.tasks.notation import listed, parsed
 
 
 class Reward(ABC):
@@ -98,13 +98,13 @@ class MathReward(Reward):
         _same(r"\frac{1}{2}", r"\boxed{0.5}")
 
     def read_truth(self, value: Any) -> Any:
-        """Takes texts, numbers, truth values and lists of these; also a list of texts that is itself text in JSON."""
-        return _without_empty(_listed(value), _golds)
+        """Takes texts, numbers, truth values and lists of these; also a list of texts that is itself text."""
+        return _without_empty(_inside(value), _golds)
 
     def __call__(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion."""
         try:
-            golds = _golds(_listed(problem.answer))
+            golds = _golds(_inside(problem.answer))
         except ValueError as error:
             return _no_truth(str(error))
         if not golds:
@@ -189,7 +189,7 @@ def _no_truth(why: str) -> Verdict:
 
 def _without_empty(value: Any, found_in: Callable[[Any], list[Any]]) -> Any:
     """A ground truth's entries, as they came, in which a function finds something; a single one without its list."""
-    full = [entry for entry in entries(value) if found_in(entry)]
+    full = [entry for entry in entries(value) if found_in([entry])]
     return full[0] if len(full) == 1 else full
 
 
@@ -198,9 +198,12 @@ def _golds(value: Any) -> list[str]:
     return [text for text in map(as_text, truths(value)) if not blank(text)]
 
 
-def _listed(value: Any) -> Any:
-    """The list of texts that a text holds, as some data sets have their ground truths; any other value as it is."""
-    return (listed(value) or value) if isinstance(value, str) else value
+def _inside(value: Any) -> Any:
+    """The list of texts or the dict that a text holds, as some data sets have their ground truths; else the value."""
+    if not isinstance(value, str):
+        return value
+    inside = parsed(value) if re.match(r"\{\s*[\"']", value) else listed(value)
+    return inside if isinstance(inside, (list, dict)) else value
 
 
 _LONGEST = 10_000  # the characters by which an answer may be longer than the ground truth
@@ -254,6 +257,8 @@ def _comparable(gold: str, answer: str) -> bool:
     r"""Whether an answer differs from the ground truth in nothing that math-verify overlooks: a denial (`x \ne 5`), the
     base of a number (`101_2`, `101_3`), and numbers side by side, which it adds or multiplies."""
     denied, other_base = (pattern.findall(gold) != pattern.findall(answer) for pattern in (_DENIAL, _BASE))
+    if _DENIAL.search(gold):  # math-verify takes x = 2 beside x \ne 1 for one more denial
+        denied |= len(_RELATION.findall(gold)) != len(_RELATION.findall(answer))
     other_base = other_base and bool(_BASE.search(gold) and _BASE.search(answer))
     return not (denied or other_base or apart(gold) or apart(answer))
 
