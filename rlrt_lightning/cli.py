@@ -33,6 +33,7 @@ from rlrt_lightning.credentials import masked, refuse_credentials
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
+from rlrt_lightning.resume import check_file
 from rlrt_lightning.sharding import FSDP2Strategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -292,15 +293,12 @@ class RLRTCli(LightningCLI):
         if path and "://" not in path and (wrong := problem(Path(path), resume=self.subcommand == "fit")):
             raise ConfigError(f"ckpt_path: {path} {wrong}")
         self.config_init[self.subcommand]["ckpt_path"] = path
+        if path and "://" not in path:
+            check_file(Path(path), self.trainer, self.model, self.datamodule, fit=self.subcommand == "fit")
         if settings.get("weights_only", False) is None:
             # Lightning leaves it to torch, and turns it off for an address of the web.
             settings["weights_only"] = self.config_init[self.subcommand]["weights_only"] = True
         if self.subcommand == "fit" and path:
-            if self.trainer.max_steps != -1:  # Lightning then takes the end of an epoch for its middle
-                raise ConfigError(
-                    "trainer.max_steps: a run is resumed exactly only where its end is counted in epochs; set "
-                    "trainer.max_epochs instead (an epoch has data.minibatches steps)"
-                )
             self.trainer.num_sanity_val_steps = 0  # the measurement before training has been made
 
 
