@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import run_folder, tensorboards
+from rlrt_lightning.callbacks.boards import own, tensorboards
 from torchmetrics import MeanMetric
 
 from rlrt_lightning.datamodule import Evaluated
@@ -51,7 +51,9 @@ class Evaluation(Callback):
         self._results: dict[str, Results] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are enough samples for each k."""
+        """Checks that there are enough samples for each k, and that no other results are in the way."""
+        if stage != "fit":
+            self._folder(trainer)
         for name, spec in _data(trainer).benchmarks.items():
             too_large = [k for k in self.ks or [] if k > spec.samples]
             if too_large:
@@ -124,7 +126,7 @@ class Evaluation(Callback):
                 write_tables(folder, tables)
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.results) if self.results else run_folder(trainer) / "evaluation"
+        return Path(self.results) if self.results else own(trainer, "evaluation")
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _collect  # type: ignore[assignment]

@@ -13,9 +13,9 @@ from typing import Any, NoReturn, cast
 
 import jsonargparse._typehints as typehints
 from jsonargparse import Namespace
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
@@ -28,6 +28,7 @@ from rlrt_lightning.callbacks import (
     SafeStop,
     TeacherRefresh,
 )
+from rlrt_lightning.callbacks.boards import own
 from rlrt_lightning.checkpoints import disk_error, newest, problem
 from rlrt_lightning.credentials import masked, refuse_credentials
 from rlrt_lightning.datamodule import RolloutDataModule
@@ -182,6 +183,18 @@ def _meant(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run's folder, and nowhere else."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See `SaveConfigCallback.setup`."""
+        path = own(trainer, self.config_filename)
+        if trainer.is_global_zero and not self.already_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+        self.already_saved = True
+
+
 class RLRTCli(LightningCLI):
     """LightningCLI with `RLRTModule` and `RolloutDataModule`.
 
@@ -212,7 +225,7 @@ class RLRTCli(LightningCLI):
             },
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             auto_configure_optimizers=False,
             args=args,
         )

@@ -35,6 +35,7 @@ from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
+from rlrt_lightning.trainer_checks import check_trainer
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -611,6 +612,7 @@ class RolloutDataModule(LightningDataModule):
 
     def _check_trainer(self) -> None:
         trainer = self._trainer
+        check_trainer(trainer, self)
         if trainer.reload_dataloaders_every_n_epochs != 1:
             raise ConfigError(
                 "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on roll-outs of its own"

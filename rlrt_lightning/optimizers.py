@@ -52,8 +52,8 @@ class WarmUp(LambdaLR):
 
 
 def keep_settings(optimizer: Optimizer) -> None:
-    """Has an optimiser keep its settings (weight decay, betas, ...) when it takes over a checkpoint's state; torch takes
-    the checkpoint's."""
+    """Has an optimiser keep its settings (weight decay, betas, ...) when it takes over a checkpoint's state; torch
+    takes the checkpoint's."""
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
     def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
