@@ -7,15 +7,15 @@ import inspect
 import logging
 import re
 import reprlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
 
 from rlrt_lightning.checkpoints import problem
 from rlrt_lightning.errors import ConfigError
@@ -84,6 +84,13 @@ ALIASES = {"seed_everything": "data.seed"}
 """What the command line calls a setting."""
 
 Settings = dict[str, Any]
+
+
+class Changes(NamedTuple):
+    """What a resumed run has changed, in words: by leave of `model.allow_changes`, and of what is free."""
+
+    allowed: list[str]
+    free: list[str]
 
 
 # -- the record ----------------------------------------------------------------------------------------------------
@@ -283,7 +290,7 @@ def saved_settings(checkpoint: Mapping[str, Any], path: str | Path) -> Settings 
     return dict(found["settings"])
 
 
-def check(checkpoint: Mapping[str, Any], path: str | Path, now: Settings, allow: Sequence[str], fit: bool) -> list[str]:
+def check(checkpoint: Mapping[str, Any], path: str | Path, now: Settings, allow: Sequence[str], fit: bool) -> Changes:
     """Compares the settings of a checkpoint's run with those of this one.
 
     Args:
@@ -294,7 +301,7 @@ def check(checkpoint: Mapping[str, Any], path: str | Path, now: Settings, allow:
         fit: Whether training goes on; an evaluation has to have the same model only.
 
     Returns:
-        What has changed, in words.
+        What has changed.
 
     Raises:
         ConfigError: If something has that may not.
@@ -304,19 +311,19 @@ def check(checkpoint: Mapping[str, Any], path: str | Path, now: Settings, allow:
     if before is None:
         if fit:
             log.warning("%s does not hold the settings of its run: check yourself that they are the same", path)
-        return []
+        return Changes([], [])
     changed = _changed(before, now)
     if not fit:
         changed = {name: said for name, said in changed.items() if _under(name, MODEL)}
     else:
         _check_optimizer(before, now, path)
-    refused = [name for name in changed if not _under(name, FREE) and not _under(name, allowed)]
-    if refused:
+    decisive = [name for name in changed if not _under(name, FREE)]
+    if refused := [name for name in decisive if not _under(name, allowed)]:
         raise ConfigError(
             f"ckpt_path: {path} comes from a run with other settings: {'; '.join(changed[n] for n in refused)}; set "
-            f"them as they were, or add --model.allow_changes=[{','.join(refused)}]"
+            f"them as they were, or add --model.allow_changes=[{','.join([*allow, *refused])}]"
         )
-    return list(changed.values())
+    return Changes([changed[n] for n in decisive], [said for name, said in changed.items() if name not in decisive])
 
 
 def check_file(path: Path, trainer: Trainer, module: RLRTModule, data: RolloutDataModule, fit: bool) -> None:
@@ -335,11 +342,17 @@ def compare(trainer: Trainer, module: RLRTModule, checkpoint: Mapping[str, Any])
     path, data = str(trainer.ckpt_path), getattr(trainer, "datamodule", None)
     if fit:
         check_end(trainer)
-    changed = check(checkpoint, path, settings(trainer, module, data), module.allow_changes or [], fit)
+    changes = check(checkpoint, path, settings(trainer, module, data), module.allow_changes or [], fit)
+    if not trainer.is_global_zero:
+        return
+    if changes.allowed:
+        said = "; ".join(changes.allowed)
+        log.warning("not as in the run that %s comes from, which model.allow_changes allows: %s", path, said)
     if fit:
         what = f"{type(module.method).__name__}, epoch {checkpoint.get('epoch')}"
-        since = f"; changed since: {'; '.join(changed)}" if changed else ""
-        rank_zero_info(f"resuming {path}: {what}, after {checkpoint.get('global_step')} optimiser steps{since}")
+        since = f"; changed since: {'; '.join(changes.free)}" if changes.free else ""
+        steps = checkpoint.get("global_step")
+        print(f"resuming {path}: {what}, after {steps} optimiser steps{since}", file=sys.stderr, flush=True)
 
 
 def check_end(trainer: Trainer) -> None:
