@@ -4,6 +4,7 @@ from rlrt_lightning.callbacks.collapse_guard import CollapseGuard
 from rlrt_lightning.callbacks.evaluation import Evaluation
 from rlrt_lightning.callbacks.hf_export import HFExport
 from rlrt_lightning.callbacks.number_guard import NumberGuard
+from rlrt_lightning.callbacks.prompt_preview import PromptPreview
 from rlrt_lightning.callbacks.rank_guard import RankGuard
 from rlrt_lightning.callbacks.reversed_signal import ReversedSignalLogger
 from rlrt_lightning.callbacks.safe_stop import SafeStop
@@ -14,6 +15,7 @@ __all__ = [
     "Evaluation",
     "HFExport",
     "NumberGuard",
+    "PromptPreview",
     "RankGuard",
     "ReversedSignalLogger",
     "SafeStop",

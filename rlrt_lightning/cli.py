@@ -23,6 +23,7 @@ from rlrt_lightning.callbacks import (
     CollapseGuard,
     Evaluation,
     NumberGuard,
+    PromptPreview,
     RankGuard,
     ReversedSignalLogger,
     SafeStop,
@@ -187,7 +188,7 @@ class RLRTCli(LightningCLI):
     `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard`, `NumberGuard`, `CollapseGuard` and
     `ModelCheckpoint` are always there, and set by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`,
     `rank_guard`, `number_guard`, `collapse_guard` and `checkpoint`; one of the same class under `trainer.callbacks`
-    takes their place. So is `SafeStop`, which has no settings.
+    takes their place. So are `SafeStop` and `PromptPreview`, which have no settings.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -270,7 +271,7 @@ class RLRTCli(LightningCLI):
             config = {**config, "strategy": "fsdp2"}  # torch's first FSDP is on its way out, and runs on no CPU
         if config.get("enable_checkpointing") is False:
             named.add(ModelCheckpoint)
-        callbacks = [SafeStop(), *callbacks]
+        callbacks = [SafeStop(), PromptPreview(), *callbacks]
         return super()._instantiate_trainer(config, [c for c in callbacks if type(c) not in named])
 
     def after_instantiate_classes(self) -> None:

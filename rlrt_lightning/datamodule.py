@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -217,9 +218,10 @@ class RolloutDataModule(LightningDataModule):
             spoken = torch.tensor([len(r.response_ids) > 0 for r in rollouts])
             wanted = method.uses_teacher(advantages, rewards) & spoken
             scored = module.policy.scored = Scored()
+            trainable = method.may_train(advantages, rewards) & spoken
             with self.stop_signal.may_end(trainer), clock("rescore"):
                 if self.rescore:
-                    self._rescore(rollouts, ((advantages != 0) & spoken) | wanted)
+                    self._rescore(rollouts, trainable)
             faults = non_finite_log_probs(rollouts)
             unusable = torch.tensor([i in faults for i in range(len(rollouts))])
             logp_sampler, logp_old, rescored = log_probs(rollouts, unusable)
@@ -234,6 +236,7 @@ class RolloutDataModule(LightningDataModule):
                     self._epochs,
                     0,
                     places=range(trainer.global_rank, self.prompts_per_epoch, trainer.world_size),
+                    policy=module.policy,
                 )
                 contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
                 teacher, truncated = module.teacher.score(
@@ -265,6 +268,11 @@ class RolloutDataModule(LightningDataModule):
         else:
             credit = method(*figures)
         credit = credit.without(unusable)
+        if self.rescore and (credit.trains & ~trainable).any():
+            raise ConfigError(
+                f"model.method: {type(method).__name__} trains on roll-outs that its may_train leaves out, which "
+                "data.rescore has therefore not corrected for the sampler; override may_train"
+            )
 
         stats = {**statistics(rollouts, rewards, groups), **clock.stats}
         stats["faults/rollouts"] = float(self._sum_over_ranks(torch.tensor(float(len(faults)))))
@@ -675,6 +683,14 @@ class RolloutDataModule(LightningDataModule):
                 f"model.method.context is {kind}, but none of the first {len(first)} training problems has one; name "
                 f"the data's column in data.task.{kind}, or take another context"
             )
+
+    def example(self, stage: str) -> Problem | None:
+        """The first problem of a stage whose prompt is not too long, to be shown; None where there is none."""
+        problems = chain.from_iterable(self._eval_problems.values())
+        if stage == "fit":
+            problems = chain(self._problems[self._row(i)] for i in range(len(self._problems)))
+        first, most = islice(problems, MOST_MISSES), self.max_prompt_tokens
+        return next((p for p in first if self._reader.measured(p, most)[0] <= most), None)
 
     def _row(self, position: int) -> int:
         """Which row comes at a position of the endless, shuffled order of prompts."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rlrt_lightning.objective.ratios import kl_estimate
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.ranks import Mean
 from rlrt_lightning.rollouts import Rollout
@@ -74,14 +75,13 @@ def not_finite(figures: Mapping[str, Tensor | None]) -> str | None:
 
 def mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
     """How far the sampler is from the trainer, from log P_trainer - log P_sampler of the sampled tokens [R] and whether
-    the importance weight was capped [R]."""
+    the importance weight was capped [R]; the KL is KL(sampler || trainer)."""
     if not len(difference):
         return {}
-    # (rho - 1) - log rho estimates KL(sampler || trainer) and is never negative.
     return {
         "rollout/mismatch_mean": Mean(float(difference.abs().mean()), len(difference)),
         "rollout/mismatch_max": float(difference.abs().max()),
-        "rollout/mismatch_kl": Mean(float((difference.exp() - 1 - difference).mean()), len(difference)),
+        "rollout/mismatch_kl": Mean(float(kl_estimate(difference).mean()), len(difference)),
         "rollout/mismatch_capped": Mean(float(capped.float().mean()), len(difference)),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from rlrt_lightning import (
     Verdict,
     VllmServerEngine,
 )
-from rlrt_lightning.objective import Method
+from rlrt_lightning.objective import SDPO, EntropyBonus, Method
 
 
 class Counted(Task):
@@ -209,6 +210,30 @@ def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) 
     assert epoch.stats["rollout/mismatch_kl"] == pytest.approx(math.exp(1.5) - 2.5, abs=1e-2)
     assert epoch.stats["rollout/mismatch_capped"] == 1
     assert epoch.stats["time/rescore"] > 0
+
+
+@pytest.mark.parametrize("method", [SDPO(), EntropyBonus()], ids=["SDPO", "EntropyBonus"])
+def test_a_sampler_that_disagrees_is_corrected_for_without_an_advantage_too(method: Method, tmp_path: Path) -> None:
+    """Here all roll-outs are right, which these methods train on too."""
+    recorder, _ = fit(tmp_path, Counted(lambda text: True), rescore=True, engine=AnotherProgram(), method=method)
+    epoch = recorder.epochs[0]
+    assert not epoch.advantages.any()
+    assert epoch.credit.trains.all()
+    assert epoch.importance[epoch.mask].unique().tolist() == [2.0], "e^1.5, capped"
+
+
+@dataclass(frozen=True)
+class Forgetful(EntropyBonus):
+    """A method of a user's own that trains on more than it says."""
+
+    def may_train(self, advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        return advantages != 0
+
+
+def test_a_method_that_trains_on_what_was_not_rescored_is_an_error(tmp_path: Path) -> None:
+    fit(tmp_path, StrategySum(), method=Forgetful())
+    with pytest.raises(ConfigError, match=r"Forgetful trains on roll-outs .* override may_train"):
+        fit(tmp_path, StrategySum(), method=Forgetful(), rescore=True)
 
 
 def test_no_problems_is_an_error(tmp_path: Path) -> None:

@@ -108,12 +108,8 @@ class Reflection:
         seeds = [derive_seed(data.seed, "reflection", i) for i in range(len(problems))]
         rollouts = data.draw(spec.task or data.task, problems, self.samples, sampling, seeds)
 
-        chosen, contexts, left_out = self._choose(module, data, problems, rollouts)
+        chosen, shown, left_out = self._choose(module, data, problems, rollouts)
         student = [(r.prompt_ids, r.response_ids) for r, _ in chosen]
-        shown = [
-            module.teacher.prompt(module.policy, problems[r.group], context, self.context)[0]
-            for (r, _), context in zip(chosen, contexts, strict=True)
-        ]
         teacher = [(ids, r.response_ids) for ids, (r, _) in zip(shown, chosen, strict=True)]
         with data.computing():
             kls = module.policy.compare(position_kl, student, teacher, module.teacher, sampling.temperature)
@@ -149,28 +145,33 @@ class Reflection:
 
     def _choose(
         self, module: RLRTModule, data: RolloutDataModule, problems: list[Problem], rollouts: list[Rollout]
-    ) -> tuple[list[tuple[Rollout, str]], list[str], int]:
-        """The roll-outs that are cut, each with the kind of its problem; what the teacher sees for them; and how many
-        could not be cut for want of a context."""
+    ) -> tuple[list[tuple[Rollout, str]], list[list[int]], int]:
+        """The roll-outs that are cut, each with the kind of its problem; tokens of what the teacher is shown for them;
+        and how many could not be cut for want of a context."""
         correct = torch.tensor([r.verdict is not None and r.verdict.correct for r in rollouts])
-        contexts = module.teacher.contexts(self.context, problems, rollouts, correct, data.seed)
+        policy, teacher = module.policy, module.teacher
+        contexts = teacher.contexts(self.context, problems, rollouts, correct, data.seed, policy=policy)
         of_problem: dict[int, int] = defaultdict(int)
         for rollout, right in zip(rollouts, correct.tolist(), strict=True):
             of_problem[rollout.group] += right
         chosen: list[tuple[Rollout, str]] = []
-        shown: list[str] = []
+        shown: list[list[int]] = []
         taken: dict[int, int] = defaultdict(int)
         left_out = 0
         for rollout, right, context in zip(rollouts, correct.tolist(), contexts, strict=True):
             kind = kind_of(of_problem[rollout.group], self.samples)
             if kind is None or right != (kind == "easy") or taken[rollout.group] == self.per_problem:
                 continue
-            if context is None:
+            ids: list[int] = []
+            if context is not None:
+                room = teacher.room(policy, rollout)
+                ids, _ = teacher.prompt(policy, problems[rollout.group], context, self.context, room)
+            if not ids:
                 left_out += 1
                 continue
             taken[rollout.group] += 1
             chosen.append((rollout, kind))
-            shown.append(context)
+            shown.append(ids)
         if not chosen:
             raise ConfigError(
                 f"no roll-out can be cut: of {len(problems)} problems none is hard or easy with a {self.context} for "

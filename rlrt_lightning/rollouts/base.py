@@ -121,7 +121,7 @@ class Rollout:
         entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
         truncated: True where the response was cut at `max_new_tokens`, or where the model has no more positions; so
             are the empty responses to a prompt that fills all of them.
-        text: The response as text, special tokens removed.
+        text: The response as text, as `Policy.decode` gives it: without end tokens, padding and chat tokens.
         verdict: What the verifier said, once it has spoken.
         logp_policy: Log-probability of the same tokens by the trainer's forward pass, float32 [T]; None until the
             rollout is rescored (`data.rescore`).

@@ -78,7 +78,7 @@ class Task(ABC):
 
     @abstractmethod
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Judges one completion (text, special tokens removed). What it raises becomes a `fault` verdict."""
+        """Judges one completion (`Rollout.text`). What it raises becomes a `fault` verdict."""
 
     def warm_up(self) -> None:  # noqa: B027 - there is nothing to do unless a subclass says so
         """Called in each worker process before its first completion, with no time limit: the place for slow imports,

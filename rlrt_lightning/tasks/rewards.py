@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks.answers import (
+    Truth,
+    apart,
+    as_text,
+    blank,
+    canonical,
+    entries,
+    number,
+    readings,
+    respelled,
+    same_text,
+    truths,
+)
 from rlrt_lightning.tasks.base import Problem, Verdict
 
 
@@ -24,6 +40,18 @@ class Reward(ABC):
     @abstractmethod
     def __call__(self, problem: Problem, completion: str) -> Verdict | float | bool:
         """Judges one completion."""
+
+    def read_truth(self, value: Any) -> Any:
+        """What becomes a problem's `answer` out of the ground truth that the data holds; called when data is read.
+
+        Returns:
+            The ground truth as this reward takes it; an empty list where it is empty.
+
+        Raises:
+            ValueError: If this reward cannot compare with it. Says why, as the rest of a sentence that begins with "the
+                answer".
+        """
+        return value
 
     def warm_up(self) -> None:  # noqa: B027 - there is nothing to do unless a subclass says so
         """Does what is slow only once, such as imports; see `Task.warm_up`."""
@@ -70,24 +98,32 @@ class MathReward(Reward):
         """Imports math-verify and lets it build its tables."""
         _same(r"\frac{1}{2}", r"\boxed{0.5}")
 
+    def read_truth(self, value: Any) -> Any:
+        """Takes texts, numbers, truth values and lists of these; also a list of texts that is itself text in JSON."""
+        return _read_truth(_listed(value))
+
     def __call__(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion."""
-        golds = problem.answer if isinstance(problem.answer, (list, tuple)) else [problem.answer]
+        try:
+            golds = [as_text(truth) for truth in truths(_listed(problem.answer))]
+        except ValueError as error:
+            return Verdict(0.0, False, message=f"the ground truth {error}", fault=True)
+        if not golds:
+            return Verdict(0.0, False, message="there is no ground truth", fault=True)
         answer = last_boxed(completion)
         if answer is None:
             if not self.fallback:
                 return Verdict(0.0, False, message=r"no \boxed{}")
-            answer, text = _found(completion[-_TAIL:]), completion[-_TAIL:]
+            text = respelled(completion[-_TAIL:])
+            answer = _found(text)
+            read = [(canonical(answer), text)] if answer else []
         else:
-            answer, text = answer.strip(), rf"\boxed{{{answer}}}"
-        if not answer:
+            answer = answer.strip()
+            read = [(reading, rf"\boxed{{{reading}}}") for reading in readings(canonical(answer))]
+        if not answer or blank(answer):
             return Verdict(0.0, False, message="no answer found")
-        correct = any(
-            _plain(str(gold)) == _plain(answer) or (_comparable(str(gold), answer) and _same(str(gold), text))
-            for gold in golds
-        )
-        message = "right" if correct else f"wrong: the answer is {' or '.join(map(str, golds))}"
-        return Verdict(float(correct), correct, answer, message)
+        right = any(_equal(meaning, *reading) for gold in golds for meaning in _meanings(gold) for reading in read)
+        return Verdict(float(right), right, answer, "right" if right else f"wrong: the answer is {' or '.join(golds)}")
 
 
 class ExactMatch(Reward):
@@ -109,6 +145,10 @@ class ExactMatch(Reward):
         self.ignore_case = ignore_case
         self.isolated = bool(pattern)  # a pattern can take exponential time
 
+    def read_truth(self, value: Any) -> Any:
+        """Takes texts, numbers, truth values and lists of these."""
+        return _read_truth(value)
+
     def __call__(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion."""
         answer = completion
@@ -119,14 +159,43 @@ class ExactMatch(Reward):
             answer = match[1] if self._pattern.groups else match[0]
             if answer is None:
                 return Verdict(0.0, False, message="the pattern's first group matches nothing")
-        answer, gold = answer.strip(), str(problem.answer).strip()
-        correct = answer.casefold() == gold.casefold() if self.ignore_case else answer == gold
-        return Verdict(float(correct), correct, answer, "right" if correct else f"wrong: the answer is {gold}")
+        answer = answer.strip()
+        try:
+            golds = truths(problem.answer)
+        except ValueError as error:
+            return Verdict(0.0, False, message=f"the ground truth {error}", fault=True)
+        right = any(self._is(gold, answer) for gold in golds)
+        expected = " or ".join(map(as_text, golds))
+        return Verdict(float(right), right, answer, "right" if right else f"wrong: the answer is {expected}")
+
+    def _is(self, gold: Truth, answer: str) -> bool:
+        if isinstance(gold, Decimal):
+            return number(answer) == gold
+        if self.ignore_case or isinstance(gold, bool):
+            return answer.casefold() == str(gold).casefold()
+        return answer == gold
+
+
+def _read_truth(value: Any) -> Any:
+    """A ground truth without its empty entries, as it came where it is a single one."""
+    found = [entry for entry in entries(value) if truths(entry)]
+    return found[0] if len(found) == 1 else found
+
+
+def _listed(value: Any) -> Any:
+    """The list of texts that a text holds in JSON, as some data sets have their ground truths; else the value."""
+    if isinstance(value, str) and re.match(r'\[\s*"', value):
+        with suppress(ValueError, RecursionError):
+            listed = json.loads(value)
+            if all(entry is None or isinstance(entry, str) for entry in listed):
+                return listed
+    return value
 
 
 _TAIL = 2_000  # the characters at the end in which an answer without a box is sought: the search is slow in long texts
 
-_DENIAL = re.compile(r"\\neq?(?![a-zA-Z])|≠|!=|\\not(?![a-zA-Z])")
+_DENIAL = re.compile(r"\\(?:ne|not|notin|n(?:less|gtr|leq|geq))(?![a-zA-Z])")
+_RELATION = re.compile(r"[=<>]|\\(?:le|ge|in|not|notin|equiv|approx|sim)(?![a-zA-Z])")
 _BASE = re.compile(r"\d_\{?(\d+)")
 
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
@@ -148,17 +217,41 @@ def last_boxed(text: str) -> str | None:
     return text[slice(*last)] if last else None
 
 
-def _plain(answer: str) -> str:
-    """An answer without what never changes its meaning: equal texts are equal even if nothing can parse them."""
-    answer = re.sub(r"\\(?:left|right|,|!|;|:)(?![a-zA-Z])|\$|\s+", "", answer)
-    return re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer).rstrip(".")
+@lru_cache(maxsize=1024)
+def _meanings(gold: str) -> list[str]:
+    """What a ground truth may mean, in canonical spelling."""
+    boxed = last_boxed(gold)
+    return readings(canonical(gold if boxed is None else boxed))
+
+
+def _equal(gold: str, answer: str, text: str) -> bool:
+    """Whether an answer is a ground truth, both in canonical spelling.
+
+    Args:
+        gold: The ground truth.
+        answer: The answer.
+        text: What math-verify finds the answer in.
+    """
+    if same_text(gold, answer):
+        return True
+    gold, answer, text = _affirmed(gold, answer, text)
+    return _comparable(gold, answer) and _same(gold, text)
 
 
 def _comparable(gold: str, answer: str) -> bool:
-    r"""Whether an answer differs from the ground truth in nothing that math-verify overlooks: a denial (`\neq 5`), and
-    the base of a number (`101_2`, `101_3`)."""
+    r"""Whether an answer differs from the ground truth in nothing that math-verify overlooks: a denial (`x \ne 5`), the
+    base of a number (`101_2`, `101_3`), and numbers side by side, which it adds or multiplies."""
     denied, other_base = (pattern.findall(gold) != pattern.findall(answer) for pattern in (_DENIAL, _BASE))
-    return not denied and not (other_base and _BASE.search(gold) and _BASE.search(answer))
+    other_base = other_base and bool(_BASE.search(gold) and _BASE.search(answer))
+    return not (denied or other_base or apart(gold) or apart(answer))
+
+
+def _affirmed(*texts: str) -> tuple[str, ...]:
+    r"""Ground truth and answer with `=` for `\ne` where neither holds another relation: the same numbers are denied if
+    the equations are the same, and math-verify does not compare denials."""
+    if all(r"\ne " in text and not _RELATION.search(text) for text in texts):
+        return tuple(text.replace(r"\ne ", "= ") for text in texts)
+    return texts
 
 
 def _found(text: str) -> str | None:
@@ -171,8 +264,20 @@ def _same(gold: str, text: str) -> bool:
     """Whether math-verify holds the answer that it finds in a text for the same as the ground truth."""
     from math_verify import verify
 
-    boxed = last_boxed(gold)
-    return verify(_parse_gold(gold if boxed is None else boxed), _parse(text), timeout_seconds=None)
+    golds, answers = _parse_gold(gold), _parse(text)
+    return verify(golds, answers, timeout_seconds=None) and not _far(golds, answers)
+
+
+def _far(golds: list[Any], answers: list[Any]) -> bool:
+    """Whether two numbers differ that math-verify, which rounds to six decimals, holds for the same: 1e-7 and 2e-7."""
+    from sympy import UnevaluatedExpr
+
+    if golds[0].has(UnevaluatedExpr) or answers[0].has(UnevaluatedExpr):
+        return False  # a percentage, which is worth both 10 and 0.1
+    try:
+        return not math.isclose(float(golds[0]), float(answers[0]), rel_tol=1e-4)
+    except (TypeError, ValueError, OverflowError):  # no real numbers
+        return False
 
 
 def _parse(text: str) -> list[Any]:
