@@ -61,9 +61,9 @@ def epochs_of_ours(
         precision: Of the trainer; with bf16-mixed a bfloat16 copy draws the roll-outs, and the trainer rescores them.
     """
     from lightning import Callback, Trainer
-    from rlrt_lightning.callbacks import TeacherRefresh
 
     from rlrt_lightning import Policy, Problem, RLRTModule, RolloutDataModule, Sampling, Task, Teacher, Verdict
+    from rlrt_lightning.callbacks import TeacherRefresh
     from rlrt_lightning.rollouts import TransformersEngine
 
     class Parity(Task):

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from rlrt_lightning.callbacks.boards import tensorboards
 
-from rlrt_lightning.chat import special_tokens
+from rlrt_lightning.chat import is_tag, special_tokens
 from rlrt_lightning.objective.methods import Context
 from rlrt_lightning.policy import Policy
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks import Problem
 from rlrt_lightning.teacher import Teacher
 from rlrt_lightning.texts import CLOSING_TAG, MARK, OPENING_TAG
+
+from .boards import tensorboards
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -100,6 +101,9 @@ def doubts(policy: Policy, prompts: dict[str, list[int]], stops: Sequence[str]) 
         if found := [token for token in special if token in stop]:
             seen = "show it" if policy.decode([special[found[0]]]) else "leave it out"
             yield f"the stop string {stop!r} has the special token {found[0]!r}; the texts that are judged {seen}"
+    for token, id in special.items():
+        if id in policy.end_tokens and is_tag(token, known):
+            yield f"responses end at {token!r}, which the texts that are judged leave out, as any end token"
     for tag in (OPENING_TAG, CLOSING_TAG):
         if tag in special:
             yield f"{tag} is a special token of this tokenizer; the texts that are judged show it all the same"

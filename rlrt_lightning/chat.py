@@ -73,13 +73,11 @@ class ChatTemplate:
         return text
 
     def _apply(self, messages: Sequence[dict[str, str]]) -> str:
-        from jinja2 import TemplateError
-
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, **self.kwargs
             )
-        except TemplateError as error:  # it refuses a conversation, or tries what transformers' sandbox forbids
+        except Exception as error:  # a template refuses a conversation by raising whatever it likes
             raise ConfigError(
                 f"model.policy.path: the chat template of {self.path!r} takes no such prompt: {first_line(error)}"
             ) from error
@@ -191,11 +189,11 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> f
             frame += str(tokenizer.get_chat_template())
             frame += str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
     known = tokenizer.get_vocab()
-    framing = {id for token, id in special_tokens(tokenizer).items() if token in frame and not _is_tag(token, known)}
+    framing = {id for token, id in special_tokens(tokenizer).items() if token in frame and not is_tag(token, known)}
     return frozenset({*ends, *named_tokens(tokenizer), *framing})
 
 
-def _is_tag(token: str, known: dict[str, int]) -> bool:
-    """Whether a token is one of a pair of tags."""
+def is_tag(token: str, known: dict[str, int]) -> bool:
+    """Whether a token is one of a pair of tags that are both known."""
     found = re.fullmatch(r"<(/?)(\w[\w-]*)>", token)
     return found is not None and (found[2] == "think" or f"<{'' if found[1] else '/'}{found[2]}>" in known)

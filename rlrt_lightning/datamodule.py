@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -41,6 +43,17 @@ if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
 
 log = logging.getLogger(__name__)
+
+TRAINER: dict[str, tuple[float, float]] = {
+    # Each epoch trains on roll-outs of its own.
+    "reload_dataloaders_every_n_epochs": (0, 1),
+    # Lightning's sanity check over all of the validation is our measurement before training.
+    "num_sanity_val_steps": (2, math.inf),
+    "log_every_n_steps": (50, 1),
+}
+"""Attributes of the trainer: Lightning's default, and ours. The loops read them after the data module's `setup`."""
+
+RELOAD = "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on roll-outs of its own"
 
 MOST_MISSES = 1000
 """So many prompts in a row that are too long: the limit is wrong."""
@@ -95,7 +108,7 @@ class RolloutDataModule(LightningDataModule):
             this epoch's updates; `model.importance` corrects for that, which takes `rescore`. Checkpoints hold them.
         verifier_workers: Processes that check completions, for tasks whose verifier is not trusted code.
         verifier_timeout_s: Time limit of one verdict, in seconds.
-        verifier_memory_gb: Memory limit of a verifier process, in GiB.
+        verifier_memory_gb: Memory limit of a verifier process, in GiB; on Linux only.
         max_fault_share: Stop when the verifier itself fails on more than this share of an epoch's roll-outs; below it
             they count as wrong.
         seed: Seed of every random stream; the command line sets it by `--seed_everything`.
@@ -270,7 +283,7 @@ class RolloutDataModule(LightningDataModule):
         credit = credit.without(unusable)
         if self.rescore and (credit.trains & ~trainable).any():
             raise ConfigError(
-                f"model.method: {type(method).__name__} trains on roll-outs that its may_train leaves out, which "
+                f"model.method: {type(method).__name__} trains on rollouts that its may_train leaves out, which "
                 "data.rescore has therefore not corrected for the sampler; override may_train"
             )
 
@@ -510,7 +523,7 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads the data and checks what can be checked before the weights are loaded."""
-        self._synced = self._made = None
+        self._synced = self._made = self._begun = self._order = None
         policy = self._module.policy
         _ = policy.tokenizer, policy.end_tokens
         self._reader = PromptReader(policy, self.overlong_prompts)
@@ -518,7 +531,9 @@ class RolloutDataModule(LightningDataModule):
         if limit is not None and self.max_prompt_tokens >= limit:
             self.max_prompt_tokens = limit - 1
         if stage == "fit":
-            self._check_trainer()
+            self._set_up_trainer()
+            if self._trainer.current_epoch == 0:  # a run that is resumed loads its place after this
+                self._epochs = self._cursor = self._overlong = 0
             self._problems = read_problems(self.task, "train", "data.task")
             if not len(self._problems):
                 raise ConfigError("data.task: there are no problems to train on")
@@ -576,7 +591,10 @@ class RolloutDataModule(LightningDataModule):
         self._epochs, self._cursor, self._overlong = (state_dict[k] for k in ("epochs", "cursor", "overlong"))
         self._restored = state_dict.get("ahead", []) if self.ahead else []
         ranks, trainer = state_dict.get("under_way"), self._trainer
-        if ranks is None or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
+            return
+        trainer.num_sanity_val_steps = 0  # the measurement before training has been made
+        if ranks is None:
             return
         if (len(ranks), state_dict["accumulate"]) != (trainer.world_size, trainer.accumulate_grad_batches):
             raise ConfigError(
@@ -612,12 +630,18 @@ class RolloutDataModule(LightningDataModule):
     def _module(self) -> RLRTModule:
         return cast("RLRTModule", self._trainer.lightning_module)
 
-    def _check_trainer(self) -> None:
+    def _set_up_trainer(self) -> None:
+        """Puts our defaults in the place of Lightning's, where a script left these as they are, and checks them."""
         trainer = self._trainer
+        changed = []
+        for name, (theirs, ours) in TRAINER.items():
+            if getattr(trainer, name) == theirs:
+                setattr(trainer, name, ours)
+                changed.append(f"{name}={-1 if ours == math.inf else ours}")
+        if changed:
+            rank_zero_info("trainer: %s, in place of Lightning's defaults", ", ".join(changed))
         if trainer.reload_dataloaders_every_n_epochs != 1:
-            raise ConfigError(
-                "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on roll-outs of its own"
-            )
+            raise ConfigError(RELOAD)
         if self.prompts_per_epoch % (self.minibatches * trainer.world_size):
             raise ConfigError(
                 f"data.prompts_per_epoch ({self.prompts_per_epoch}) has to be a multiple of data.minibatches "

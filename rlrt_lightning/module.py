@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -290,6 +290,24 @@ class RLRTModule(LightningModule):
         self._data.engine.release()
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run has (`rlrt_lightning.callbacks.default_callbacks`): those that the trainer has none of.
+
+        Raises:
+            ConfigError: If there is no data module to make roll-outs.
+        """
+        from rlrt_lightning.callbacks import adopt_checkpoints, default_callbacks
+        from rlrt_lightning.datamodule import RolloutDataModule
+
+        trainer = cast(Any, self.trainer)
+        if not isinstance(trainer.datamodule, RolloutDataModule):
+            raise ConfigError(
+                f"{trainer.state.fn.value}: pass datamodule=RolloutDataModule(...) to the trainer; roll-outs come from "
+                "nowhere else"
+            )
+        adopt_checkpoints(trainer.callbacks)
+        return default_callbacks(trainer.callbacks, checkpoints=bool(trainer.checkpoint_callbacks))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the checkpoint's weights with the model's before any is loaded.

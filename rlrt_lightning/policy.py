@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from rlrt_lightning.caching import cache_argument, copy_rows
-from rlrt_lightning.chat import ChatTemplate, control_tokens, named_tokens, special_tokens
+from rlrt_lightning.chat import ChatTemplate, control_tokens, named_tokens
 from rlrt_lightning.errors import ConfigError, first_line
 from rlrt_lightning.log_probs import Compute, in_chunks, token_log_probs
 from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
@@ -181,6 +181,11 @@ class Policy(nn.Module):
         text = self.config.get_text_config()
         return getattr(text, "max_position_embeddings", None)
 
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are put into the chat template."""
+        return bool(self.tokenizer.chat_template) and self.chat is not False
+
     @cached_property
     def token_ids(self) -> frozenset[int]:
         """Every token id that the tokenizer knows. The model may have fewer embeddings, or, padded, more."""
@@ -190,7 +195,8 @@ class Policy(nn.Module):
     def special_tokens(self) -> dict[str, int]:
         """The special tokens by their text: also those that have no role such as end or padding."""
         named = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
-        return named | special_tokens(self.tokenizer)
+        added = self.tokenizer.added_tokens_decoder
+        return named | {token.content: number for number, token in added.items() if token.special}
 
     @property
     def lacks_embeddings(self) -> bool:
@@ -219,11 +225,6 @@ class Policy(nn.Module):
             "belongs to it"
         )
 
-    @property
-    def chats(self) -> bool:
-        """Whether prompts are put into the chat template."""
-        return bool(self.tokenizer.chat_template) and self.chat is not False
-
     def prompt_text(self, prompt: str | Messages) -> str:
         """Text of a prompt as the model reads it, up to where the response begins.
 
@@ -238,7 +239,7 @@ class Policy(nn.Module):
         """Tokens of a prompt, up to where the response begins; see `prompt_text`.
 
         Raises:
-            ConfigError: If the model has no embedding for one of them.
+            ConfigError: If the chat template refuses it, or the model has no embedding for one of its tokens.
         """
         text, tokenizer = self.prompt_text(prompt), self.tokenizer
         # A chat template writes the special tokens itself.
@@ -264,8 +265,7 @@ class Policy(nn.Module):
             ids: The tokens. Those that the tokenizer does not know, of embeddings that only pad, have no text.
             keep_special: Leave all special tokens in the text.
         """
-        left_out: frozenset[int] = frozenset() if keep_special else self._control_tokens
-        said = [token for token in ids if token in self.token_ids and token not in left_out]
+        said = [i for i in ids if i in self.token_ids and (keep_special or i not in self._control_tokens)]
         return str(self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def read_back(self, text: str) -> str:

@@ -112,7 +112,11 @@ class Teacher(nn.Module):
 
     def load(self, policy: Policy) -> None:
         """Takes a copy of the policy's weights where the teacher needs its own: of the adapters alone where the policy
-        has some, and of nothing where these are initial ones."""
+        has some, and of nothing where these are initial ones. A copy that an earlier run needed is given back."""
+        if self.weights == "policy":
+            self._modules.pop("model", None)
+        if self.adapters is not None and (self.weights == "policy" or self.adapters.off != (self.weights == "initial")):
+            self.adapters = None
         if self.weights == "policy" or self.adapters is not None or "model" in self._modules:
             return
         if policy.lora is not None:
@@ -221,8 +225,7 @@ class Teacher(nn.Module):
             policy: Whose positions have room for a demonstration or not; None: any fits.
         """
         if kind == "answer":
-            answers = [problems[r.group].answer for r in rollouts]
-            return [None if answer is None else str(answer) for answer in answers]
+            return [problems[r.group].answer_text for r in rollouts]
         if kind == "solution":
             return [problems[r.group].solution for r in rollouts]
         if kind == "feedback":

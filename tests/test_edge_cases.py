@@ -15,8 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Callback
-from rlrt_lightning.callbacks import CollapseGuard, NumberGuard
-from rlrt_lightning.callbacks.collapse_guard import Curve
 
 from rlrt_lightning import (
     GRPO,
@@ -32,6 +30,8 @@ from rlrt_lightning import (
     Teacher,
     TransformersEngine,
 )
+from rlrt_lightning.callbacks import CollapseGuard, NumberGuard
+from rlrt_lightning.callbacks.collapse_guard import Curve
 from rlrt_lightning.objective import Method
 from tests.test_datamodule import Counted, fit, moved
 from tests.test_fit import command, weights

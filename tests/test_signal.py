@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from rlrt_lightning.callbacks import ReversedSignalLogger
 
 from rlrt_lightning import ConfigError, Policy, Sampling, StrategySum, TransformersEngine
 from rlrt_lightning.batch import EpochBatch
+from rlrt_lightning.callbacks import ReversedSignalLogger
 from rlrt_lightning.padding import pad_rows
 from tests.test_datamodule import fit
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from rlrt_lightning.callbacks import PromptPreview
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlrt_lightning import (
@@ -26,6 +25,7 @@ from rlrt_lightning import (
     Teacher,
     Verdict,
 )
+from rlrt_lightning.callbacks import PromptPreview
 from rlrt_lightning.chat import template_variables
 from rlrt_lightning.prompts import PromptReader
 from rlrt_lightning.texts import MARK, without_thinking
@@ -218,6 +218,12 @@ def test_system_messages_come_once(tmp_path: Path) -> None:
     assert written(policy, policy.encode_prompt("a")).startswith("<|im_start|>system\nBe brief.<|im_end|>")
     with pytest.raises(ConfigError, match=r"problem p: .*model\.policy\.system_prompt is set, and the prompt has"):
         PromptReader(policy, "drop").tokens(Problem("p", asked))
+    only_last = CHATML.replace("{{ m.content }}", "{{ m.content if loop.index > 1 }}")
+    with (
+        pytest.raises(ConfigError, match="leaves out the message of the role system"),
+        pytest.warns(UserWarning, match="several system messages"),
+    ):
+        byte_policy(tmp_path, only_last).encode_prompt([asked[0], *asked])
     with pytest.warns(UserWarning, match="several system messages"):
         byte_policy(tmp_path).encode_prompt([asked[0], *asked])
 
@@ -394,6 +400,12 @@ def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "the prompt of the teacher has '<|sol|>', which is no token of this tokenizer but 7" in said
     assert "the stop string '<|im_end|>' has the special token '<|im_end|>'" in said
     assert "<think> is a special token" in said
+
+
+def test_a_tag_that_ends_responses_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy = byte_policy(tmp_path, special=["<answer>", "</answer>"])
+    policy.end_tokens.append(policy.tokenizer.convert_tokens_to_ids("</answer>"))
+    assert "responses end at '</answer>', which the texts" in preview(tmp_path, policy, caplog)
 
 
 def test_nothing_is_said_of_an_ordinary_model_and_long_prompts_are_truncated(

@@ -101,7 +101,7 @@ class Method(ABC):
         return torch.zeros_like(rewards, dtype=torch.bool)
 
     def may_train(self, advantages: Tensor, rewards: Tensor) -> Tensor:
-        """Which roll-outs may get a gradient, so that `data.rescore` computes the policy's log-probs of these alone:
+        """Which rollouts may get a gradient, so that `data.rescore` computes the policy's log-probs of these alone:
         bool [N]."""
         return (advantages != 0) | self.uses_teacher(advantages, rewards)
 
