@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from rlrt_lightning.caching import cache_argument, copy_rows
+from rlrt_lightning.chat import ChatTemplate, control_tokens, named_tokens
 from rlrt_lightning.errors import ConfigError, first_line
 from rlrt_lightning.log_probs import Compute, in_chunks, token_log_probs
 from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
@@ -58,9 +59,10 @@ class Policy(nn.Module):
         logits_chunk: Tokens whose logits exist at once while log-probs are computed; memory is this times the
             vocabulary, not batch times length times vocabulary.
         score_tokens: Tokens, padding included, in one forward pass without gradient.
-        chat: Put prompts into the model's chat template; null does so where the tokenizer has one.
-        chat_kwargs: Passed to the chat template, for example `enable_thinking: false`.
-        system_prompt: Put before the conversation as the system's message; needs a chat template.
+        chat: Put prompts into the model's chat template; null does so where the tokenizer has one. Without it, a
+            conversation is the text of its messages.
+        chat_kwargs: Variables of the chat template, for example `enable_thinking: false`; it has to read them.
+        system_prompt: Put before the conversation as the system's message; needs a chat template with a system role.
         lora: Train low-rank adapters in place of the weights; null trains all weights.
     """
 
@@ -81,6 +83,9 @@ class Policy(nn.Module):
         for name, value in {"logits_chunk": logits_chunk, "score_tokens": score_tokens}.items():
             if value < 1:
                 raise ConfigError(f"model.policy.{name} is {value}; it has to be at least 1")
+        for name, given in {"system_prompt": system_prompt is not None, "chat_kwargs": bool(chat_kwargs)}.items():
+            if given and chat is False:
+                raise ConfigError(f"model.policy.{name} is for a chat template, and model.policy.chat is false")
         self.path = str(EMBEDDED) if path == "embedded" else path
         self.dtype = dtype
         self.attention = attention
@@ -126,7 +131,8 @@ class Policy(nn.Module):
         """The model's tokenizer.
 
         Raises:
-            ConfigError: If there is none at `path`, or `chat` asks for a chat template that it does not have.
+            ConfigError: If there is none at `path`, or it has no chat template for `chat`, `chat_kwargs` or
+                `system_prompt`.
         """
         from transformers import AutoTokenizer
 
@@ -137,10 +143,19 @@ class Policy(nn.Module):
             raise ConfigError(
                 f"model.policy.path: no tokenizer can be read at {self.path!r}: {_reason(error)}"
             ) from error
-        if not tokenizer.chat_template and (self.chat or self.system_prompt):
-            setting = "chat" if self.chat else "system_prompt"
-            raise ConfigError(f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template")
+        asked = {"chat": self.chat, "system_prompt": self.system_prompt is not None, "chat_kwargs": self.chat_kwargs}
+        for setting, given in asked.items():
+            if given and not tokenizer.chat_template:
+                raise ConfigError(
+                    f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template"
+                )
+        if tokenizer.chat_template:
+            ChatTemplate(tokenizer, self.path, self.system_prompt, self.chat_kwargs)  # refuses what it has no use for
         return tokenizer
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.path, self.system_prompt, self.chat_kwargs)
 
     @cached_property
     def end_tokens(self) -> list[int]:
@@ -166,6 +181,11 @@ class Policy(nn.Module):
         text = self.config.get_text_config()
         return getattr(text, "max_position_embeddings", None)
 
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are put into the chat template."""
+        return bool(self.tokenizer.chat_template) and self.chat is not False
+
     @cached_property
     def token_ids(self) -> frozenset[int]:
         """Every token id that the tokenizer knows. The model may have fewer embeddings, or, padded, more."""
@@ -173,7 +193,7 @@ class Policy(nn.Module):
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The tokens that `decode` removes, by their text: also those that have no role such as end or padding."""
+        """The special tokens by their text: also those that have no role such as end or padding."""
         named = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
         added = self.tokenizer.added_tokens_decoder
         return named | {token.content: number for number, token in added.items() if token.special}
@@ -205,47 +225,48 @@ class Policy(nn.Module):
             "belongs to it"
         )
 
+    def prompt_text(self, prompt: str | Messages) -> str:
+        """Text of a prompt as the model reads it, up to where the response begins.
+
+        Raises:
+            ConfigError: If the chat template does not take it, or leaves out a part of it.
+        """
+        if not self.chats:
+            return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
+        return self._chat_template.render([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Tokens of a prompt, up to where the response begins.
+        """Tokens of a prompt, up to where the response begins; see `prompt_text`.
 
         Raises:
             ConfigError: If the chat template refuses it, or the model has no embedding for one of its tokens.
         """
-        ids = self._prompt_ids(prompt)
+        text, tokenizer = self.prompt_text(prompt), self.tokenizer
+        # A chat template writes the special tokens itself.
+        ids = list(tokenizer(text, add_special_tokens=not self.chats)["input_ids"])
+        if not self.chats:  # some tokenizers end any text with an end token, after which no response begins
+            closing = {*self.end_tokens, *named_tokens(tokenizer, ("eos", "sep", "cls", "pad"))}
+            while ids and ids[-1] in closing:
+                ids.pop()
+        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # by the text and by the tokenizer
+            del ids[0]
         self.check_embedded(ids, "a prompt tokens")
         return ids
 
-    def _prompt_ids(self, prompt: str | Messages) -> list[int]:
-        if not self.tokenizer.chat_template or self.chat is False:
-            plain = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
-            return list(self.tokenizer(plain)["input_ids"])
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if self.system_prompt is not None:
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        from jinja2 import TemplateError
-
-        # In two steps, since the template writes the special tokens itself.
-        try:
-            text: Any = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs
-            )
-        except TemplateError as error:  # it refuses a conversation, or tries what transformers' sandbox forbids
-            raise ConfigError(
-                f"model.policy.path: the chat template of {self.path!r} takes no such prompt: {first_line(error)}"
-            ) from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    @cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        return control_tokens(self.tokenizer, self.end_tokens)
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """Text of response tokens.
+        """Text of response tokens, without end tokens, padding and what the chat template writes around messages. Other
+        special tokens, such as `<think>` or `<answer>` in some models, are text: see `chat.control_tokens`.
 
         Args:
             ids: The tokens. Those that the tokenizer does not know, of embeddings that only pad, have no text.
-            keep_special: Leave special tokens in the text.
+            keep_special: Leave all special tokens in the text.
         """
-        known = [i for i in ids if i in self.token_ids]
-        return str(
-            self.tokenizer.decode(known, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False)
-        )
+        said = [i for i in ids if i in self.token_ids and (keep_special or i not in self._control_tokens)]
+        return str(self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def read_back(self, text: str) -> str:
         """What becomes of a text within a response that the tokenizer takes apart and puts together again."""

@@ -78,7 +78,7 @@ def check(made: Policy, case: Case, rollout: Rollout) -> None:
     tokens, logp, entropy = sample(logits_alone(made, rollout), noise, sampling)
     assert rollout.response_ids == tokens.tolist()
     assert rollout.entropy is not None
-    torch.testing.assert_close(rollout.logp, logp, rtol=0, atol=1e-4)
+    torch.testing.assert_close(rollout.logp_sampler, logp, rtol=0, atol=1e-4)
     torch.testing.assert_close(rollout.entropy, entropy, rtol=0, atol=1e-4)
     over = [ended(made, rollout.response_ids[: t + 1], sampling) for t in range(length)]
     assert not any(over[:-1]), "it ends at the first end"
@@ -102,7 +102,7 @@ def test_each_rollout_is_the_one_that_is_drawn_without_neighbours(architecture: 
         answered = [(r.prompt_ids, r.response_ids) for r in rollouts]
         temperature = case.sampling.temperature or 1.0
         for rollout, score in zip(rollouts, made.score(answered, temperature), strict=True):
-            torch.testing.assert_close(rollout.logp, score, rtol=0, atol=1e-4)
+            torch.testing.assert_close(rollout.logp_sampler, score, rtol=0, atol=1e-4)
         drawn += len(rollouts)
         first += sum(len(r.response_ids) == 1 and not r.truncated for r in rollouts)
     assert first > ROLLOUTS / 20, "many have to end at their first token"
@@ -120,7 +120,7 @@ def test_survivors_keep_their_own_keys_where_as_many_as_there_were_prompts() -> 
         as_many += sum(len(r.response_ids) > 1 for r in rollouts) == 3
         for rollout in rollouts:
             expected = logits_alone(made, rollout).log_softmax(-1).gather(-1, torch.tensor([rollout.response_ids]).T)
-            torch.testing.assert_close(rollout.logp, expected[:, 0], rtol=0, atol=1e-4)
+            torch.testing.assert_close(rollout.logp_sampler, expected[:, 0], rtol=0, atol=1e-4)
     assert as_many >= 3
 
 
@@ -168,7 +168,7 @@ def test_hybrids_are_sampled_and_scored_as_sequences_of_their_own(architecture: 
     assert not made.shares_prompts, "its cache leaves nothing for the backward pass"
     for rollout, score in zip(rollouts, scores, strict=True):
         expected = logits_alone(made, rollout).log_softmax(-1).gather(-1, torch.tensor([rollout.response_ids]).T)[:, 0]
-        torch.testing.assert_close(rollout.logp, expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(rollout.logp_sampler, expected, rtol=0, atol=1e-3)
         torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
 
 

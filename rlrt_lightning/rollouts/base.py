@@ -116,31 +116,33 @@ class Rollout:
         prompt_ids: Tokens of the prompt, [P].
         response_ids: Tokens of the response exactly as they were sampled, the end token included, [T]. With none, it
             counts in its group's rewards, and has no gradient.
-        logp: Log-probability (nats) of each response token under the policy at the sampling temperature, before
-            top-p, top-k and min-p cut the distribution, float32 [T].
+        logp_sampler: Log-probability (nats) of each response token as the engine drew it, at the sampling temperature,
+            float32 [T]. Before top-p, top-k and min-p cut the distribution, except where the engine `cuts_before_logp`.
         entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
         truncated: True where the response was cut at `max_new_tokens`, or where the model has no more positions; so
             are the empty responses to a prompt that fills all of them.
-        text: The response as text, special tokens removed.
+        text: The response as text, as `Policy.decode` gives it: without end tokens, padding and chat tokens.
         verdict: What the verifier said, once it has spoken.
-        sampler_logp: What the sampler gave as `logp`, where the trainer has put its own there (`data.rescore`).
+        logp_policy: Log-probability of the same tokens by the trainer's forward pass, float32 [T]; None until the
+            rollout is rescored (`data.rescore`).
     """
 
     group: int
     index: int
     prompt_ids: list[int]
     response_ids: list[int]
-    logp: Tensor
+    logp_sampler: Tensor
     truncated: bool
     text: str
     entropy: Tensor | None = None
     verdict: Verdict | None = None
-    sampler_logp: Tensor | None = None
+    logp_policy: Tensor | None = None
 
 
 @runtime_checkable
 class ScoringEngine(Protocol):
-    """An engine that can also say how likely given responses are."""
+    """An engine that can also say how likely given responses are. It may want room in the model for one token after
+    each."""
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, as `Policy.score` gives them.
@@ -156,7 +158,7 @@ class RolloutEngine(Protocol):
     """Draws roll-outs from the policy. Implementations hold settings until `sync` gives them the weights."""
 
     cuts_before_logp: bool = False
-    """Whether top-p, top-k and min-p change the log-probs that it gives, which `Rollout.logp` does not want."""
+    """Whether top-p, top-k and min-p change the log-probs that it gives, which the policy's own are without."""
 
     beside_training: bool = False
     """Whether it draws with weights and devices of its own, so that the policy can train meanwhile (`data.ahead`)."""

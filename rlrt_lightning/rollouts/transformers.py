@@ -219,7 +219,7 @@ class _Decoding:
             index=index,
             prompt_ids=self.prompts[group],
             response_ids=response,
-            logp=self.logp[row, :length].cpu(),
+            logp_sampler=self.logp[row, :length].cpu(),
             entropy=self.entropy[row, :length].cpu(),
             truncated=truncated,
             text=self.policy.decode(response),
