@@ -28,7 +28,7 @@ from rlrt_lightning.__main__ import main
 from rlrt_lightning.callbacks import Evaluation
 from rlrt_lightning.rollouts.base import Rollout, Stops, room
 from tests.test_datamodule import Counted, fit
-from tests.test_sampler import draw
+from tests.test_sampler import draw, logits_alone
 from tests.tiny import byte_level, policy
 
 TEXT = "héllo ≠ 日本語<|im_end|>\n🙂END"
@@ -150,6 +150,18 @@ def test_each_row_has_the_room_that_its_own_prompt_leaves() -> None:
         assert rollout.truncated == (1 not in rollout.response_ids)
     assert max(len(r.response_ids) for r in together if r.group == 1) > 1
     assert all(r.response_ids == [] and r.truncated and not len(r.logp_sampler) for r in together if r.group in (2, 3))
+
+
+def test_a_long_row_does_not_change_the_positions_of_others() -> None:
+    """Longrope changes the frequencies of a whole batch where one of its rows is longer than 16."""
+    made = policy("phi3")
+    assert made.max_positions == 16
+    rollouts = draw(made, [[5, 6, 7], [6] * 15, [7] * 30], 3, Sampling(max_new_tokens=25))
+    for rollout in rollouts[:6]:
+        targets = torch.tensor([rollout.response_ids]).T
+        expected = logits_alone(made, rollout).log_softmax(-1).gather(-1, targets)[:, 0]
+        torch.testing.assert_close(rollout.logp_sampler, expected, rtol=0, atol=1e-4)
+    assert [len(r.response_ids) for r in rollouts[3:]] == [1, 1, 1, 0, 0, 0]
 
 
 class Lengths(Counted):

@@ -45,9 +45,20 @@ MORE: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "mamba_dt_rank": 4,
     },
+    "phi3": {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
 }
-"""Sliding windows in some layers, learned positions, and caches of other kinds than keys and values."""
+"""Sliding windows in some layers, learned positions, positions that a long row changes for all, and caches of other
+kinds than keys and values."""
 
 
 def policy(architecture: str = "qwen3", of_model: dict[str, Any] | None = None, **settings: Any) -> Policy:
