@@ -34,6 +34,7 @@ from rlrt_lightning.prompts import PromptReader, read_problems
 from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.rollouts.ahead import Ahead, Drawn
+from rlrt_lightning.rollouts.base import Stops
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
@@ -532,7 +533,7 @@ class RolloutDataModule(LightningDataModule):
         """Reads the data and checks what can be checked before the weights are loaded."""
         self._synced = self._made = self._begun = self._order = None
         policy = self._module.policy
-        _ = policy.tokenizer, policy.end_tokens
+        _ = policy.tokenizer, policy.end_tokens, Stops.of(policy, self.sampling)
         self._reader = PromptReader(policy, self.overlong_prompts)
         limit = policy.max_positions
         self._longest = self.max_prompt_tokens if limit is None else min(self.max_prompt_tokens, limit - 1)
@@ -544,6 +545,7 @@ class RolloutDataModule(LightningDataModule):
             if not len(self._problems):
                 raise ConfigError("data.task: there are no problems to train on")
             self._check_context()
+            self._check_embeddings()
             self._check_cuts()
             self._check_ahead()
             self._scoring_engine()
@@ -562,6 +564,9 @@ class RolloutDataModule(LightningDataModule):
                 self._reader.check_lengths(
                     where, problems, "the longest prompt of the model", limit - 1, "they count like the others"
                 )
+            self._reader.check_embeddings(problems)
+            if spec.sampling is not None:
+                Stops.of(policy, spec.sampling, f"{where}.sampling")
             self._eval_problems[name] = problems
 
     def teardown(self, stage: str) -> None:
@@ -714,6 +719,18 @@ class RolloutDataModule(LightningDataModule):
                 f"model.method.context is {kind}, but none of the first {len(first)} training problems has one; name "
                 f"the data's column in data.task.{kind}, or take another context"
             )
+
+    def _check_embeddings(self) -> None:
+        """Finds prompts of the policy and the teacher that hold tokens which the model has no embedding for."""
+        module, kind = self._module, self._module.method.context
+
+        def teachers(problem: Problem) -> None:
+            if kind != "none":
+                context = getattr(problem, kind, None) if kind in ("solution", "answer") else None
+                module.teacher.prompt(module.policy, problem, "1" if context is None else str(context), kind)
+
+        teachers(Problem("template", "?"))
+        self._reader.check_embeddings(self._problems, teachers)
 
     def example(self, stage: str) -> Problem | None:
         """The first problem of a stage whose prompt is not too long, to be shown; None where there is none."""
