@@ -23,7 +23,8 @@ def log_ratio(logp: Tensor, other: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Nats, [N, T], 0 outside the mask; half precision becomes float32. Gradient flows through both.
     """
-    p, q = (widened(values).clamp(min=LOG_ZERO) for values in (logp, other))
+    # Not clamp, whose gradient is 0 where a log-prob is NaN.
+    p, q = (torch.where(w < LOG_ZERO, LOG_ZERO, w) for w in (widened(logp), widened(other)))
     return torch.where(mask.bool(), p - q, 0.0)
 
 
