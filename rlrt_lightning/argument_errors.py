@@ -62,27 +62,21 @@ class RLRTParser(LightningArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.class_name = ""
-        self.classes: dict[str, Any] = {}
-        """Classes whose settings stand under a name of their own, by that name: model, data, data.sampling, ..."""
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """See `jsonargparse.ArgumentParser.add_class_arguments`; a parser of one class's settings knows its name."""
         if nested_key is None:
             self.class_name = theclass.__name__
-        else:
-            self.classes[nested_key] = theclass
         return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """See `jsonargparse.ArgumentParser.parse_args`; config files are looked at first."""
         if not self.class_name:
             RLRTParser.given = given(args or ())
-            groups = {name for parser in self._parsers() for name in parser.classes}
+            groups = {action.dest.rpartition(".")[0] for parser in self._parsers() for action in parser._actions}
             for name, value in self.given:
                 if name in groups and not isinstance(value, (dict, str)):
-                    raise ConfigError(
-                        f"{name}: it has settings, such as `{name}: {{...: ...}}`; it cannot be {_yaml(value)}"
-                    )
+                    raise ConfigError(f"{name}: it has to hold settings by name; it is {_yaml(value)}")
         return super().parse_args(args, *more, **kwargs)
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
@@ -167,7 +161,8 @@ def _of_value(type_: Any, value: Any, known: bool) -> str:
     classes = [part for part in _parts(type_) if _is_component(part)]
     if known and isinstance(value, str) and classes and re.fullmatch(r"[A-Za-z_][\w.]*", value) and value != "null":
         return _no_class(value, classes)
-    return f"it has to be {_words(type_)}" + (f"; it is {_yaml(value)}" if known else "")
+    wanted = "hold settings by name" if type_ is None else f"be {_words(type_)}"
+    return f"it has to {wanted}" + (f"; it is {_yaml(value)}" if known else "")
 
 
 def _no_class(path: str, classes: list[Any]) -> str:
@@ -217,9 +212,11 @@ def _words(type_: Any) -> str:
     if type_ is type(None):
         return "null"
     if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
+        return f"one of {', '.join(dict.fromkeys(map(str, args)))}"
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(arg) for arg in args)
+        options = tuple(option for arg in args if get_origin(arg) is Literal for option in get_args(arg))
+        names = [_words(arg) for arg in args if get_origin(arg) is not Literal]
+        return " or ".join([*([_words(Literal[options])] if options else []), *names])
     if origin in (list, tuple, set) and args:
         return f"{origin.__name__} of {' and '.join(_words(arg) for arg in args if arg is not ...)}"
     if origin is dict:
@@ -232,4 +229,6 @@ def _words(type_: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

@@ -32,6 +32,7 @@ from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.refusals import of_constructor, place_of
 from rlrt_lightning.sharding import FSDP2Strategy
+from rlrt_lightning.trainer_limits import check_folders, check_limits
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # Each epoch trains on roll-outs of its own.
@@ -169,7 +170,9 @@ class RLRTCli(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Finds the checkpoint that `--ckpt_path` names before anything is loaded."""
+        """Finds the checkpoint that `--ckpt_path` names before anything is loaded, or any process started."""
+        check_limits(self.trainer)
+        check_folders(self.trainer)
         settings = self.config[self.subcommand]
         path = settings.get("ckpt_path")
         if path == "last":

@@ -35,6 +35,7 @@ from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
+from rlrt_lightning.trainer_limits import check_limits
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -534,6 +535,9 @@ class RolloutDataModule(LightningDataModule):
                     where, problems, "the longest prompt of the model", limit - 1, "they count like the others"
                 )
             self._eval_problems[name] = problems
+        for task in (self.task, *(spec.task for spec in self.benchmarks.values())):
+            if task is not None:
+                self.verifier(task)  # refuses one that cannot be sent to its processes before any rollout is drawn
 
     def teardown(self, stage: str) -> None:
         """Ends the engine and the verifier's worker processes."""
@@ -606,6 +610,14 @@ class RolloutDataModule(LightningDataModule):
 
     def _check_trainer(self) -> None:
         trainer = self._trainer
+        check_limits(trainer)
+        steps = self.minibatches * trainer.accumulate_grad_batches
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and interval > steps and trainer.check_val_every_n_epoch is not None:
+            raise ConfigError(
+                f"trainer.val_check_interval is {interval}; an epoch has {steps} batches, data.minibatches times "
+                "trainer.accumulate_grad_batches"
+            )
         if trainer.reload_dataloaders_every_n_epochs != 1:
             raise ConfigError(
                 "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on roll-outs of its own"

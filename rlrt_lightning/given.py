@@ -68,6 +68,8 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def _text(path: str) -> str:
+    if not path:
+        raise ConfigError("--config: it needs the name of a file")
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:

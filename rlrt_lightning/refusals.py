@@ -22,6 +22,14 @@ from rlrt_lightning.errors import ConfigError
 EXTRAS = {"vllm": "vllm", "reasoning_gym": "reasoning-gym", "peft": "lora", "gguf": "gguf"}
 """Packages that come with an extra of ours, by module."""
 
+PARTS = {
+    "callbacks": "trainer.callbacks",
+    "loggers": "trainer.logger",
+    "strategies": "trainer.strategy",
+    "profilers": "trainer.profiler",
+}
+"""Settings by the folder of Lightning that holds what they name."""
+
 REFUSALS = (ValueError, TypeError, ImportError, OSError, MisconfigurationException)
 """What a constructor raises that refuses its arguments; anything else is a fault in its code."""
 
@@ -61,10 +69,17 @@ def told(error: BaseException) -> str | None:
     if isinstance(error, OSError) and disk_error(error) is not None:
         return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}"
     if isinstance(error, ImportError):
-        return with_install(error) if _missing(error) or _deliberate(error) else None
+        wrong = with_install(error)
+        return f"{_part(error)}: {wrong}" if _deliberate(error) else wrong if _missing(error) else None
     if isinstance(error, MisconfigurationException) or _deliberate(error):
-        return str(error)
+        return f"{_part(error)}: {error}"
     return None
+
+
+def _part(error: BaseException) -> str:
+    """The setting by which the part of Lightning was chosen that raised an error."""
+    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return "checkpoint" if file.stem == "model_checkpoint" else PARTS.get(file.parent.name, "trainer")
 
 
 def _deliberate(error: BaseException) -> bool:
@@ -117,8 +132,8 @@ def of_constructor(
     text = with_install(error) if isinstance(error, ImportError) else str(error)
     if isinstance(error, ConfigError) and re.match(r"(data|model|trainer|checkpoint)\b", text):
         return error
-    named = [name for name in settings if re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text)]
-    culprit = named[0] if named else _culprit(make, settings)
+    places = {name: found.start() for name in settings if (found := re.search(rf"(?<![\w.]){name}(?!\w)", text))}
+    culprit = min(places, key=places.__getitem__) if places else _culprit(make, settings)
     return ConfigError(f"{setting}.{culprit}: {text}" if culprit else f"{setting}: {text}")
 
 
@@ -149,7 +164,9 @@ def place_of(made: type, arguments: Mapping[str, Any], config: Any, name: str = 
     own = parts.get("init_args", {}) if "class_path" in parts else parts
     own = own if isinstance(own, dict) else vars(own)
     plain = {k: v for k, v in arguments.items() if v is None or isinstance(v, (bool, int, float, str))}
-    same = set(own) == set(arguments) and all(own[k] == v for k, v in plain.items())
+    same = set(own) == set(arguments) and all(
+        str(own[k]) == str(v) for k, v in plain.items()
+    )  # NaN is not equal to NaN
     if same and path.rpartition(".")[2] == made.__name__:
         return name
     inside = ((f"{name}.{key}" if name else key, part) for key, part in own.items())

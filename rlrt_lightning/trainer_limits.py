@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
@@ -41,3 +42,24 @@ def check_limits(trainer: Trainer) -> None:
     for name, (value, good, range_) in limits.items():
         if not good:
             raise ConfigError(f"trainer.{name} is {value}; it has to be {range_}")
+
+
+def check_folders(trainer: Trainer) -> None:
+    """Refuses folders for the loggers' files that cannot be made or written to.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    for logger in trainer.loggers:
+        folder = logger.save_dir
+        if folder is None or "://" in str(folder):
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"trainer.logger.save_dir: {folder} cannot be made: {error.strerror}") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"trainer.logger.save_dir: {folder} cannot be written to")
