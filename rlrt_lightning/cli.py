@@ -28,7 +28,7 @@ from rlrt_lightning.callbacks import (
 from rlrt_lightning.checkpoints import newest, problem
 from rlrt_lightning.credentials import refuse_credentials
 from rlrt_lightning.datamodule import RolloutDataModule
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, check_finite
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.refusals import of_constructor, place_of
 from rlrt_lightning.sharding import FSDP2Strategy
@@ -132,8 +132,9 @@ class RLRTCli(LightningCLI):
         it names. Here the user's config alone decides what runs."""
 
     def before_instantiate_classes(self) -> None:
-        """See `LightningCLI.before_instantiate_classes`; what must not be saved is refused."""
+        """See `LightningCLI.before_instantiate_classes`; what no setting may be is refused."""
         refuse_credentials(self.config[self.subcommand])
+        check_finite(self.config[self.subcommand])
         self.parser.add_instantiator(self._make, object)
 
     def instantiate_classes(self) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
 from rlrt_lightning.epoch_figures import Clock, mismatch, not_finite, statistics, take_out_bad
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, check_ranges
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.policy import Scored
@@ -131,6 +132,17 @@ class RolloutDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.prompts_per_epoch ({prompts_per_epoch}) has to be a multiple of data.minibatches ({minibatches})"
             )
+        check_ranges(
+            "data",
+            {
+                "eval_prompts": (eval_prompts, eval_prompts >= 1, "1 or more"),
+                "max_prompt_tokens": (max_prompt_tokens, max_prompt_tokens >= 1, "1 or more"),
+                "verifier_workers": (verifier_workers, verifier_workers >= 1, "1 or more"),
+                "verifier_timeout_s": (verifier_timeout_s, 0 < verifier_timeout_s < math.inf, "above 0"),
+                "verifier_memory_gb": (verifier_memory_gb, 0 < verifier_memory_gb < math.inf, "above 0"),
+                "max_fault_share": (max_fault_share, 0 <= max_fault_share <= 1, "from 0 to 1"),
+            },
+        )
         if sampling.temperature == 0:
             raise ConfigError("data.sampling.temperature is 0: K equal roll-outs teach nothing; take 1 for training")
         self.task: Task = task or StrategySum()
@@ -523,9 +535,12 @@ class RolloutDataModule(LightningDataModule):
                 "data.task", self._problems, "data.max_prompt_tokens", self.max_prompt_tokens, "they are left out"
             )
         for name, spec in self.benchmarks.items():
-            if spec.samples < 1:
-                raise ConfigError(f"data.benchmarks.{name}.samples is {spec.samples}; it has to be at least 1")
             where = f"data.benchmarks.{name}"
+            ranges = {
+                "samples": (spec.samples, spec.samples >= 1, "at least 1"),
+                "limit": (spec.limit, spec.limit is None or spec.limit >= 1, "at least 1, or null"),
+            }
+            check_ranges(where, ranges)
             problems = read_problems(spec.task or self.task, "heldout", where)
             if not len(problems):
                 raise ConfigError(f"{where}: there are no problems to evaluate on")

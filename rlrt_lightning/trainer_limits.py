@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, check_ranges
 
 FEW_PROCESSES = 8
 """So many processes run on CPUs however few there are: for trying things out."""
@@ -28,20 +27,21 @@ def check_limits(trainer: Trainer) -> None:
     clip, every, interval = trainer.gradient_clip_val, trainer.check_val_every_n_epoch, trainer.val_check_interval
     most = max(FEW_PROCESSES, os.cpu_count() or 1)
     devices = trainer.num_devices if isinstance(trainer.accelerator, CPUAccelerator) else 1
-    limits: dict[str, tuple[Any, bool, str]] = {
-        "accumulate_grad_batches": (trainer.accumulate_grad_batches, trainer.accumulate_grad_batches >= 1, "1 or more"),
-        "gradient_clip_val": (clip, clip is None or 0 <= clip < math.inf, "0 or more, or null"),
-        "check_val_every_n_epoch": (every, every is None or every >= 1, "1 or more, or null"),
-        "val_check_interval": (interval, not isinstance(interval, (int, float)) or interval > 0, "above 0"),
-        "min_epochs": (trainer.min_epochs, trainer.min_epochs is None or trainer.min_epochs >= 0, "0 or more, or null"),
-        "min_steps": (trainer.min_steps, trainer.min_steps is None or trainer.min_steps >= 0, "0 or more, or null"),
-        "log_every_n_steps": (trainer.log_every_n_steps, trainer.log_every_n_steps >= 0, "0 or more"),
-        "num_sanity_val_steps": (trainer.num_sanity_val_steps, trainer.num_sanity_val_steps >= 0, "-1 or more"),
-        "devices": (devices, devices <= most, f"at most {most} on the CPUs of this machine"),
-    }
-    for name, (value, good, range_) in limits.items():
-        if not good:
-            raise ConfigError(f"trainer.{name} is {value}; it has to be {range_}")
+    batches = trainer.accumulate_grad_batches
+    check_ranges(
+        "trainer",
+        {
+            "accumulate_grad_batches": (batches, batches >= 1, "1 or more"),
+            "gradient_clip_val": (clip, clip is None or 0 <= clip < math.inf, "0 or more, or null"),
+            "check_val_every_n_epoch": (every, every is None or every >= 1, "1 or more, or null"),
+            "val_check_interval": (interval, not isinstance(interval, (int, float)) or interval > 0, "above 0"),
+            "min_epochs": (trainer.min_epochs, (trainer.min_epochs or 0) >= 0, "0 or more, or null"),
+            "min_steps": (trainer.min_steps, (trainer.min_steps or 0) >= 0, "0 or more, or null"),
+            "log_every_n_steps": (trainer.log_every_n_steps, trainer.log_every_n_steps >= 0, "0 or more"),
+            "num_sanity_val_steps": (trainer.num_sanity_val_steps, trainer.num_sanity_val_steps >= 0, "-1 or more"),
+            "devices": (devices, devices <= most, f"at most {most} on the CPUs of this machine"),
+        },
+    )
 
 
 def check_folders(trainer: Trainer) -> None:
