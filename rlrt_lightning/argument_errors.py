@@ -107,9 +107,9 @@ class RLRTParser(LightningArgumentParser):
             return replace(wrong, keys=(*keys[-1:], *wrong.keys))
         if keys:
             return _Wrong((keys[0],), type=self._type(keys[0]))
-        owner = f"{self.class_name} has" if self.class_name else "there is"
         if found := re.search(r"option '([\w.]+)'", message, re.IGNORECASE):
-            return _Wrong((found[1],), f"{owner} no setting {found[1]}{meant(found[1], self._settings())}")
+            key, owner = ((found[1],), f"{self.class_name} has") if self.class_name else ((), "there is")
+            return _Wrong(key, f"{owner} no setting {found[1]}{meant(found[1], self._settings())}")
         if found := re.search(r"unrecognized arguments: (--)?([^\s=]+)", message):
             known = [(found[1] or "") + name for name in self._settings()]
             return _Wrong(

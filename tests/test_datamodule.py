@@ -210,6 +210,17 @@ def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) 
     assert epoch.stats["time/rescore"] > 0
 
 
+def test_a_task_that_cannot_be_sent_to_the_verifier_is_refused_before_any_rollout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RolloutDataModule, "draw", None)
+    monkeypatch.setattr(RolloutDataModule, "_make_epoch", None)
+    task = Counted(lambda text: True)
+    task.isolated = True
+    with pytest.raises(ConfigError, match="the task Counted cannot be pickled"):
+        fit(tmp_path, task)
+
+
 def test_no_problems_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no problems to train on"):
         fit(tmp_path, Counted(bool, size=0))
