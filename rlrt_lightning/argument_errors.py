@@ -182,7 +182,8 @@ def _no_class(path: str, classes: list[Any]) -> str:
 
 
 def _subclasses(base: type) -> Iterator[type]:
-    for sub in base.__subclasses__():
+    subclasses: list[type] = base.__subclasses__()
+    for sub in subclasses:
         if not sub.__name__.startswith("_"):
             yield sub
         yield from _subclasses(sub)

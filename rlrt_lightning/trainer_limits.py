@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -15,7 +16,7 @@ FEW_PROCESSES = 8
 """So many processes run on CPUs however few there are: for trying things out."""
 
 
-def check_limits(trainer: Trainer) -> None:
+def check_limits(trainer: Any) -> None:
     """Refuses what would end in an error within Lightning, in no training, or in hundreds of processes.
 
     Args:
@@ -60,6 +61,6 @@ def check_folders(trainer: Trainer) -> None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"trainer.logger.save_dir: {folder} cannot be made: {error.strerror}") from error
+            raise ConfigError(f"trainer.logger.save_dir: {folder} cannot be written to: {error.strerror}") from error
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(f"trainer.logger.save_dir: {folder} cannot be written to")
