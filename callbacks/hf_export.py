@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from rlrt_lightning.callbacks.boards import run_folder
 
 from rlrt_lightning.errors import ConfigError
+
+from .boards import run_folder
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule

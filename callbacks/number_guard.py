@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import run_folder
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import gather
 from rlrt_lightning.sharding import local
+
+from .boards import run_folder
 
 if TYPE_CHECKING:
     from rlrt_lightning.batch import MicroBatch

@@ -8,26 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from lightning import Callback, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning import class_defaults
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.argument_errors import RLRTParser
-from rlrt_lightning.callbacks import (
-    CollapseGuard,
-    Evaluation,
-    NumberGuard,
-    RankGuard,
-    ReversedSignalLogger,
-    SafeStop,
-    TeacherRefresh,
-)
+from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
+from rlrt_lightning.callbacks.boards import run_folder
 from rlrt_lightning.checkpoints import newest, problem
 from rlrt_lightning.credentials import refuse_credentials
-from rlrt_lightning.datamodule import RolloutDataModule
+from rlrt_lightning.datamodule import RELOAD, RolloutDataModule
 from rlrt_lightning.errors import ConfigError, check_finite
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.refusals import of_constructor, place_of
@@ -61,13 +54,28 @@ CLASS_DEFAULTS: dict[str, Any] = {
 class_defaults.install()
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder; Lightning's own finds that of some loggers only."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See `SaveConfigCallback.setup`."""
+        self.folder = run_folder(trainer)  # asked by all ranks
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See `SaveConfigCallback.save_config`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / self.config_filename
+        self.parser.save(self.config, path, skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
+
+
 class RLRTCli(LightningCLI):
     """LightningCLI with `RLRTModule` and `RolloutDataModule`.
 
     `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard`, `NumberGuard`, `CollapseGuard` and
     `ModelCheckpoint` are always there, and set by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`,
     `rank_guard`, `number_guard`, `collapse_guard` and `checkpoint`; one of the same class under `trainer.callbacks`
-    takes their place. So is `SafeStop`, which has no settings.
+    takes their place. So are `SafeStop` and `PromptPreview`, which have no settings.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -92,7 +100,8 @@ class RLRTCli(LightningCLI):
             },
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             auto_configure_optimizers=False,
             args=args,
         )
@@ -105,22 +114,9 @@ class RLRTCli(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See `LightningCLI.add_arguments_to_parser`."""
-        parser.add_lightning_class_args(TeacherRefresh, "teacher_refresh")
-        parser.add_lightning_class_args(ReversedSignalLogger, "reversed_signal")
-        parser.add_lightning_class_args(Evaluation, "evaluation")
-        parser.add_lightning_class_args(RankGuard, "rank_guard")
-        parser.add_lightning_class_args(NumberGuard, "number_guard")
-        parser.add_lightning_class_args(CollapseGuard, "collapse_guard")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "epoch-{epoch}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
-                "checkpoint.save_on_train_epoch_end": True,
-                **CLASS_DEFAULTS,
-            }
-        )
+        for name, callback in WITH_SETTINGS.items():
+            parser.add_class_arguments(callback, name, fail_untyped=False, sub_configs=True)
+        parser.set_defaults({**{f"checkpoint.{name}": value for name, value in CHECKPOINT.items()}, **CLASS_DEFAULTS})
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_stream_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -146,6 +142,7 @@ class RLRTCli(LightningCLI):
             if self._failure is None:
                 raise
             raise self._failure from None
+        self._failure = None
 
     def _make(self, made: type, *args: Any, **settings: Any) -> Any:
         """Calls a constructor; the optimiser's only when the run starts."""
@@ -153,22 +150,31 @@ class RLRTCli(LightningCLI):
             return made(*args, **settings)
         except Exception as error:
             place = place_of(made, settings, self.config[self.subcommand]) or made.__name__
-            self._failure = self._failure or of_constructor(error, place, partial(made, *args), settings) or error
-            raise self._failure from error
+            refused = of_constructor(error, place, partial(made, *args), settings)
+            self._failure = self._failure or refused or error
+            if refused is None:
+                raise
+            raise refused from error
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        own = config.get("callbacks") or []
-        named = {type(callback) for callback in (own if isinstance(own, list) else [own])}
-        if config.get("strategy") == "fsdp":
-            config = {**config, "strategy": "fsdp2"}  # torch's first FSDP is on its way out, and runs on no CPU
-        if config.get("enable_checkpointing") is False:
-            named.add(ModelCheckpoint)
-        callbacks = [SafeStop(), *callbacks]
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """See `LightningCLI.instantiate_trainer`. A callback of `trainer.callbacks` takes the place of ours."""
+        made = self.config_init[self.subcommand]
+        settings = made["trainer"]
+        if settings["reload_dataloaders_every_n_epochs"] != 1:
+            raise ConfigError(RELOAD)
+        own = settings["callbacks"] or []
+        own = own if isinstance(own, list) else [own]
+        ours = {name: made[name] for name in WITH_SETTINGS}
+        kwargs["callbacks"] = own + default_callbacks(own, settings["enable_checkpointing"] is not False, ours)
+        if settings["strategy"] == "fsdp":
+            kwargs["strategy"] = "fsdp2"  # torch's first FSDP is on its way out, and runs on no CPU
         try:
-            trainer = super()._instantiate_trainer(config, [c for c in callbacks if type(c) not in named])
+            return super().instantiate_trainer(**kwargs)
         except Exception as error:
-            raise of_constructor(error, "trainer", self.trainer_class, config) or error from error
-        return trainer
+            refused = of_constructor(error, "trainer", self.trainer_class, {**vars(settings), **kwargs})
+            if refused is None:
+                raise
+            raise refused from error
 
     def after_instantiate_classes(self) -> None:
         """Finds the checkpoint that `--ckpt_path` names before anything is loaded, or any process started."""

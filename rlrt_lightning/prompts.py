@@ -44,6 +44,8 @@ class PromptReader:
         """
         try:
             ids = self.policy.encode_prompt(problem.prompt)
+        except ConfigError as error:
+            raise ConfigError(f"problem {problem.id}: its prompt cannot be made tokens: {error}") from error
         except Exception as error:  # a chat template refuses a conversation by raising whatever it likes
             raise ConfigError(
                 f"problem {problem.id}: its prompt cannot be made tokens: {type(error).__name__}: {first_line(error)}"
