@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
 from rlrt_lightning.epoch_figures import Clock, log_probs, mismatch, non_finite_log_probs, not_finite, statistics
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, check_ranges
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.policy import Scored
@@ -40,6 +40,7 @@ from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
 from rlrt_lightning.trainer_checks import check_trainer
+from rlrt_lightning.trainer_limits import check_limits
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -146,6 +147,17 @@ class RolloutDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.prompts_per_epoch ({prompts_per_epoch}) has to be a multiple of data.minibatches ({minibatches})"
             )
+        check_ranges(
+            "data",
+            {
+                "eval_prompts": (eval_prompts, eval_prompts >= 1, "1 or more"),
+                "max_prompt_tokens": (max_prompt_tokens, max_prompt_tokens >= 1, "1 or more"),
+                "verifier_workers": (verifier_workers, verifier_workers >= 1, "1 or more"),
+                "verifier_timeout_s": (verifier_timeout_s, 0 < verifier_timeout_s < math.inf, "above 0"),
+                "verifier_memory_gb": (verifier_memory_gb, 0 < verifier_memory_gb < math.inf, "above 0"),
+                "max_fault_share": (max_fault_share, 0 <= max_fault_share <= 1, "from 0 to 1"),
+            },
+        )
         if sampling.temperature == 0:
             raise ConfigError("data.sampling.temperature is 0: K equal roll-outs teach nothing; take 1 for training")
         self.task: Task = task or StrategySum()
@@ -553,9 +565,12 @@ class RolloutDataModule(LightningDataModule):
                 "data.task", self._problems, "data.max_prompt_tokens", self._longest, "they are left out"
             )
         for name, spec in self.benchmarks.items():
-            if spec.samples < 1:
-                raise ConfigError(f"data.benchmarks.{name}.samples is {spec.samples}; it has to be at least 1")
             where = f"data.benchmarks.{name}"
+            ranges = {
+                "samples": (spec.samples, spec.samples >= 1, "at least 1"),
+                "limit": (spec.limit, spec.limit is None or spec.limit >= 1, "at least 1, or null"),
+            }
+            check_ranges(where, ranges)
             problems = read_problems(spec.task or self.task, "heldout", where)
             if not len(problems):
                 raise ConfigError(f"{where}: there are no problems to evaluate on")
@@ -568,6 +583,9 @@ class RolloutDataModule(LightningDataModule):
             if spec.sampling is not None:
                 Stops.of(policy, spec.sampling, f"{where}.sampling")
             self._eval_problems[name] = problems
+        for task in (self.task, *(spec.task for spec in self.benchmarks.values())):
+            if task is not None:
+                self.verifier(task)  # refuses one that cannot be sent to its processes before any rollout is drawn
 
     def teardown(self, stage: str) -> None:
         """Ends the engine and the verifier's worker processes."""
@@ -652,6 +670,14 @@ class RolloutDataModule(LightningDataModule):
         if changed:
             rank_zero_info("trainer: %s, in place of Lightning's defaults", ", ".join(changed))
         check_trainer(trainer, self)
+        check_limits(trainer)
+        steps = self.minibatches * trainer.accumulate_grad_batches
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and interval > steps and trainer.check_val_every_n_epoch is not None:
+            raise ConfigError(
+                f"trainer.val_check_interval is {interval}; an epoch has {steps} batches, data.minibatches times "
+                "trainer.accumulate_grad_batches"
+            )
         if trainer.reload_dataloaders_every_n_epochs != 1:
             raise ConfigError(RELOAD)
         if self.prompts_per_epoch % (self.minibatches * trainer.world_size):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from rlrt_lightning import resume
 from rlrt_lightning.batch import MicroBatch
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, check_ranges
 from rlrt_lightning.log_probs import log_probs_at
 from rlrt_lightning.objective import (
     RLRT,
@@ -83,16 +83,16 @@ class RLRTModule(LightningModule):
         allow_changes: list[str] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= clip_low < 1 or clip_high < 0:
-            raise ConfigError(
-                f"model.clip_low is {clip_low} and clip_high {clip_high}; 0 <= clip_low < 1, clip_high >= 0"
-            )
-        if dual_clip is not None and dual_clip <= 1:
-            raise ConfigError(f"model.dual_clip is {dual_clip}; it has to be above 1, or null")
-        if warmup_steps < 0:
-            raise ConfigError(f"model.warmup_steps is {warmup_steps}; it has to be 0 or more")
-        if importance_cap < 1:
-            raise ConfigError(f"model.importance_cap is {importance_cap}; it has to be at least 1")
+        check_ranges(
+            "model",
+            {
+                "clip_low": (clip_low, 0 <= clip_low < 1, "from 0 to below 1"),
+                "clip_high": (clip_high, clip_high >= 0, "0 or more"),
+                "dual_clip": (dual_clip, dual_clip is None or 1 < dual_clip < math.inf, "above 1, or null"),
+                "warmup_steps": (warmup_steps, warmup_steps >= 0, "0 or more"),
+                "importance_cap": (importance_cap, importance_cap >= 1, "at least 1"),
+            },
+        )
         self.policy = policy
         self.method = method
         self.teacher = teacher
