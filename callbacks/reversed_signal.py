@@ -12,7 +12,7 @@ from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import Mean, mean_over_ranks
 
-from .boards import run_folder, tensorboards
+from .boards import own, tensorboards
 from .signal_picture import Scored, Token, draw, html_page
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ class ReversedSignalLogger(Callback):
         self.picture_every_n_epochs = picture_every_n_epochs
         self.rollouts = rollouts
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that no other run's pictures are in the way."""
+        if stage == "fit":
+            own(trainer, "signal")
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's signal before it is trained on."""
         epoch = cast("RolloutDataModule", cast(Any, trainer).datamodule).epoch
@@ -50,7 +55,7 @@ class ReversedSignalLogger(Callback):
             return
         eps_w = getattr(module.method, "eps_w", None)
         module.log_epoch(mean_over_ranks(trainer, signal_statistics(epoch, eps_w)))
-        folder = run_folder(trainer) / "signal"
+        folder = own(trainer, "signal")
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
         scored = epoch.mask & epoch.has_context[:, None]

@@ -20,12 +20,13 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
-from rlrt_lightning.callbacks.boards import run_folder
+from rlrt_lightning.callbacks.boards import own
 from rlrt_lightning.checkpoints import disk_error, newest, problem
 from rlrt_lightning.credentials import masked, refuse_credentials
 from rlrt_lightning.datamodule import RELOAD, RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
+from rlrt_lightning.resume import check_file
 from rlrt_lightning.sharding import FSDP2Strategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -175,18 +176,15 @@ def _meant(word: str, known: Iterable[str]) -> str:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's folder; Lightning's own finds that of some loggers only."""
+    """Writes `config.yaml` into the run's folder, and nowhere else."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See `SaveConfigCallback.setup`."""
-        self.folder = run_folder(trainer)  # asked by all ranks
-        super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See `SaveConfigCallback.save_config`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / self.config_filename
-        self.parser.save(self.config, path, skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
+        path = own(trainer, self.config_filename)
+        if trainer.is_global_zero and not self.already_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+        self.already_saved = True
 
 
 class RLRTCli(LightningCLI):
@@ -220,7 +218,6 @@ class RLRTCli(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             auto_configure_optimizers=False,
             args=args,
         )
@@ -292,15 +289,12 @@ class RLRTCli(LightningCLI):
         if path and "://" not in path and (wrong := problem(Path(path), resume=self.subcommand == "fit")):
             raise ConfigError(f"ckpt_path: {path} {wrong}")
         self.config_init[self.subcommand]["ckpt_path"] = path
+        if path and "://" not in path:
+            check_file(Path(path), self.trainer, self.model, self.datamodule, fit=self.subcommand == "fit")
         if settings.get("weights_only", False) is None:
             # Lightning leaves it to torch, and turns it off for an address of the web.
             settings["weights_only"] = self.config_init[self.subcommand]["weights_only"] = True
         if self.subcommand == "fit" and path:
-            if self.trainer.max_steps != -1:  # Lightning then takes the end of an epoch for its middle
-                raise ConfigError(
-                    "trainer.max_steps: a run is resumed exactly only where its end is counted in epochs; set "
-                    "trainer.max_epochs instead (an epoch has data.minibatches steps)"
-                )
             self.trainer.num_sanity_val_steps = 0  # the measurement before training has been made
 
 

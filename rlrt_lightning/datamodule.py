@@ -39,6 +39,7 @@ from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
+from rlrt_lightning.trainer_checks import check_trainer
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -180,6 +181,7 @@ class RolloutDataModule(LightningDataModule):
         self._epochs = 0
         self._cursor = 0
         self._overlong = 0
+        self._longest = max_prompt_tokens  # as far as the model has positions
         self._problems: Sequence[Problem] = ()
         self._order: tuple[int, Tensor] | None = None
         self._eval_problems: dict[str, Sequence[Problem]] = {}
@@ -339,7 +341,7 @@ class RolloutDataModule(LightningDataModule):
         while len(problems) < self.prompts_per_epoch:
             if missed >= min(len(self._problems), MOST_MISSES):
                 raise ConfigError(
-                    f"data.max_prompt_tokens is {self.max_prompt_tokens}: each of {missed} prompts in a row was longer"
+                    f"data.max_prompt_tokens is {self._longest}: each of {missed} prompts in a row was longer"
                 )
             problem = self._problems[self._row(self._cursor)]
             self._cursor += 1
@@ -516,6 +518,11 @@ class RolloutDataModule(LightningDataModule):
             drawn = self._roll_out(task, problems, prompts, n, sampling, seeds)
         return self._collect_verdicts(problems, drawn)
 
+    @property
+    def training_problems(self) -> Sequence[Problem]:
+        """The problems that are trained on, over all ranks; known after `setup` for training."""
+        return self._problems
+
     def benchmark_problems(self, name: str) -> Sequence[Problem]:
         """The problems of a benchmark, over all ranks; known after `setup`."""
         return self._eval_problems[name]
@@ -529,8 +536,7 @@ class RolloutDataModule(LightningDataModule):
         _ = policy.tokenizer, policy.end_tokens, Stops.of(policy, self.sampling)
         self._reader = PromptReader(policy, self.overlong_prompts)
         limit = policy.max_positions
-        if limit is not None and self.max_prompt_tokens >= limit:
-            self.max_prompt_tokens = limit - 1
+        self._longest = self.max_prompt_tokens if limit is None else min(self.max_prompt_tokens, limit - 1)
         if stage == "fit":
             self._set_up_trainer()
             if self._trainer.current_epoch == 0:  # a run that is resumed loads its place after this
@@ -544,7 +550,7 @@ class RolloutDataModule(LightningDataModule):
             self._check_ahead()
             self._scoring_engine()
             self._reader.check_lengths(
-                "data.task", self._problems, "data.max_prompt_tokens", self.max_prompt_tokens, "they are left out"
+                "data.task", self._problems, "data.max_prompt_tokens", self._longest, "they are left out"
             )
         for name, spec in self.benchmarks.items():
             if spec.samples < 1:
@@ -645,6 +651,7 @@ class RolloutDataModule(LightningDataModule):
                 changed.append(f"{name}={-1 if ours == math.inf else ours}")
         if changed:
             rank_zero_info("trainer: %s, in place of Lightning's defaults", ", ".join(changed))
+        check_trainer(trainer, self)
         if trainer.reload_dataloaders_every_n_epochs != 1:
             raise ConfigError(RELOAD)
         if self.prompts_per_epoch % (self.minibatches * trainer.world_size):
@@ -743,13 +750,13 @@ class RolloutDataModule(LightningDataModule):
 
     def _encode(self, problem: Problem) -> list[int] | None:
         """Tokens of a prompt, or None where it is too long and dropped."""
-        tokens, ids = self._reader.measured(problem, self.max_prompt_tokens)
-        if tokens <= self.max_prompt_tokens:
+        tokens, ids = self._reader.measured(problem, self._longest)
+        if tokens <= self._longest:
             return ids
         if self.overlong_prompts == "error":
             raise ConfigError(
                 f"problem {problem.id}: its prompt has {tokens} tokens, more than data.max_prompt_tokens or the "
-                f"model allow ({self.max_prompt_tokens}); shorten it or set data.overlong_prompts to drop"
+                f"model allow ({self._longest}); shorten it or set data.overlong_prompts to drop"
             )
         return None
 
