@@ -75,7 +75,7 @@ def policy(architecture: str = "qwen3", of_model: dict[str, Any] | None = None, 
     )
     made = Policy(**settings)
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager" if architecture == "gemma2" else "sdpa"
+        config, attn_implementation="eager" if architecture in ("gemma2", "recurrent_gemma") else "sdpa"
     )
     with torch.no_grad():
         for p in model.parameters():  # a default initialisation is so flat that nothing could go wrong
