@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from rlrt_lightning.checkpoints import disk_error
@@ -77,9 +79,18 @@ def told(error: BaseException) -> str | None:
 
 
 def _part(error: BaseException) -> str:
-    """The setting by which the part of Lightning was chosen that raised an error."""
+    """The setting by which the part of Lightning was chosen that raised an error, or the trainer's that it mentions."""
     file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return "checkpoint" if file.stem == "model_checkpoint" else PARTS.get(file.parent.name, "trainer")
+    if file.stem == "model_checkpoint":
+        return "checkpoint"
+    mentioned = _mentioned(inspect.signature(Trainer).parameters, str(error))
+    return PARTS.get(file.parent.name) or (f"trainer.{mentioned}" if mentioned else "trainer")
+
+
+def _mentioned(names: Iterable[str], text: str) -> str | None:
+    """The name that a text mentions first."""
+    places = {name: found.start() for name in names if (found := re.search(rf"(?<![\w.]){name}(?!\w)", text))}
+    return min(places, key=places.__getitem__) if places else None
 
 
 def _deliberate(error: BaseException) -> bool:
@@ -132,8 +143,7 @@ def of_constructor(
     text = with_install(error) if isinstance(error, ImportError) else str(error)
     if isinstance(error, ConfigError) and re.match(r"(data|model|trainer|checkpoint)\b", text):
         return error
-    places = {name: found.start() for name in settings if (found := re.search(rf"(?<![\w.]){name}(?!\w)", text))}
-    culprit = min(places, key=places.__getitem__) if places else _culprit(make, settings)
+    culprit = _mentioned(settings, text) or _culprit(make, settings)
     return ConfigError(f"{setting}.{culprit}: {text}" if culprit else f"{setting}: {text}")
 
 
