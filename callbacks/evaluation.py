@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import own, tensorboards
+from rlrt_lightning.callbacks.boards import tensorboards
 from torchmetrics import MeanMetric
 
 from rlrt_lightning.datamodule import Evaluated
@@ -18,6 +18,7 @@ from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import AvgAtK, PassAtK
 from rlrt_lightning.ranks import gather
 from rlrt_lightning.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
+from rlrt_lightning.run_files import own
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import own
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import gather
+from rlrt_lightning.run_files import own
 from rlrt_lightning.sharding import local
 
 if TYPE_CHECKING:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import own, tensorboards
+from rlrt_lightning.callbacks.boards import tensorboards
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_page
 
 from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import Mean, mean_over_ranks
+from rlrt_lightning.run_files import own
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule

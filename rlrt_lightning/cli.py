@@ -28,13 +28,13 @@ from rlrt_lightning.callbacks import (
     SafeStop,
     TeacherRefresh,
 )
-from rlrt_lightning.callbacks.boards import own
 from rlrt_lightning.checkpoints import disk_error, newest, problem
 from rlrt_lightning.credentials import masked, refuse_credentials
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.resume import check_file
+from rlrt_lightning.run_files import own
 from rlrt_lightning.sharding import FSDP2Strategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {

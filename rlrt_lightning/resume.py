@@ -8,7 +8,8 @@ import logging
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -170,10 +171,14 @@ def _kept(value: Any, parameter: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """A value as a checkpoint holds it; `Parameter.empty` for what is an object."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, Path):
-        return str(value)
+    kinds: dict[type, Callable[[Any], Any]] = {int: int, float: float, str: str, Path: str}
+    for kind, made in kinds.items():  # subclasses, such as numpy's numbers, would be objects in a checkpoint
+        if isinstance(value, kind):
+            return made(value)
     items = list(value.values()) if isinstance(value, Mapping) else value
     if not isinstance(items, (list, tuple, set, frozenset)):
         return inspect.Parameter.empty
