@@ -42,6 +42,7 @@ def epochs_of_ours(
     micro_batches: int = 1,
     forced: bool = False,
     learning_rate: float = 1e-6,
+    precision: str = "32-true",
 ) -> list[Figures]:
     """Epochs of one optimiser step each with their seconds, the phases that every run logs, and the speeds. The first
     one, in which everything is slow, is left out.
@@ -57,11 +58,13 @@ def epochs_of_ours(
         micro_batches: Of the optimiser step.
         forced: No token ends a response.
         learning_rate: 0 gives the same roll-outs to all methods.
+        precision: Of the trainer; with bf16-mixed a bfloat16 copy draws the roll-outs, and the trainer rescores them.
     """
     from lightning import Callback, Trainer
-    from rlrt_lightning.callbacks import TeacherRefresh
 
     from rlrt_lightning import Policy, Problem, RLRTModule, RolloutDataModule, Sampling, Task, Teacher, Verdict
+    from rlrt_lightning.callbacks import TeacherRefresh
+    from rlrt_lightning.rollouts import TransformersEngine
 
     class Parity(Task):
         isolated = False
@@ -83,6 +86,7 @@ def epochs_of_ours(
             self.figures.append({"seconds": now - self.last, **kept})
             self.last = now
 
+    mixed = precision == "bf16-mixed"
     policy = Policy(path=model, dtype=dtype)  # type: ignore[arg-type]
     if forced:
         policy.end_tokens = [-1]
@@ -96,6 +100,8 @@ def epochs_of_ours(
     )
     data = RolloutDataModule(
         task=Parity(),
+        engine=TransformersEngine(dtype="bfloat16" if mixed else None),
+        rescore=mixed,
         sampling=Sampling(max_new_tokens=tokens),
         prompts_per_epoch=prompts,
         rollouts_per_prompt=rollouts,
@@ -110,6 +116,7 @@ def epochs_of_ours(
             devices=1,
             callbacks=[TeacherRefresh(), clock],
             reload_dataloaders_every_n_epochs=1,
+            precision=precision,
             accumulate_grad_batches=micro_batches,
             gradient_clip_val=1.0,
             default_root_dir=folder,

@@ -118,9 +118,9 @@ def rss() -> int:
 def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
     """Trains two steps and prints how much memory came to be used, in bytes."""
     from lightning import Callback, Trainer
-    from rlrt_lightning.callbacks import TeacherRefresh
 
     from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling
+    from rlrt_lightning.callbacks import TeacherRefresh
     from rlrt_lightning.lora import LoRA
     from rlrt_lightning.policy import Policy
     from rlrt_lightning.sharding import FSDP2Strategy

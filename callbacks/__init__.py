@@ -1,21 +1,28 @@
 """Lightning callbacks, imported as `rlrt_lightning.callbacks`."""
 
-from rlrt_lightning.callbacks.collapse_guard import CollapseGuard
-from rlrt_lightning.callbacks.evaluation import Evaluation
-from rlrt_lightning.callbacks.hf_export import HFExport
-from rlrt_lightning.callbacks.number_guard import NumberGuard
-from rlrt_lightning.callbacks.rank_guard import RankGuard
-from rlrt_lightning.callbacks.reversed_signal import ReversedSignalLogger
-from rlrt_lightning.callbacks.safe_stop import SafeStop
-from rlrt_lightning.callbacks.teacher_refresh import TeacherRefresh
+from .collapse_guard import CollapseGuard
+from .defaults import CHECKPOINT, WITH_SETTINGS, adopt_checkpoints, default_callbacks
+from .evaluation import Evaluation
+from .hf_export import HFExport
+from .number_guard import NumberGuard
+from .prompt_preview import PromptPreview
+from .rank_guard import RankGuard
+from .reversed_signal import ReversedSignalLogger
+from .safe_stop import SafeStop
+from .teacher_refresh import TeacherRefresh
 
 __all__ = [
+    "CHECKPOINT",
+    "WITH_SETTINGS",
     "CollapseGuard",
     "Evaluation",
     "HFExport",
     "NumberGuard",
+    "PromptPreview",
     "RankGuard",
     "ReversedSignalLogger",
     "SafeStop",
     "TeacherRefresh",
+    "adopt_checkpoints",
+    "default_callbacks",
 ]

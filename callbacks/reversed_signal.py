@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rlrt_lightning.callbacks.boards import tensorboards
-from rlrt_lightning.callbacks.signal_picture import Scored, Token, draw, html_page
 
 from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import Mean, mean_over_ranks
 from rlrt_lightning.run_files import own
+
+from .boards import tensorboards
+from .signal_picture import Scored, Token, draw, html_page
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -130,9 +131,9 @@ def describe(module: RLRTModule, epoch: EpochBatch, row: int) -> Scored:
     problem = epoch.problems[rollout.group]
     tokens = [
         Token(
-            text=policy.tokenizer.decode([token], clean_up_tokenization_spaces=False),
+            text=str(policy.tokenizer.decode([token], clean_up_tokenization_spaces=False)),
             asymmetry=float(epoch.credit.asymmetry[row, t]),
-            logp_student=float(epoch.logp_old[row, t]),
+            logp_student=float(epoch.logp_student[row, t]),
             logp_teacher=float(epoch.logp_teacher[row, t]),
             weight=float(epoch.credit.weights[row, t]),
             advantage=float(epoch.credit.advantages[row, t]),

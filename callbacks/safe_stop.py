@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from rlrt_lightning.callbacks.run_checkpoint import adopt
 
 from rlrt_lightning.checkpoints import PART, WholeCheckpointIO, check_writable, remove
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.run_files import run_folder
 from rlrt_lightning.stopping import Stop
+
+from .run_checkpoint import adopt
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -63,7 +64,7 @@ class SafeStop(Callback):
                         f"checkpoint.{name} saves where a run cannot be resumed exactly; set checkpoint.every_n_epochs "
                         "(SIGTERM saves in the middle of an epoch too)"
                     )
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and "://" not in str(callback.dirpath):
                 check_writable(Path(callback.dirpath or folder))
 
     def _listen(self, trainer: Trainer) -> None:

@@ -18,7 +18,8 @@ AGAINST, WITH = (240, 140, 50), (110, 170, 235)
 
 @dataclass(frozen=True)
 class Token:
-    """A response token and what student and teacher thought of it (log-probs in nats)."""
+    """A response token and what student and teacher thought of it, in nats: the asymmetry is log P_S - log P_T of these
+    very log-probs."""
 
     text: str
     asymmetry: float
@@ -78,15 +79,22 @@ def html_page(title: str, rollouts: list[Scored]) -> str:
 
 def _section(rollout: Scored) -> str:
     tokens = "".join(
-        f'<span style="background:{_css(colour(t.asymmetry))}" title="D {t.asymmetry:+.2f}   log P_S '
-        f'{t.logp_student:.2f}   log P_T {t.logp_teacher:.2f}   weight {t.weight:.2f}   A_t {t.advantage:+.2f}">'
-        f"{html.escape(t.text)}</span>"
+        f'<span style="background:{_css(colour(t.asymmetry))}" title="{_numbers(t)}">{html.escape(t.text)}</span>'
         for t in rollout.tokens
     )
     return (
         f"<section><h2>{html.escape(rollout.name)} · A = {rollout.advantage:+.2f}</h2>"
         f"{_details('prompt', rollout.prompt)}{_details('what the teacher was shown', rollout.context)}"
         f'<div class="tokens">{tokens}</div></section>'
+    )
+
+
+def _numbers(token: Token) -> str:
+    student, teacher = round(token.logp_student, 4), round(token.logp_teacher, 4)
+    # D from the rounded terms, so that what is shown adds up to the last digit.
+    return (
+        f"D {student - teacher:+.4f}   log P_S {student:.4f}   log P_T {teacher:.4f}   weight {token.weight:.2f}   "
+        f"A_t {token.advantage:+.2f}"
     )
 
 

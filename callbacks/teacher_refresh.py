@@ -28,6 +28,11 @@ class TeacherRefresh(Callback):
             raise ConfigError(f"teacher_refresh.every_n_epochs is {every_n_epochs}; it has to be at least 1, or null")
         if not 0 <= ema_decay < 1:
             raise ConfigError(f"teacher_refresh.ema_decay is {ema_decay}; it has to be from 0 to below 1")
+        if every_n_epochs is None and ema_decay > 0:
+            raise ConfigError(
+                f"teacher_refresh.ema_decay is {ema_decay}, but every_n_epochs is null, which never refreshes the "
+                "teacher; set ema_decay to 0, or every_n_epochs to a number"
+            )
         self.every_n_epochs = every_n_epochs
         self.ema_decay = ema_decay
 

@@ -6,7 +6,10 @@ Everything public can be imported from here; nothing is loaded before it is used
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +123,19 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-# In a clone callbacks/ stands beside this package; the installed package has it inside (see pyproject.toml).
-_beside = Path(__file__).resolve().parent.parent
-if not (Path(__file__).parent / "callbacks").exists() and (_beside / "callbacks" / "teacher_refresh.py").exists():
-    __path__.append(str(_beside))
+class _CallbacksOfAClone:
+    """Finds `rlrt_lightning.callbacks` in callbacks/ at the top of a clone, and nothing else there. The installed
+    package has it inside (see pyproject.toml)."""
+
+    folder = Path(__file__).resolve().parents[1] / "callbacks"
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder.find_spec`."""
+        if name != f"{__name__}.callbacks":
+            return None
+        return spec_from_file_location(name, cls.folder / "__init__.py", submodule_search_locations=[str(cls.folder)])
+
+
+if not (Path(__file__).parent / "callbacks" / "__init__.py").exists() and _CallbacksOfAClone.folder.exists():
+    sys.meta_path.insert(0, _CallbacksOfAClone)  # first: an editable install of another clone may offer its own

@@ -28,10 +28,13 @@ class EpochBatch:
         rewards: [N], float32.
         advantages: Group advantages, [N].
         mask: True at response tokens, [N, T].
-        logp_old: Log-probs of the tokens under the policy that made them, nats, [N, T].
+        logp_old: Log-probs of the tokens that the surrogate's ratio divides by, nats, [N, T]: the trainer's where a
+            rollout was rescored, the sampler's elsewhere; 0 where these are not finite.
         importance: Weight of each token that corrects for the sampler's arithmetic, [N, T].
         contexts: What the teacher was shown for each roll-out; None where it did not score it, N of them.
         teacher: What the teacher said of each roll-out; None where it did not score it, N of them.
+        logp_student: Log-probs of the tokens that D_t subtracts the teacher's from, nats, [N, T]: the sampler's where
+            the engine scored for the teacher, so that both come from the same arithmetic, `logp_old` elsewhere.
         logp_teacher: Log-probs of the tokens under the teacher, nats, [N, T]; 0 where it did not score.
         credit: What the method made of it, [N, T] each.
         stats: Figures for the logs by tag.
@@ -47,6 +50,7 @@ class EpochBatch:
     importance: Tensor
     contexts: list[str | None]
     teacher: list[TeacherScore | None]
+    logp_student: Tensor
     logp_teacher: Tensor
     credit: Credit
     stats: dict[str, float] = field(default_factory=dict)
@@ -80,7 +84,7 @@ class MicroBatch:
         blocks: Rows and width of the parts that go through the decoder on their own, so that little of it is padding.
         shared: The prompts, where each is read once for the rows that share it, as in `Policy.from_logits`.
         response_mask: True at response tokens, [B, T].
-        logp_old: Log-probs under the policy that made the roll-outs, nats, [B, T].
+        logp_old: Log-probs that the surrogate's ratio divides by, as in `EpochBatch`, nats, [B, T].
         importance: Weight of each token that corrects for the sampler's arithmetic, [B, T].
         advantages: Token advantages, [B, T].
         distillation: Weight of the divergence to the teacher at each token, [B, T]; None where the method has none.

@@ -100,7 +100,15 @@ def _rename(aside: Path, path: Path) -> None:
         path.rename(before)
     os.replace(aside, path)
     remove(before)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Has the names in a folder reach the disk, where that can be asked for: Windows opens no folders."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(folder)
     finally:
@@ -180,7 +188,7 @@ class _Index(pickle.Unpickler):
         plain = (
             (isinstance(own, type) and own.__module__ == metadata.__name__)
             or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
-            or (module.startswith("pathlib") and name in ("Path", "PosixPath"))
+            or (module.startswith("pathlib") and name in ("Path", "PosixPath", "WindowsPath"))
             or (module, name) in PLAIN
         )
         if not plain:

@@ -13,24 +13,16 @@ from typing import Any, NoReturn, cast
 
 import jsonargparse._typehints as typehints
 from jsonargparse import Namespace
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
-from rlrt_lightning.callbacks import (
-    CollapseGuard,
-    Evaluation,
-    NumberGuard,
-    RankGuard,
-    ReversedSignalLogger,
-    SafeStop,
-    TeacherRefresh,
-)
+from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
 from rlrt_lightning.checkpoints import disk_error, newest, problem
 from rlrt_lightning.credentials import masked, refuse_credentials
-from rlrt_lightning.datamodule import RolloutDataModule
+from rlrt_lightning.datamodule import RELOAD, RolloutDataModule
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.resume import check_file
@@ -201,7 +193,7 @@ class RLRTCli(LightningCLI):
     `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard`, `NumberGuard`, `CollapseGuard` and
     `ModelCheckpoint` are always there, and set by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`,
     `rank_guard`, `number_guard`, `collapse_guard` and `checkpoint`; one of the same class under `trainer.callbacks`
-    takes their place. So is `SafeStop`, which has no settings.
+    takes their place. So are `SafeStop` and `PromptPreview`, which have no settings.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -238,22 +230,9 @@ class RLRTCli(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See `LightningCLI.add_arguments_to_parser`."""
-        parser.add_lightning_class_args(TeacherRefresh, "teacher_refresh")
-        parser.add_lightning_class_args(ReversedSignalLogger, "reversed_signal")
-        parser.add_lightning_class_args(Evaluation, "evaluation")
-        parser.add_lightning_class_args(RankGuard, "rank_guard")
-        parser.add_lightning_class_args(NumberGuard, "number_guard")
-        parser.add_lightning_class_args(CollapseGuard, "collapse_guard")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "epoch-{epoch}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
-                "checkpoint.save_on_train_epoch_end": True,
-                **CLASS_DEFAULTS,
-            }
-        )
+        for name, callback in WITH_SETTINGS.items():
+            parser.add_class_arguments(callback, name, fail_untyped=False, sub_configs=True)
+        parser.set_defaults({**{f"checkpoint.{name}": value for name, value in CHECKPOINT.items()}, **CLASS_DEFAULTS})
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_stream_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -277,15 +256,19 @@ class RLRTCli(LightningCLI):
         except (ValueError, TypeError, ImportError) as error:  # the last: a device or strategy that is not installed
             raise ConfigError(str(error)) from error
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        own = config.get("callbacks") or []
-        named = {type(callback) for callback in (own if isinstance(own, list) else [own])}
-        if config.get("strategy") == "fsdp":
-            config = {**config, "strategy": "fsdp2"}  # torch's first FSDP is on its way out, and runs on no CPU
-        if config.get("enable_checkpointing") is False:
-            named.add(ModelCheckpoint)
-        callbacks = [SafeStop(), *callbacks]
-        return super()._instantiate_trainer(config, [c for c in callbacks if type(c) not in named])
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """See `LightningCLI.instantiate_trainer`. A callback of `trainer.callbacks` takes the place of ours."""
+        made = self.config_init[self.subcommand]
+        settings = made["trainer"]
+        if settings["reload_dataloaders_every_n_epochs"] != 1:
+            raise ConfigError(RELOAD)
+        own = settings["callbacks"] or []
+        own = own if isinstance(own, list) else [own]
+        ours = {name: made[name] for name in WITH_SETTINGS}
+        kwargs["callbacks"] = own + default_callbacks(own, settings["enable_checkpointing"] is not False, ours)
+        if settings["strategy"] == "fsdp":
+            kwargs["strategy"] = "fsdp2"  # torch's first FSDP is on its way out, and runs on no CPU
+        return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
         """Finds the checkpoint that `--ckpt_path` names before anything is loaded."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,16 +14,18 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
-from rlrt_lightning.epoch_figures import Clock, mismatch, not_finite, statistics, take_out_bad
+from rlrt_lightning.epoch_figures import Clock, log_probs, mismatch, non_finite_log_probs, not_finite, statistics
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
@@ -31,6 +34,7 @@ from rlrt_lightning.prompts import PromptReader, read_problems
 from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.rollouts.ahead import Ahead, Drawn
+from rlrt_lightning.rollouts.base import Stops
 from rlrt_lightning.run_files import own_metrics
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
@@ -42,6 +46,17 @@ if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
 
 log = logging.getLogger(__name__)
+
+TRAINER: dict[str, tuple[float, float]] = {
+    # Each epoch trains on roll-outs of its own.
+    "reload_dataloaders_every_n_epochs": (0, 1),
+    # Lightning's sanity check over all of the validation is our measurement before training.
+    "num_sanity_val_steps": (2, math.inf),
+    "log_every_n_steps": (50, 1),
+}
+"""Attributes of the trainer: Lightning's default, and ours. The loops read them after the data module's `setup`."""
+
+RELOAD = "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on roll-outs of its own"
 
 MOST_MISSES = 1000
 """So many prompts in a row that are too long: the limit is wrong."""
@@ -96,7 +111,7 @@ class RolloutDataModule(LightningDataModule):
             this epoch's updates; `model.importance` corrects for that, which takes `rescore`. Checkpoints hold them.
         verifier_workers: Processes that check completions, for tasks whose verifier is not trusted code.
         verifier_timeout_s: Time limit of one verdict, in seconds.
-        verifier_memory_gb: Memory limit of a verifier process, in GiB.
+        verifier_memory_gb: Memory limit of a verifier process, in GiB; on Linux only.
         max_fault_share: Stop when the verifier itself fails on more than this share of an epoch's roll-outs; below it
             they count as wrong.
         seed: Seed of every random stream; the command line sets it by `--seed_everything`.
@@ -220,11 +235,13 @@ class RolloutDataModule(LightningDataModule):
             spoken = torch.tensor([len(r.response_ids) > 0 for r in rollouts])
             wanted = method.uses_teacher(advantages, rewards) & spoken
             scored = module.policy.scored = Scored()
+            trainable = method.may_train(advantages, rewards) & spoken
             with self.stop_signal.may_end(trainer), clock("rescore"):
                 if self.rescore:
-                    self._rescore(rollouts, ((advantages != 0) & spoken) | wanted)
-            faults = take_out_bad(rollouts)
+                    self._rescore(rollouts, trainable)
+            faults = non_finite_log_probs(rollouts)
             unusable = torch.tensor([i in faults for i in range(len(rollouts))])
+            logp_sampler, logp_old, rescored = log_probs(rollouts, unusable)
             advantages, wanted = advantages.masked_fill(unusable, 0.0), wanted & ~unusable
             with self.stop_signal.may_end(trainer), clock("teacher"):
                 contexts = module.teacher.contexts(
@@ -236,6 +253,7 @@ class RolloutDataModule(LightningDataModule):
                     self._epochs,
                     0,
                     places=range(trainer.global_rank, self.prompts_per_epoch, trainer.world_size),
+                    policy=module.policy,
                 )
                 contexts = [c if w else None for c, w in zip(contexts, wanted.tolist(), strict=True)]
                 teacher, truncated = module.teacher.score(
@@ -255,13 +273,11 @@ class RolloutDataModule(LightningDataModule):
                 faults[i], teacher[i] = f"the teacher's {wrong}", None
         contexts = [None if score is None else c for c, score in zip(contexts, teacher, strict=True)]
         mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
-        logp_old = pad_rows([r.logp for r in rollouts])
-        logp_sampler = pad_rows([r.logp if r.sampler_logp is None else r.sampler_logp for r in rollouts])
         importance = importance_weights(logp_old, logp_sampler, mask, module.importance, module.importance_cap)
         logp_teacher = pad_rows([s.logp if s else None for s in teacher], width=mask.shape[1])
         has_context = torch.tensor([c is not None for c in contexts])
         # Both sides of D_t from the same arithmetic.
-        logp_student = logp_old if module.teacher.scored_by == "trainer" else logp_sampler
+        logp_student = logp_sampler if module.teacher.scored_by == "engine" else logp_old
         figures = advantages, rewards, logp_student, logp_teacher, mask, has_context
         if isinstance(method, Distilling):
             teacher_entropy = pad_rows([s.entropy if s else None for s in teacher], width=mask.shape[1])
@@ -269,12 +285,17 @@ class RolloutDataModule(LightningDataModule):
         else:
             credit = method(*figures)
         credit = credit.without(unusable)
+        if self.rescore and (credit.trains & ~trainable).any():
+            raise ConfigError(
+                f"model.method: {type(method).__name__} trains on rollouts that its may_train leaves out, which "
+                "data.rescore has therefore not corrected for the sampler; override may_train"
+            )
 
         stats = {**statistics(rollouts, rewards, groups), **clock.stats}
         stats["faults/rollouts"] = float(self._sum_over_ranks(torch.tensor(float(len(faults)))))
         if self.rescore:
-            rescored = mask & torch.tensor([r.sampler_logp is not None for r in rollouts])[:, None]
-            stats |= mismatch((logp_old - logp_sampler)[rescored], importance[rescored] == module.importance_cap)
+            compared = mask & rescored[:, None]
+            stats |= mismatch((logp_old - logp_sampler)[compared], importance[compared] == module.importance_cap)
         if sampling_s:  # not known of roll-outs that a checkpoint held
             stats["speed/rollout_tokens_per_s"] = float(mask.sum()) / sampling_s
         if scored.places:
@@ -295,6 +316,7 @@ class RolloutDataModule(LightningDataModule):
             importance=importance,
             contexts=contexts,
             teacher=teacher,
+            logp_student=logp_student,
             logp_teacher=logp_teacher,
             credit=credit,
             stats=stats,
@@ -440,11 +462,11 @@ class RolloutDataModule(LightningDataModule):
         return rollouts
 
     def _rescore(self, rollouts: Sequence[Rollout], needed: Tensor) -> None:
-        """Replaces the sampler's log-probs by the policy's own, where they are going to be used."""
+        """Computes the policy's own log-probs of the rollouts that use them (`Rollout.logp_policy`)."""
         chosen = [r for r, used in zip(rollouts, needed.tolist(), strict=True) if used]
         scores = self._module.policy.score([(r.prompt_ids, r.response_ids) for r in chosen], self.sampling.temperature)
         for rollout, logp in zip(chosen, scores, strict=True):
-            rollout.sampler_logp, rollout.logp = rollout.logp, logp
+            rollout.logp_policy = logp
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -515,18 +537,21 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads the data and checks what can be checked before the weights are loaded."""
-        self._synced = self._made = None
+        self._synced = self._made = self._begun = self._order = None
         policy = self._module.policy
-        _ = policy.tokenizer, policy.end_tokens
+        _ = policy.tokenizer, policy.end_tokens, Stops.of(policy, self.sampling)
         self._reader = PromptReader(policy, self.overlong_prompts)
         limit = policy.max_positions
         self._longest = self.max_prompt_tokens if limit is None else min(self.max_prompt_tokens, limit - 1)
         if stage == "fit":
-            self._check_trainer()
+            self._set_up_trainer()
+            if self._trainer.current_epoch == 0:  # a run that is resumed loads its place after this
+                self._epochs = self._cursor = self._overlong = 0
             self._problems = read_problems(self.task, "train", "data.task")
             if not len(self._problems):
                 raise ConfigError("data.task: there are no problems to train on")
             self._check_context()
+            self._check_embeddings()
             self._check_cuts()
             self._check_ahead()
             self._scoring_engine()
@@ -545,6 +570,9 @@ class RolloutDataModule(LightningDataModule):
                 self._reader.check_lengths(
                     where, problems, "the longest prompt of the model", limit - 1, "they count like the others"
                 )
+            self._reader.check_embeddings(problems)
+            if spec.sampling is not None:
+                Stops.of(policy, spec.sampling, f"{where}.sampling")
             self._eval_problems[name] = problems
 
     def teardown(self, stage: str) -> None:
@@ -580,7 +608,10 @@ class RolloutDataModule(LightningDataModule):
         self._epochs, self._cursor, self._overlong = (state_dict[k] for k in ("epochs", "cursor", "overlong"))
         self._restored = state_dict.get("ahead", []) if self.ahead else []
         ranks, trainer = state_dict.get("under_way"), self._trainer
-        if ranks is None or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
+            return
+        trainer.num_sanity_val_steps = 0  # the measurement before training has been made
+        if ranks is None:
             return
         if (len(ranks), state_dict["accumulate"]) != (trainer.world_size, trainer.accumulate_grad_batches):
             raise ConfigError(
@@ -616,13 +647,19 @@ class RolloutDataModule(LightningDataModule):
     def _module(self) -> RLRTModule:
         return cast("RLRTModule", self._trainer.lightning_module)
 
-    def _check_trainer(self) -> None:
+    def _set_up_trainer(self) -> None:
+        """Puts our defaults in the place of Lightning's, where a script left these as they are, and checks them."""
         trainer = self._trainer
+        changed = []
+        for name, (theirs, ours) in TRAINER.items():
+            if getattr(trainer, name) == theirs:
+                setattr(trainer, name, ours)
+                changed.append(f"{name}={-1 if ours == math.inf else ours}")
+        if changed:
+            rank_zero_info("trainer: %s, in place of Lightning's defaults", ", ".join(changed))
         check_trainer(trainer, self)
         if trainer.reload_dataloaders_every_n_epochs != 1:
-            raise ConfigError(
-                "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on roll-outs of its own"
-            )
+            raise ConfigError(RELOAD)
         if self.prompts_per_epoch % (self.minibatches * trainer.world_size):
             raise ConfigError(
                 f"data.prompts_per_epoch ({self.prompts_per_epoch}) has to be a multiple of data.minibatches "
@@ -648,6 +685,11 @@ class RolloutDataModule(LightningDataModule):
             wrong = f"{type(self._module.method).__name__} needs the teacher's whole distribution"
         elif self.sampling.temperature != 1:
             wrong = "vLLM scores at temperature 1 only"
+        elif self.engine.cuts_before_logp and self.sampling.cuts:
+            wrong = (
+                "data.sampling cuts the distribution (top_p, top_k or min_p): the engine gives the student's log-probs "
+                "after the cut, and the teacher's before it"
+            )
         if wrong is not None:
             raise ConfigError(f"model.teacher.scored_by is engine, but {wrong}; or set it to trainer")
         return cast(ScoringEngine, self.engine)
@@ -683,6 +725,26 @@ class RolloutDataModule(LightningDataModule):
                 f"model.method.context is {kind}, but none of the first {len(first)} training problems has one; name "
                 f"the data's column in data.task.{kind}, or take another context"
             )
+
+    def _check_embeddings(self) -> None:
+        """Finds prompts of the policy and the teacher that hold tokens which the model has no embedding for."""
+        module, kind = self._module, self._module.method.context
+
+        def teachers(problem: Problem) -> None:
+            if kind != "none":
+                context = getattr(problem, kind, None) if kind in ("solution", "answer") else None
+                module.teacher.prompt(module.policy, problem, "1" if context is None else str(context), kind)
+
+        teachers(Problem("template", "?"))
+        self._reader.check_embeddings(self._problems, teachers)
+
+    def example(self, stage: str) -> Problem | None:
+        """The first problem of a stage whose prompt is not too long, to be shown; None where there is none."""
+        problems = chain.from_iterable(self._eval_problems.values())
+        if stage == "fit":
+            problems = chain(self._problems[self._row(i)] for i in range(len(self._problems)))
+        first, most = islice(problems, MOST_MISSES), self.max_prompt_tokens
+        return next((p for p in first if self._reader.measured(p, most)[0] <= most), None)
 
     def _row(self, position: int) -> int:
         """Which row comes at a position of the endless, shuffled order of prompts."""

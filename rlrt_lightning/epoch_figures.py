@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rlrt_lightning.objective.ratios import kl_estimate
+from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.ranks import Mean
 from rlrt_lightning.rollouts import Rollout
 
@@ -32,15 +34,33 @@ class Clock:
         self._within = outside + spent
 
 
-def take_out_bad(rollouts: Sequence[Rollout]) -> dict[int, str]:
-    """Which roll-outs have log-probs that are not finite, and which these are; they get 0 in place of these."""
+def non_finite_log_probs(rollouts: Sequence[Rollout]) -> dict[int, str]:
+    """The rollouts with a non-finite log-prob, by their position, with a description of the first one."""
     faults = {}
     for i, rollout in enumerate(rollouts):
-        by = {"logp of the policy": rollout.logp, "logp of the sampler": rollout.sampler_logp}
+        by = {"logp of the policy": rollout.logp_policy, "logp of the sampler": rollout.logp_sampler}
         if wrong := not_finite(by):
             faults[i] = wrong
-            rollout.logp, rollout.sampler_logp = torch.zeros(len(rollout.response_ids)), None
     return faults
+
+
+def log_probs(rollouts: Sequence[Rollout], unusable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probs of the response tokens as tensors.
+
+    Args:
+        rollouts: N rollouts.
+        unusable: Rollouts with non-finite log-probs, which get 0 in place of them, bool [N].
+
+    Returns:
+        `logp_sampler`, `logp_old` (the policy's where the rollout was rescored, the sampler's elsewhere), nats, [N, T]
+        each, 0 after the response; and which rollouts were rescored, bool [N].
+    """
+    sampler = [r.logp_sampler for r in rollouts]
+    old = [r.logp_sampler if r.logp_policy is None else r.logp_policy for r in rollouts]
+    rescored = torch.tensor([r.logp_policy is not None for r in rollouts]) & ~unusable
+    bad = unusable[:, None]
+    # Not a product: 0 times NaN is NaN.
+    return pad_rows(sampler).masked_fill(bad, 0.0), pad_rows(old).masked_fill(bad, 0.0), rescored
 
 
 def not_finite(figures: Mapping[str, Tensor | None]) -> str | None:
@@ -55,14 +75,13 @@ def not_finite(figures: Mapping[str, Tensor | None]) -> str | None:
 
 def mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
     """How far the sampler is from the trainer, from log P_trainer - log P_sampler of the sampled tokens [R] and whether
-    the importance weight was capped [R]."""
+    the importance weight was capped [R]; the KL is KL(sampler || trainer)."""
     if not len(difference):
         return {}
-    # (rho - 1) - log rho estimates KL(sampler || trainer) and is never negative.
     return {
         "rollout/mismatch_mean": Mean(float(difference.abs().mean()), len(difference)),
         "rollout/mismatch_max": float(difference.abs().max()),
-        "rollout/mismatch_kl": Mean(float((difference.exp() - 1 - difference).mean()), len(difference)),
+        "rollout/mismatch_kl": Mean(float(kl_estimate(difference).mean()), len(difference)),
         "rollout/mismatch_capped": Mean(float(capped.float().mean()), len(difference)),
     }
 

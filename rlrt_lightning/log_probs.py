@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlrt_lightning.objective.ratios import LOG_ZERO
+
 Compute = Callable[..., tuple[Tensor, ...]]
 """From the logits [C, V] of some tokens, and what else is known of each, to figures [C, ...] of each."""
-
-NO_CHANCE = -1e4
-"""As a log-prob: its exp is exactly 0, and 0 times it is 0, which 0 times -inf is not."""
 
 Sums = tuple[Tensor, Tensor]
 
@@ -111,7 +110,7 @@ class _LogProbs(torch.autograd.Function):
         if to_entropy is None:
             gradient = (logits - total).exp_().mul_(-of_all)
         else:
-            logp = (logits - total).clamp_(min=NO_CHANCE)
+            logp = (logits - total).clamp_(min=LOG_ZERO)
             of_entropy = to_entropy[:, None]
             gradient = logp.exp().mul_(logp.mul_(-of_entropy).sub_(of_entropy * entropy[:, None] + of_all))
         return gradient.scatter_add_(-1, tokens, to_logp), None, None, None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -29,6 +29,7 @@ from rlrt_lightning.objective import (
     divergence_on_support,
     token_mean,
 )
+from rlrt_lightning.objective.ratios import kl_estimate, log_ratio
 from rlrt_lightning.optimizers import OptimizerFactory, WarmUp, keep_settings
 from rlrt_lightning.padding import at_mask
 from rlrt_lightning.policy import Policy
@@ -55,8 +56,9 @@ class RLRTModule(LightningModule):
         dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
         aggregation: token-mean weighs all tokens of a mini-batch the same; seq-mean-token-mean averages within each
             roll-out first.
-        importance: Where the trainer rescores the roll-outs (`data.rescore`), each token's surrogate is weighted by
-            min(P_trainer / P_sampler, importance_cap): for each token, for the whole sequence, or off.
+        importance: Where the trainer rescores the roll-outs (`data.rescore`), all that a token adds to the loss
+            (surrogate, divergence to the teacher, entropy bonus) is weighted by min(P_trainer / P_sampler,
+            importance_cap): for each token, for the whole sequence, or off.
         importance_cap: Upper limit of that weight; the paper has 2.
         optimizer: Class path and settings of the optimiser; the paper has AdamW with lr 1e-6.
         warmup_steps: Optimiser steps over which the learning rate rises linearly to its constant value.
@@ -145,12 +147,14 @@ class RLRTModule(LightningModule):
                 batch.response_mask,
                 self.method.importance_cap,
                 self.aggregation,
+                batch.importance,
             )
             distilled = batch.distillation != 0
             mean = (divergence.detach() * distilled).sum() / distilled.sum().clamp(min=1)
             figures["train/divergence"] = mean, int(distilled.sum())
         if batch.entropy_bonus is not None:
-            loss = loss - token_mean(batch.entropy_bonus * entropy, batch.response_mask, self.aggregation)
+            bonus = batch.importance * batch.entropy_bonus * entropy
+            loss = loss - token_mean(bonus, batch.response_mask, self.aggregation)
         loss = loss * batch.share
         self._figures.setdefault("train/loss", []).append((loss.detach(), 1))
         self._tokens = self._tokens + batch.tokens  # read at the epoch's end: a GPU would stop for it
@@ -301,6 +305,24 @@ class RLRTModule(LightningModule):
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run has (`rlrt_lightning.callbacks.default_callbacks`): those that the trainer has none of.
+
+        Raises:
+            ConfigError: If there is no data module to make roll-outs.
+        """
+        from rlrt_lightning.callbacks import adopt_checkpoints, default_callbacks
+        from rlrt_lightning.datamodule import RolloutDataModule
+
+        trainer = cast(Any, self.trainer)
+        if not isinstance(trainer.datamodule, RolloutDataModule):
+            raise ConfigError(
+                f"{trainer.state.fn.value}: pass datamodule=RolloutDataModule(...) to the trainer; roll-outs come from "
+                "nowhere else"
+            )
+        adopt_checkpoints(trainer.callbacks)
+        return default_callbacks(trainer.callbacks, checkpoints=bool(trainer.checkpoint_callbacks))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the settings of the run."""
         checkpoint[resume.KEY] = resume.record(self.trainer, self)
@@ -381,6 +403,5 @@ class RLRTModule(LightningModule):
 
 
 def _kl(logp: Tensor, batch: MicroBatch) -> Tensor:
-    """KL(P_old || P_new) estimated on the sampled tokens by (rho - 1) - log rho, which is never negative."""
-    difference = (logp - batch.logp_old)[batch.response_mask]
-    return (difference.exp() - 1 - difference).mean()
+    """KL(P_old || P_new) estimated on the sampled tokens."""
+    return kl_estimate(log_ratio(logp, batch.logp_old, batch.response_mask)[batch.response_mask]).mean()

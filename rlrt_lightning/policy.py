@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import inspect
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, final
 
@@ -17,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from rlrt_lightning.caching import cache_argument, copy_rows
+from rlrt_lightning.chat import ChatTemplate, control_tokens, named_tokens
 from rlrt_lightning.errors import ConfigError, first_line
 from rlrt_lightning.log_probs import Compute, in_chunks, token_log_probs
 from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
@@ -26,7 +26,7 @@ from rlrt_lightning.tasks.base import Messages
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cache_utils import DynamicCache
+    from transformers.cache_utils import Cache, DynamicCache
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,10 @@ class Policy(nn.Module):
         logits_chunk: Tokens whose logits exist at once while log-probs are computed; memory is this times the
             vocabulary, not batch times length times vocabulary.
         score_tokens: Tokens, padding included, in one forward pass without gradient.
-        chat: Put prompts into the model's chat template; null does so where the tokenizer has one.
-        chat_kwargs: Passed to the chat template, for example `enable_thinking: false`.
-        system_prompt: Put before the conversation as the system's message; needs a chat template.
+        chat: Put prompts into the model's chat template; null does so where the tokenizer has one. Without it, a
+            conversation is the text of its messages.
+        chat_kwargs: Variables of the chat template, for example `enable_thinking: false`; it has to read them.
+        system_prompt: Put before the conversation as the system's message; needs a chat template with a system role.
         lora: Train low-rank adapters in place of the weights; null trains all weights.
     """
 
@@ -82,6 +83,9 @@ class Policy(nn.Module):
         for name, value in {"logits_chunk": logits_chunk, "score_tokens": score_tokens}.items():
             if value < 1:
                 raise ConfigError(f"model.policy.{name} is {value}; it has to be at least 1")
+        for name, given in {"system_prompt": system_prompt is not None, "chat_kwargs": bool(chat_kwargs)}.items():
+            if given and chat is False:
+                raise ConfigError(f"model.policy.{name} is for a chat template, and model.policy.chat is false")
         self.path = str(EMBEDDED) if path == "embedded" else path
         self.dtype = dtype
         self.attention = attention
@@ -97,6 +101,9 @@ class Policy(nn.Module):
                 "model.policy.lora needs peft, which is not installed: pip install 'rlrt-lightning[lora]'"
             )
         self._head_is_known = True
+        self._continues_prompts = False
+        self.decodes_rows = False
+        """Whether padded rows can be decoded token by token with a key-value cache; known after `load`."""
         self.scored = Scored()
         """What was read without gradient."""
 
@@ -124,7 +131,8 @@ class Policy(nn.Module):
         """The model's tokenizer.
 
         Raises:
-            ConfigError: If there is none at `path`, or `chat` asks for a chat template that it does not have.
+            ConfigError: If there is none at `path`, or it has no chat template for `chat`, `chat_kwargs` or
+                `system_prompt`.
         """
         from transformers import AutoTokenizer
 
@@ -135,10 +143,19 @@ class Policy(nn.Module):
             raise ConfigError(
                 f"model.policy.path: no tokenizer can be read at {self.path!r}: {_reason(error)}"
             ) from error
-        if not tokenizer.chat_template and (self.chat or self.system_prompt):
-            setting = "chat" if self.chat else "system_prompt"
-            raise ConfigError(f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template")
+        asked = {"chat": self.chat, "system_prompt": self.system_prompt is not None, "chat_kwargs": self.chat_kwargs}
+        for setting, given in asked.items():
+            if given and not tokenizer.chat_template:
+                raise ConfigError(
+                    f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template"
+                )
+        if tokenizer.chat_template:
+            ChatTemplate(tokenizer, self.path, self.system_prompt, self.chat_kwargs)  # refuses what it has no use for
         return tokenizer
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.path, self.system_prompt, self.chat_kwargs)
 
     @cached_property
     def end_tokens(self) -> list[int]:
@@ -155,38 +172,113 @@ class Policy(nn.Module):
             raise ConfigError(
                 f"model.policy.path: {self.path!r} names no end-of-sequence token, so no response can end"
             )
+        self.check_embedded(ends, "end tokens")
         return ends
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for; None where it does not say."""
-        text = self.config.get_text_config()
-        return getattr(text, "max_position_embeddings", None)
+        """Longest sequence that the model has positions for; None where it does not say. With longrope (Phi-3), only
+        those before a longer sequence in the batch would change the frequencies of all others."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return positions if positions is None else min([positions, *self._positions_before_longrope])
+
+    @property
+    def _positions_before_longrope(self) -> list[int]:
+        rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+        kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+        return [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are put into the chat template."""
+        return bool(self.tokenizer.chat_template) and self.chat is not False
+
+    @cached_property
+    def token_ids(self) -> frozenset[int]:
+        """Every token id that the tokenizer knows. The model may have fewer embeddings, or, padded, more."""
+        return frozenset(self.tokenizer.get_vocab().values())
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens by their text: also those that have no role such as end or padding."""
+        named = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        added = self.tokenizer.added_tokens_decoder
+        return named | {token.content: number for number, token in added.items() if token.special}
+
+    @property
+    def lacks_embeddings(self) -> bool:
+        """Whether the tokenizer has tokens that the model has no embedding for."""
+        rows = getattr(self.config.get_text_config(), "vocab_size", None)
+        return rows is not None and max(self.token_ids) >= rows
+
+    def check_embedded(self, ids: Sequence[int], what: str) -> None:
+        """Refuses tokens that the model cannot read or draw.
+
+        Args:
+            ids: The tokens.
+            what: What they are, in words.
+
+        Raises:
+            ConfigError: If some have no embedding.
+        """
+        rows = getattr(self.config.get_text_config(), "vocab_size", None)
+        if rows is None or max(ids, default=0) < rows:
+            return
+        beyond = sorted({i for i in ids if i >= rows})
+        names = ", ".join(f"{i} ({self.tokenizer.convert_ids_to_tokens(i)})" for i in beyond[:5])
+        raise ConfigError(
+            f"model.policy.path: the model at {self.path!r} has embeddings for token ids below {rows}, and its "
+            f"tokenizer gives {what} beyond them: {names}; resize the model's embeddings, or take the tokenizer that "
+            "belongs to it"
+        )
+
+    def prompt_text(self, prompt: str | Messages) -> str:
+        """Text of a prompt as the model reads it, up to where the response begins.
+
+        Raises:
+            ConfigError: If the chat template does not take it, or leaves out a part of it.
+        """
+        if not self.chats:
+            return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
+        return self._chat_template.render([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Tokens of a prompt, up to where the response begins."""
-        if not self.tokenizer.chat_template or self.chat is False:
-            plain = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
-            return list(self.tokenizer(plain)["input_ids"])
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if self.system_prompt is not None:
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        from jinja2 import TemplateError
+        """Tokens of a prompt, up to where the response begins; see `prompt_text`.
 
-        # In two steps, since the template writes the special tokens itself.
-        try:
-            text: Any = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs
-            )
-        except TemplateError as error:  # it refuses a conversation, or tries what transformers' sandbox forbids
-            raise ConfigError(
-                f"model.policy.path: the chat template of {self.path!r} takes no such prompt: {first_line(error)}"
-            ) from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        Raises:
+            ConfigError: If the chat template refuses it, or the model has no embedding for one of its tokens.
+        """
+        text, tokenizer = self.prompt_text(prompt), self.tokenizer
+        # A chat template writes the special tokens itself.
+        ids = list(tokenizer(text, add_special_tokens=not self.chats)["input_ids"])
+        if not self.chats:  # some tokenizers end any text with an end token, after which no response begins
+            closing = {*self.end_tokens, *named_tokens(tokenizer, ("eos", "sep", "cls", "pad"))}
+            while ids and ids[-1] in closing:
+                ids.pop()
+        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # by the text and by the tokenizer
+            del ids[0]
+        self.check_embedded(ids, "a prompt tokens")
+        return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of response tokens, special tokens removed."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    @cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        return control_tokens(self.tokenizer, self.end_tokens)
+
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """Text of response tokens, without end tokens, padding and what the chat template writes around messages. Other
+        special tokens, such as `<think>` or `<answer>` in some models, are text: see `chat.control_tokens`.
+
+        Args:
+            ids: The tokens. Those that the tokenizer does not know, of embeddings that only pad, have no text.
+            keep_special: Leave all special tokens in the text.
+        """
+        said = [i for i in ids if i in self.token_ids and (keep_special or i not in self._control_tokens)]
+        return str(self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def read_back(self, text: str) -> str:
+        """What becomes of a text within a response that the tokenizer takes apart and puts together again."""
+        a, b = (self.decode(self.tokenizer(t, add_special_tokens=False)["input_ids"], True) for t in (text, "a" + text))
+        return b if text in b else a  # at the beginning of a text some tokenizers drop white space
 
     # -- the weights -----------------------------------------------------------------------------------------------
 
@@ -217,12 +309,19 @@ class Policy(nn.Module):
             enable({"use_reentrant": False})
         if self.lora is not None:
             self.lora.add_to(model)
+        if self._positions_before_longrope:
+            log.warning(
+                "model.policy.path: sequences are limited to %d tokens, where the model's position frequencies change "
+                "(longrope): beyond, the rows of a batch would change each other's log-probs",
+                self.max_positions,
+            )
         self.adopt(model)
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Takes a loaded model as the policy's weights."""
         self.model = model.train()
         self._head_is_known = self._chunks_match_the_model()
+        self._continues_prompts, self.decodes_rows = self._cache_matches_the_model()
 
     def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
         """A whole model of the same kind without adapters, whose weights are yet to be filled in, for inference."""
@@ -250,8 +349,20 @@ class Policy(nn.Module):
     @property
     def shares_prompts(self) -> bool:
         """Whether a prompt can be read once for several responses in training too: not where activations are computed
-        again, which leaves no cache, nor with sharded weights, which want the same passes on all ranks."""
-        return not self.gradient_checkpointing and not isinstance(self.model, FSDPModule)
+        again, which leaves no cache, nor with sharded weights, which want the same passes on all ranks, nor with linear
+        attention, whose cache is overwritten and leaves nothing for the backward pass."""
+        return (
+            self._continues_prompts
+            and not self._has_linear_attention
+            and not self.gradient_checkpointing
+            and not isinstance(self.model, FSDPModule)
+        )
+
+    @property
+    def _has_linear_attention(self) -> bool:
+        from transformers.cache_utils import DynamicCache
+
+        return any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=self.config).layers)
 
     @property
     def device(self) -> torch.device:
@@ -418,7 +529,7 @@ class Policy(nn.Module):
 
     def _states_of(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[list[int], Tensor]]:
         """Sequences in batches, with what `_logits` makes the logits of their response tokens of, [R, H]."""
-        if not worth_sharing(sequences):
+        if not self._continues_prompts or not worth_sharing(sequences):
             for chosen in batches([sum(map(len, sequence)) for sequence in sequences], self.score_tokens):
                 yield chosen, self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
             return
@@ -468,14 +579,18 @@ class Policy(nn.Module):
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache(config=self.config)
-        states = self._all_states(
+        states = self._read_on(cache, ids, mask)
+        return cache, states[:, -1]
+
+    def _read_on(self, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor:
+        """The states of tokens [B, T] that follow those of a cache, and are added to it; mask of both, [B, P+T]."""
+        return self._all_states(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
             use_cache=True,
             **cache_argument(self.model, cache),
         )
-        return cache, states[:, -1]
 
     def _states_told(
         self, read: tuple[DynamicCache, Tensor], mask: Tensor, after: Tensor, told: Tensor, asked: Tensor
@@ -493,17 +608,8 @@ class Policy(nn.Module):
         states = last[after][:, None]
         if told.shape[1] <= 1:
             return states[:, : told.shape[1]]
-        ours = copy.copy(cache)  # selecting rows makes new tensors; those of the prompts stay
-        ours.layers = [copy.copy(layer) for layer in cache.layers]
-        ours.batch_select_indices(after)
         seen = torch.cat([mask[after], asked[:, 1:].long()], 1)  # the last token of a response predicts nothing
-        told_states = self._all_states(
-            input_ids=told[:, :-1],
-            attention_mask=seen,
-            position_ids=(seen.cumsum(1) - 1)[:, mask.shape[1] :],
-            use_cache=True,
-            **cache_argument(self.model, ours),
-        )
+        told_states = self._read_on(copy_rows(cache, after), told[:, :-1], seen)
         return torch.cat([states, told_states], 1)
 
     def compare(
@@ -565,11 +671,12 @@ class Policy(nn.Module):
         silent difference would be a wrong gradient."""
         self._head_is_known = True
         ids = torch.arange(4, device=self.device)[None]
+        near = 1e-4 if self.dtype == "float32" else 1e-2  # a soft cap far above small logits changes them by little
         with self.evaluating():
             expected = self.model(input_ids=ids, use_cache=False).logits
             try:
                 states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-                same = torch.allclose(self._logits(states).float(), expected.float(), rtol=1e-2, atol=1e-2)
+                same = torch.allclose(self._logits(states).float(), expected.float(), rtol=near, atol=near)
             except (AttributeError, TypeError):
                 same = False
         if not same:
@@ -579,6 +686,35 @@ class Policy(nn.Module):
                 type(self.model).__name__,
             )
         return same
+
+    def _cache_matches_the_model(self) -> tuple[bool, bool]:
+        """Whether responses that follow cached prompts of different lengths have the states of whole sequences, where
+        all of their tokens follow at once, and one by one. Some recurrent architectures read the padding, or begin anew
+        where several tokens follow."""
+        sequences = [([0, 1, 2], [3, 2, 1]), ([3], [0, 1, 2]), ([0, 1, 2], [2, 3, 0])]
+        near = 1e-2 if self.dtype == "float32" else 0.3
+        with self.evaluating():
+            expected = self._states(*pad_sequences(sequences, self.device)).float()
+            try:
+                at_once, in_steps = (
+                    float((states.flatten(0, 1).float() - expected).norm()) <= near * float(expected.norm())
+                    for states in self._states_by_cache(sequences)
+                )
+            except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+                return False, False  # a cache of its own kind, in older releases of transformers
+        return at_once, in_steps
+
+    def _states_by_cache(self, sequences: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        """`_states` of responses of one length after prompts read once, in one pass and token by token, [B, T, H]."""
+        prompts, mask, after = share_prompts([prompt for prompt, _ in sequences], self.device)
+        told, _, asked = pad_sequences([([], response) for _, response in sequences], self.device)
+        read = self._read_prompts(prompts, mask)
+        at_once = self._states_told(read, mask, after, told, asked)
+        cache, seen, states = copy_rows(read[0], after), mask[after], [read[1][after][:, None]]
+        for step in range(told.shape[1] - 1):
+            seen = torch.cat([seen, asked[:, step : step + 1].long()], 1)
+            states.append(self._read_on(cache, told[:, step : step + 1], seen))
+        return at_once, torch.cat(states, 1)
 
 
 def _deal(
@@ -591,17 +727,6 @@ def _deal(
     lengths = [len(sequences[i][1]) for i in chosen]
     for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
         scores[i] = tuple(part.clone() for part in parts)
-
-
-def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
-    """A key-value cache, by the name that the model's forward pass has for it."""
-    return {_cache_name(cast(Any, type(model))): cache}
-
-
-@lru_cache
-def _cache_name(kind: type[PreTrainedModel]) -> str:
-    """Renamed in later releases of transformers, which warn of the old name."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def _reason(error: Exception) -> str:

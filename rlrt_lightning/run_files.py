@@ -19,8 +19,15 @@ _made: WeakKeyDictionary[Any, set[Path]] = WeakKeyDictionary()
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The run's own folder: that of its first logger's experiment, or a new one where there is no logger. All ranks
-    have to ask: the first tells the others."""
+    """The run's own folder, in which Lightning's checkpoints are too.
+
+    That of the logger, for loggers of TensorBoard and CSV files. Other loggers may have a folder for all of their runs,
+    or none on this machine (a server, a database, an address of the web): `<folder>/<name>/<version>` then, below the
+    logger's folder or `trainer.default_root_dir`. Without a logger it is `trainer.default_root_dir` if that is empty,
+    and else a new folder below it.
+
+    All ranks have to ask: the first tells the others.
+    """
     run = _run(trainer)
     if run not in _folders:
         _folders[run] = Path(trainer.strategy.broadcast(_folder(trainer) if trainer.is_global_zero else Path()))
@@ -50,7 +57,7 @@ def own_metrics(trainer: Trainer) -> None:
         ConfigError: If there is one that this run did not make.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
+        if isinstance(logger, CSVLogger) and "://" not in logger.log_dir:
             _claim(logger, Path(logger.log_dir) / "metrics.csv")
 
 
@@ -78,10 +85,11 @@ def _folder(trainer: Trainer) -> Path:
     if logger is trainer:
         root = Path(trainer.default_root_dir)
         return _new_folder(root / UNLOGGED) if occupied(root) else root
-    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)) and "://" not in logger.log_dir:
         return Path(logger.log_dir)
     # As Lightning places checkpoints; the save_dir of other loggers is shared by all their runs.
-    parent = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+    own_folder = logger.save_dir is not None and "://" not in str(logger.save_dir)
+    parent = Path(logger.save_dir if own_folder else trainer.default_root_dir) / str(logger.name)
     if logger.version is None:
         return _new_folder(parent)
     return parent / (logger.version if isinstance(logger.version, str) else f"version_{logger.version}")

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 
 from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling, StrategySum
+from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.lora import LoRA
 from rlrt_lightning.objective import SRPO

@@ -32,13 +32,13 @@ def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochBatch:
     rewards[:k] = 1.0  # a group without advantage
     groups = torch.tensor([r.group for r in rollouts])
     mask = pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool()
-    old = pad_rows([r.logp for r in rollouts])
+    old = pad_rows([r.logp_sampler for r in rollouts])
     teacher = -3 * torch.rand(old.shape, generator=g)
     a = group_advantages(rewards, groups)
     credit = RLRT()(a, rewards, old, teacher, mask, torch.ones(len(rewards)))
     problems = [Problem(str(i), "") for i in range(prompts)]
     shown, said = [""] * len(rewards), [None] * len(rewards)
-    return EpochBatch(problems, rollouts, rewards, a, mask, old, mask.float(), shown, said, teacher, credit)
+    return EpochBatch(problems, rollouts, rewards, a, mask, old, mask.float(), shown, said, old, teacher, credit)
 
 
 def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(
             logp = made.model(input_ids=ids).logits[0, len(r.prompt_ids) - 1 : -1].log_softmax(-1)
             logp = logp.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
             n = len(r.response_ids)
-            a, ratio = data.credit.advantages[i, :n], (logp - r.logp).exp()
+            a, ratio = data.credit.advantages[i, :n], (logp - r.logp_sampler).exp()
             objective = torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
             losses.append(objective.sum() if aggregation == "token-mean" else objective.mean())
             tokens += n
@@ -134,7 +134,7 @@ def test_distillation_has_the_gradient_of_the_plain_formula(aggregation: Any) ->
         logp_all = logits[len(r.prompt_ids) - 1 : -1].log_softmax(-1)
         logp = logp_all.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
         n = len(r.response_ids)
-        a, ratio = data.credit.advantages[i, :n], (logp - r.logp).exp()
+        a, ratio = data.credit.advantages[i, :n], (logp - r.logp_sampler).exp()
         loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
         if (score := data.teacher[i]) is not None:
             own = logp_all.gather(-1, score.top_tokens.long()).exp()
@@ -174,6 +174,7 @@ def test_ranks_share_one_mean() -> None:
             *(x[rows] for x in (data.rewards, data.advantages, data.mask, data.logp_old, data.importance)),
             [data.contexts[i] for i in rows],
             [data.teacher[i] for i in rows],
+            data.logp_student[rows],
             data.logp_teacher[rows],
             type(data.credit)(*(x[rows] for x in vars(data.credit).values() if x is not None)),
         )

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+
 from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.callbacks.reversed_signal import signal_statistics
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, colour, draw, html_page
-
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import AvgAtK, PassAtK
 from rlrt_lightning.tasks import Verdict
@@ -85,6 +85,7 @@ def test_colours_tell_the_directions_apart() -> None:
     [
         lambda: TeacherRefresh(every_n_epochs=0),
         lambda: TeacherRefresh(ema_decay=1.0),
+        lambda: TeacherRefresh(every_n_epochs=None, ema_decay=0.5),
         lambda: ReversedSignalLogger(rollouts=0),
         lambda: ReversedSignalLogger(picture_every_n_epochs=-1),
         lambda: Evaluation(ks=[]),

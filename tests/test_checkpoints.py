@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
-from rlrt_lightning.callbacks.run_checkpoint import RunCheckpoint, adopt
 
 from rlrt_lightning import ConfigError
+from rlrt_lightning.callbacks.run_checkpoint import RunCheckpoint, adopt
 from rlrt_lightning.trainer_checks import REFUSED, check_trainer
 from tests.test_fit import command, comparable, scalars, weights
 from tests.test_stopping import union

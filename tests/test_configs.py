@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from rlrt_lightning.__main__ import main
+from rlrt_lightning.cli import RLRTCli
+from tests.test_cli_defaults import Settings
 from tests.tiny import policy
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,44 @@ def test_the_papers_config_runs_on_a_shrunk_random_model(tmp_path: Path, shared:
     ]
     # Longer than the small model's 128 positions are most of the prompts, which are dropped.
     assert main(["fit", RLRT_YAML, *flags]) == 0
+
+
+@pytest.fixture(scope="module")
+def cli() -> RLRTCli:
+    return Settings(["fit"])
+
+
+LIVE = {"every_n_epochs": 1, "ema_decay": 0.0}
+TEACHERS = {
+    "sdpo": {"every_n_epochs": 1, "ema_decay": 0.95},  # an EMA with rate 0.05, once an epoch
+    "rlsd": {"every_n_epochs": None, "ema_decay": 0.0},  # frozen
+}
+
+
+def test_a_config_that_names_a_method_states_its_teacher() -> None:
+    """That of its reference; one that said nothing would get the teacher of a method's config that comes before it."""
+    for path in (ROOT / "configs").glob("**/*.yaml"):
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "method" in settings.get("model", {}):
+            assert settings.get("teacher_refresh") == TEACHERS.get(path.stem, LIVE), path
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ("sdpo", "grpo"),
+        ("rlsd", "sdpo"),
+        ("sdpo", "rlsd"),
+        ("rlrt_all", "rlrt"),
+        ("teacher_predicted", "rlsd"),
+        ("rlsd", "teacher_predicted"),
+    ],
+)
+def test_nothing_of_a_method_config_is_left_where_another_comes_after_it(first: str, last: str, cli: RLRTCli) -> None:
+    before, after = (f"--config={ROOT / 'configs' / 'methods' / name}.yaml" for name in (first, last))
+    layered, alone = (cli.parser.parse_args(["fit", RLRT_YAML, *flags]).fit for flags in ((before, after), (after,)))
+    assert layered.model.method == alone.model.method
+    assert vars(layered.teacher_refresh) == vars(alone.teacher_refresh) == TEACHERS.get(last, LIVE)
 
 
 @pytest.mark.parametrize("name", ["paper", "local"])

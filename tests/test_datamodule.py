@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from lightning import Callback, Trainer
-from rlrt_lightning.callbacks import TeacherRefresh
 
 from rlrt_lightning import (
     RLRT,
@@ -29,7 +29,8 @@ from rlrt_lightning import (
     Verdict,
     VllmServerEngine,
 )
-from rlrt_lightning.objective import Method
+from rlrt_lightning.callbacks import TeacherRefresh
+from rlrt_lightning.objective import SDPO, EntropyBonus, Method
 
 
 class Counted(Task):
@@ -68,6 +69,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     optimizer: Any = lambda p: torch.optim.SGD(p, lr=0.1),
     policy: Policy | None = None,
+    scored_by: Literal["trainer", "engine"] = "trainer",
     **settings: Any,
 ) -> tuple[Recorder, RLRTModule]:
     settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=30), **settings}
@@ -75,7 +77,7 @@ def fit(
     module = RLRTModule(
         policy=policy or Policy(),
         method=method,
-        teacher=Teacher("{prompt}<sol>{context}"),
+        teacher=Teacher("{prompt}<sol>{context}", scored_by=scored_by),
         optimizer=optimizer,
     )
     recorder = Recorder()
@@ -193,14 +195,14 @@ class AnotherProgram(TransformersEngine):
 
     def generate(self, *args: Any) -> Iterator[Rollout]:
         for rollout in super().generate(*args):
-            rollout.logp = rollout.logp - 1.5
+            rollout.logp_sampler = rollout.logp_sampler - 1.5
             yield rollout
 
 
 def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) -> None:
     recorder, _ = fit(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8, engine=AnotherProgram())
     epoch = recorder.epochs[0]
-    rescored = torch.tensor([r.sampler_logp is not None for r in epoch.rollouts])
+    rescored = torch.tensor([r.logp_policy is not None for r in epoch.rollouts])
     assert torch.equal(rescored, epoch.advantages != 0)
     assert epoch.importance[epoch.mask & rescored[:, None]].unique().tolist() == [2.0], "e^1.5, capped"
     assert epoch.importance[epoch.mask & ~rescored[:, None]].unique().tolist() == [1.0]
@@ -208,6 +210,30 @@ def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) 
     assert epoch.stats["rollout/mismatch_kl"] == pytest.approx(math.exp(1.5) - 2.5, abs=1e-2)
     assert epoch.stats["rollout/mismatch_capped"] == 1
     assert epoch.stats["time/rescore"] > 0
+
+
+@pytest.mark.parametrize("method", [SDPO(), EntropyBonus()], ids=["SDPO", "EntropyBonus"])
+def test_a_sampler_that_disagrees_is_corrected_for_without_an_advantage_too(method: Method, tmp_path: Path) -> None:
+    """Here all roll-outs are right, which these methods train on too."""
+    recorder, _ = fit(tmp_path, Counted(lambda text: True), rescore=True, engine=AnotherProgram(), method=method)
+    epoch = recorder.epochs[0]
+    assert not epoch.advantages.any()
+    assert epoch.credit.trains.all()
+    assert epoch.importance[epoch.mask].unique().tolist() == [2.0], "e^1.5, capped"
+
+
+@dataclass(frozen=True)
+class Forgetful(EntropyBonus):
+    """A method of a user's own that trains on more than it says."""
+
+    def may_train(self, advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        return advantages != 0
+
+
+def test_a_method_that_trains_on_what_was_not_rescored_is_an_error(tmp_path: Path) -> None:
+    fit(tmp_path, StrategySum(), method=Forgetful())
+    with pytest.raises(ConfigError, match=r"Forgetful trains on rollouts .* override may_train"):
+        fit(tmp_path, StrategySum(), method=Forgetful(), rescore=True)
 
 
 def test_no_problems_is_an_error(tmp_path: Path) -> None:

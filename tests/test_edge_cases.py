@@ -15,8 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Callback
-from rlrt_lightning.callbacks import CollapseGuard, NumberGuard
-from rlrt_lightning.callbacks.collapse_guard import Curve
 
 from rlrt_lightning import (
     GRPO,
@@ -32,6 +30,8 @@ from rlrt_lightning import (
     Teacher,
     TransformersEngine,
 )
+from rlrt_lightning.callbacks import CollapseGuard, NumberGuard
+from rlrt_lightning.callbacks.collapse_guard import Curve
 from rlrt_lightning.objective import Method
 from tests.test_datamodule import Counted, fit, moved
 from tests.test_fit import command, weights
@@ -129,7 +129,7 @@ class Broken(Callback):
 def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="all roll-outs of epoch 0 have log-probs that are not finite"):
         fit(tmp_path, StrategySum(), epochs=3, callbacks=[Broken(), NumberGuard(2)], minibatches=1)
-    assert rows(tmp_path / "bad_numbers" / "epoch-0.jsonl")[0]["bad"] == "logp of the policy is nan at token 0"
+    assert rows(tmp_path / "bad_numbers" / "epoch-0.jsonl")[0]["bad"] == "logp of the sampler is nan at token 0"
     policy = torch.nn.Linear(2, 2)
     module, trainer = cast(Any, SimpleNamespace(policy=policy)), cast(Any, SimpleNamespace(world_size=1, global_step=7))
     NumberGuard().on_save_checkpoint(trainer, module, {})
@@ -144,7 +144,7 @@ class BadSampler(TransformersEngine):
     def generate(self, *args: Any) -> Iterator[Rollout]:
         for rollout in super().generate(*args):
             if rollout.index == 0:
-                rollout.logp[-1] = torch.nan
+                rollout.logp_sampler[-1] = torch.nan
             yield rollout
 
 
@@ -224,7 +224,7 @@ class Short(TransformersEngine):
         for rollout in super().generate(*args):
             if rollout.index <= self.empty:
                 n = int(rollout.index == self.empty)
-                rollout.response_ids, rollout.logp = rollout.response_ids[:n], rollout.logp[:n]
+                rollout.response_ids, rollout.logp_sampler = rollout.response_ids[:n], rollout.logp_sampler[:n]
                 rollout.entropy = rollout.entropy[:n] if rollout.entropy is not None else None
                 rollout.text = "1" if rollout.index % 2 else ""
             yield rollout

@@ -34,6 +34,43 @@ def test_callbacks_of_a_clone() -> None:
     assert python(LOOK, cwd=ROOT) == str(ROOT / "callbacks" / "__init__.py")
 
 
+@pytest.mark.parametrize("name", ["tests", "benchmarks", "rlrt_lightning.errors", "callbacks.nonsense"])
+def test_nothing_else_of_a_clone_is_found_in_the_package(name: str) -> None:
+    """A second `ConfigError` would pass every `except` of the first."""
+    code = f"""
+import importlib, pkgutil, rlrt_lightning
+try:
+    importlib.import_module("rlrt_lightning.{name}")
+except ModuleNotFoundError:
+    print(sorted(m.name for m in pkgutil.iter_modules(rlrt_lightning.__path__) if m.name in ("tests", "benchmarks")))
+"""
+    assert python(code, cwd=ROOT) == "[]"
+
+
+def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
+    """Only the callbacks and what uses them wrongly are checked, which is quick; the package as a whole has its own
+    run of mypy."""
+    mypy = pytest.importorskip("mypy.api")
+    for part in ("callbacks", "typings"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    package = tmp_path / "rlrt_lightning"
+    package.mkdir()
+    for file in ("__init__.py", "errors.py"):
+        shutil.copy(ROOT / "rlrt_lightning" / file, package)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (package / "user.py").write_text(
+        "from rlrt_lightning.callbacks import TeacherRefresh\nTeacherRefresh(1)\nTeacherRefresh('daily')\n"
+    )
+    with (tmp_path / "callbacks" / "teacher_refresh.py").open("a") as file:
+        file.write('\ndef broken() -> int:\n    return ""\n')
+    places = [str(tmp_path / part) for part in ("rlrt_lightning", "callbacks")]
+    flags = ["--config-file", str(tmp_path / "pyproject.toml"), "--follow-imports=skip", "--cache-dir", os.devnull]
+    lines = mypy.run([*flags, *places])[0].splitlines()
+    assert [line for line in lines if "user.py:3:" in line and "[arg-type]" in line], lines
+    assert [line for line in lines if "teacher_refresh.py" in line and "[return-value]" in line], lines
+    assert not [line for line in lines if "user.py:2" in line or 'rlrt_lightning.callbacks"' in line], lines
+
+
 @pytest.mark.parametrize("how", ["wheel", "editable"])
 def test_callbacks_and_model_of_an_installed_package(how: str, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -48,6 +85,8 @@ def test_callbacks_and_model_of_an_installed_package(how: str, tmp_path: Path) -
         names = zipfile.ZipFile(wheel).namelist()
         assert not any(name.startswith(("callbacks/", "tests/", "configs/")) for name in names)
         assert "rlrt_lightning/tasks/strategy_sum/model/model.safetensors" in names
+        own = {f"rlrt_lightning/callbacks/{file.name}" for file in (ROOT / "callbacks").glob("*.py")}
+        assert own == {name for name in names if name.startswith("rlrt_lightning/callbacks/")}
         zipfile.ZipFile(wheel).extractall(tmp_path / "site")
         where = python(LOOK, tmp_path / "site", cwd=tmp_path)
         assert where == str(tmp_path / "site" / "rlrt_lightning" / "callbacks" / "__init__.py")

@@ -48,7 +48,7 @@ def test_log_probs_are_the_policys(architecture: str, temperature: float) -> Non
     assert len({len(r.response_ids) for r in rollouts}) > 1, "rows have to leave the batch at different times"
     scores = made.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
     for rollout, score in zip(rollouts, scores, strict=True):
-        torch.testing.assert_close(rollout.logp, score, rtol=0, atol=1e-4)
+        torch.testing.assert_close(rollout.logp_sampler, score, rtol=0, atol=1e-4)
 
 
 def test_a_rollout_depends_on_its_prompt_and_seed_alone() -> None:
@@ -164,7 +164,7 @@ def test_a_copy_in_another_dtype_follows_the_policy() -> None:
     engine.sync(made)
     rollouts = list(engine.generate(PROMPTS, 2, Sampling(max_new_tokens=8), seeds=[0] * 4))
     scores = made.score([(r.prompt_ids, r.response_ids) for r in rollouts])
-    difference = torch.cat([(r.logp - s).abs() for r, s in zip(rollouts, scores, strict=True)])
+    difference = torch.cat([(r.logp_sampler - s).abs() for r, s in zip(rollouts, scores, strict=True)])
     assert 0 < difference.mean() < 0.1
     assert next(made.model.parameters()).dtype == torch.float32
 

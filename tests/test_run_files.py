@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
-from rlrt_lightning.callbacks import HFExport
 
 from rlrt_lightning import ConfigError
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.analysis.figures import fresh
+from rlrt_lightning.callbacks import HFExport
 from rlrt_lightning.results import CURVES, Results, write_tables
 from rlrt_lightning.run_files import own, run_folder
 from tests.test_fit import ROOT, SMALL, command

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from rlrt_lightning.callbacks.evaluation import _cell
-from rlrt_lightning.callbacks.signal_picture import Scored, Token, html_page
 from safetensors.torch import load_file
 
 from rlrt_lightning import ConfigError, Policy
 from rlrt_lightning.__main__ import main
+from rlrt_lightning.callbacks.evaluation import _cell
+from rlrt_lightning.callbacks.signal_picture import Scored, Token, html_page
 from rlrt_lightning.credentials import masked, refuse_credentials
 from rlrt_lightning.policy import EMBEDDED
 from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, _Server, server_command

@@ -90,14 +90,14 @@ def test_prompts_with_braces_and_conversations() -> None:
     assert ids[0] == made.tokenizer.convert_tokens_to_ids("<q>")
 
 
-def test_thinking_is_cut_out_and_long_contexts_lose_their_end() -> None:
+def test_thinking_is_cut_out_and_long_contexts_lose_their_middle() -> None:
     made, shown = Policy(), []
     encode = made.encode_prompt
     made.encode_prompt = lambda prompt: shown.append(prompt) or encode(prompt)
     assert not Teacher(TEMPLATE).prompt(made, problems()[0], "<think>9a9</think>\n\nD#1")[1]
-    assert Teacher(TEMPLATE, max_context_tokens=2).prompt(made, problems()[0], "D#1")[1]
+    assert Teacher(TEMPLATE, max_context_tokens=29).prompt(made, problems()[0], "0" * 99 + "1" * 16)[1]
     Teacher(TEMPLATE, strip_think=False).prompt(made, problems()[0], "<think>9</think>D#1")
-    assert shown == ["a0b2<sol>D#1", "a0b2<sol>D#", "a0b2<sol><think>9</think>D#1"]
+    assert shown == ["a0b2<sol>D#1", "a0b2<sol>" + "0" * 8 + " ... " + "1" * 16, "a0b2<sol><think>9</think>D#1"]
 
 
 def test_scores_are_those_of_the_sampled_tokens_after_the_teachers_prompt() -> None:

@@ -69,7 +69,7 @@ def prompts_of(made: Policy, n: int = 6) -> list[list[int]]:
 
 def mismatch(made: Policy, rollouts: list[Rollout], temperature: float = 1.0) -> float:
     own = made.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
-    return max(float((r.logp - logp).abs().max()) for r, logp in zip(rollouts, own, strict=True))
+    return max(float((r.logp_sampler - logp).abs().max()) for r, logp in zip(rollouts, own, strict=True))
 
 
 def in_order(rollouts: Iterator[Rollout]) -> list[Rollout]:
@@ -182,7 +182,7 @@ def test_ends_truncation_and_stop_strings(colocated: VllmColocateEngine) -> None
         assert not rollout.truncated
         assert rollout.response_ids[-1] in made.end_tokens
         assert rollout.text == made.decode(rollout.response_ids)
-        assert len(rollout.logp) == len(rollout.response_ids)
+        assert len(rollout.logp_sampler) == len(rollout.response_ids)
     for rollout in draw(colocated, made, sampling=Sampling(max_new_tokens=2)):
         assert rollout.truncated
         assert len(rollout.response_ids) == 2
@@ -325,6 +325,48 @@ def test_after_every_sync_the_servers_log_probs_are_the_policys(server: Server, 
         assert mismatch(made, rollouts) < 1e-3
     assert len(list((tmp_path / "weights").iterdir())) == 1, "old weights are removed"
     sequences = [(r.prompt_ids, r.response_ids) for r in rollouts[:5]]
+    for got, expected in zip(engine.score(sequences), made.score(sequences), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    engine.close()
+
+
+def test_all_engines_end_the_same_rollouts_in_the_same_place(
+    server: Server, colocated: VllmColocateEngine, tmp_path: Path
+) -> None:
+    """By special tokens and by strings with and without them, of a random model that draws all tokens."""
+    made, engines = embedded(), {"server": client(server, tmp_path), "colocate": colocated}
+    engines["transformers"] = TransformersEngine()
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in made.model.parameters():
+            if p.dim() > 1:
+                p.copy_(0.2 * torch.randn(p.shape, generator=g))
+    for engine in engines.values():
+        engine.sync(made)
+    for stop in ([], ["<pad>"], ["#<pad>"], ["20", "D2"], ["<sol>", "#", "90"], ["<pad>2", "bb"]):
+        sampling = Sampling(max_new_tokens=40, temperature=0.0, stop=stop)
+        drawn = {kind: draw(engine, made, 1, sampling) for kind, engine in engines.items()}
+        ended = [any(made.decode(r.response_ids, True).endswith(s) for s in stop) for r in drawn["transformers"]]
+        assert any(ended) == bool(stop), "or nothing is tested"
+        for kind in ("server", "colocate"):
+            for got, expected in zip(drawn[kind], drawn["transformers"], strict=True):
+                assert got.response_ids == expected.response_ids, (kind, stop)
+                assert (got.text, got.truncated) == (expected.text, expected.truncated), (kind, stop)
+    engines["server"].close()
+
+
+def test_a_server_gives_each_prompt_its_own_room_and_scores_what_is_empty(server: Server, tmp_path: Path) -> None:
+    made, engine = embedded(), client(server, tmp_path)
+    engine.sync(made)
+    prompts = [[3, 20, 8, 4], [3, *[20] * 124, 4], [3, *[20] * 126, 4]]
+    sampling = Sampling(max_new_tokens=300, temperature=2.0)
+    rollouts = in_order(engine.generate(prompts, 3, sampling, [0, 1, 2]))
+    alone = in_order(engine.generate(prompts[:1], 3, sampling, [0]))
+    assert [r.response_ids for r in rollouts[:3]] == [r.response_ids for r in alone]
+    assert max(len(r.response_ids) for r in alone) > 2
+    assert {len(r.response_ids) for r in rollouts[3:6]} <= {1, 2}
+    assert [(r.response_ids, r.truncated) for r in rollouts[6:]] == [([], True)] * 3
+    sequences = [(prompts[0], []), (prompts[0], [5, 6]), (prompts[0], []), (prompts[0], [7])]
     for got, expected in zip(engine.score(sequences), made.score(sequences), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
     engine.close()

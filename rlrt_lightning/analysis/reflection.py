@@ -7,7 +7,6 @@ where they differ least, or anywhere; a text is put there and the policy goes on
 from __future__ import annotations
 
 import csv
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ from torch import Tensor
 from rlrt_lightning.analysis.figures import panels, save, style
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.metrics import mean_and_ci95
+from rlrt_lightning.metrics import mean_with_interval
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.objective import divergence
 from rlrt_lightning.objective.methods import Context
@@ -31,6 +30,7 @@ from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem, Verdict
 
 WHERE = ("largest", "smallest", "random")
+BOUNDS = ("low", "high")
 HARD, EASY = (0.0, 0.25), (0.625, 0.875)  # of 8 roll-outs: 0 to 2, and 5 to 7
 
 
@@ -58,7 +58,7 @@ def kind_of(correct: int, samples: int) -> str | None:
 
 def flip_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The share of continuations that flipped the verdict, for each kind of problem, text and place: the mean over
-    problems, and half the width of its 95 % confidence interval over problems (NaN with one).
+    problems with the bounds of its 95 % confidence interval over problems, `low` and `high`.
 
     Args:
         rows: Dicts with `kind`, `text`, `where`, `problem`, `flipped`.
@@ -69,9 +69,9 @@ def flip_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rates = []
     for (kind, text, where), problems in by_problem.items():
         shares = [fmean(flips) for flips in problems.values()]
-        mean, half_width = mean_and_ci95(shares)
+        found = mean_with_interval(shares)
         group = {"kind": kind, "text": text, "where": where, "problems": len(shares)}
-        rates.append({**group, "flipped": mean, "ci95": half_width})
+        rates.append({**group, "flipped": found.mean, "low": found.low, "high": found.high})
     return rates
 
 
@@ -108,12 +108,8 @@ class Reflection:
         seeds = [derive_seed(data.seed, "reflection", i) for i in range(len(problems))]
         rollouts = data.draw(spec.task or data.task, problems, self.samples, sampling, seeds)
 
-        chosen, contexts, left_out = self._choose(module, data, problems, rollouts)
+        chosen, shown, left_out = self._choose(module, data, problems, rollouts)
         student = [(r.prompt_ids, r.response_ids) for r, _ in chosen]
-        shown = [
-            module.teacher.prompt(module.policy, problems[r.group], context, self.context)[0]
-            for (r, _), context in zip(chosen, contexts, strict=True)
-        ]
         teacher = [(ids, r.response_ids) for ids, (r, _) in zip(shown, chosen, strict=True)]
         with data.computing():
             kls = module.policy.compare(position_kl, student, teacher, module.teacher, sampling.temperature)
@@ -149,28 +145,33 @@ class Reflection:
 
     def _choose(
         self, module: RLRTModule, data: RolloutDataModule, problems: list[Problem], rollouts: list[Rollout]
-    ) -> tuple[list[tuple[Rollout, str]], list[str], int]:
-        """The roll-outs that are cut, each with the kind of its problem; what the teacher sees for them; and how many
-        could not be cut for want of a context."""
+    ) -> tuple[list[tuple[Rollout, str]], list[list[int]], int]:
+        """The roll-outs that are cut, each with the kind of its problem; tokens of what the teacher is shown for them;
+        and how many could not be cut for want of a context."""
         correct = torch.tensor([r.verdict is not None and r.verdict.correct for r in rollouts])
-        contexts = module.teacher.contexts(self.context, problems, rollouts, correct, data.seed)
+        policy, teacher = module.policy, module.teacher
+        contexts = teacher.contexts(self.context, problems, rollouts, correct, data.seed, policy=policy)
         of_problem: dict[int, int] = defaultdict(int)
         for rollout, right in zip(rollouts, correct.tolist(), strict=True):
             of_problem[rollout.group] += right
         chosen: list[tuple[Rollout, str]] = []
-        shown: list[str] = []
+        shown: list[list[int]] = []
         taken: dict[int, int] = defaultdict(int)
         left_out = 0
         for rollout, right, context in zip(rollouts, correct.tolist(), contexts, strict=True):
             kind = kind_of(of_problem[rollout.group], self.samples)
             if kind is None or right != (kind == "easy") or taken[rollout.group] == self.per_problem:
                 continue
-            if context is None:
+            ids: list[int] = []
+            if context is not None:
+                room = teacher.room(policy, rollout)
+                ids, _ = teacher.prompt(policy, problems[rollout.group], context, self.context, room)
+            if not ids:
                 left_out += 1
                 continue
             taken[rollout.group] += 1
             chosen.append((rollout, kind))
-            shown.append(context)
+            shown.append(ids)
         if not chosen:
             raise ConfigError(
                 f"no roll-out can be cut: of {len(problems)} problems none is hard or easy with a {self.context} for "
@@ -219,7 +220,7 @@ class Reflection:
                     [WHERE.index(where) + (i - (len(texts) - 1) / 2) * width for where in shown],
                     [100 * found[where]["flipped"] for where in shown],
                     width * 0.92,
-                    yerr=[0 if math.isnan(found[w]["ci95"]) else 100 * found[w]["ci95"] for w in shown],
+                    yerr=[[100 * abs(found[w][bound] - found[w]["flipped"]) for w in shown] for bound in BOUNDS],
                     color=style(i).color,
                     hatch=style(i).hatch,
                     edgecolor="white",

@@ -1,8 +1,9 @@
 """The mathematics, as pure tensor functions: no model, no Lightning, no I/O.
 
 From rewards to the gradient: `advantages` (group advantage A), `methods` (token credit: Eqs. 6 and 7 of
-arXiv:2605.10781), `divergences` (what SDPO and SRPO minimise), `surrogate` (the losses). `estimators` holds pass@k. All
-keep the dtype they are given.
+arXiv:2605.10781), `divergences` (what SDPO and SRPO minimise), `surrogate` (the losses). `ratios` bounds every ratio of
+probabilities, `estimators` holds pass@k. All keep the dtype they are given, but half precision, whose ratios and losses
+are float32.
 
 Shapes: N roll-outs, T the longest response of the batch; a mask [N, T] is true at response tokens.
 """

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_IMPOSSIBLE = -1e30  # log 0 that can be multiplied by 0
+from rlrt_lightning.objective.ratios import LOG_ZERO
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: float, top_k: int | None = None) -> Tensor:
@@ -51,7 +51,7 @@ def divergence_on_support(student: Tensor, teacher: Tensor, alpha: float, tail: 
         raise ValueError(f"alpha is {alpha}; it has to be within 0 and 1")
     if tail:
         student, teacher = (torch.cat([logp, _tail(logp)], -1) for logp in (student, teacher))
-    student, teacher = student.clamp(min=_IMPOSSIBLE), teacher.clamp(min=_IMPOSSIBLE)
+    student, teacher = student.clamp(min=LOG_ZERO), teacher.clamp(min=LOG_ZERO)
     if alpha == 0:
         return _kl(teacher, student)
     if alpha == 1:
@@ -73,7 +73,7 @@ def _tail(logp: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the distribution that logits [..., V] stand for, nats, [...]."""
-    logp = logits.log_softmax(-1).clamp(min=_IMPOSSIBLE)
+    logp = logits.log_softmax(-1).clamp(min=LOG_ZERO)
     return -(logp.exp() * logp).sum(-1)
 
 
@@ -98,4 +98,5 @@ def dynamic_weights(
     mask = mask.bool()
     weights = torch.where(mask, torch.exp(-beta * teacher_entropy), 0.0)
     tokens, total = sum_over_ranks(torch.stack([mask.sum().to(weights.dtype), weights.sum()]))
-    return weights * (tokens / total.clamp(min=torch.finfo(weights.dtype).tiny))
+    # In this order: where all weights have underflowed to 0, tokens / total would be infinite.
+    return weights / total.clamp(min=torch.finfo(weights.dtype).tiny) * tokens

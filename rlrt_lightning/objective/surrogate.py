@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rlrt_lightning.objective.ratios import bounded_ratio, log_ratio, widened
+
 Aggregation = Literal["token-mean", "seq-mean-token-mean"]
 Importance = Literal["token", "sequence", "off"]
 
@@ -37,6 +39,8 @@ def clipped_surrogate(
     """-mean min(rho A_t, clip(rho, 1 - clip_low, 1 + clip_high) A_t) with rho = P_new / P_old (PPO's surrogate,
     arXiv:1707.06347, with DAPO's asymmetric clip and token mean, arXiv:2503.14476).
 
+    log rho is bounded to +-20 nats: a token beyond that has no gradient, whatever the sign of its advantage.
+
     Args:
         logp_new: log-probs under the policy that is trained, nats, [N, T]; the gradient flows through them alone.
         logp_old: log-probs under the policy that made the roll-outs, nats, [N, T].
@@ -59,7 +63,7 @@ def clipped_surrogate(
         raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1, or None")
     mask = mask.bool()
     advantages = token_advantages.detach()
-    ratio = torch.where(mask, logp_new - logp_old.detach(), 0.0).exp()
+    ratio = bounded_ratio(log_ratio(logp_new, logp_old.detach(), mask))
     free, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.minimum(free, bounded)
     cut = bounded < free
@@ -94,12 +98,12 @@ def importance_weights(
     if level not in get_args(Importance):
         raise ValueError(f"level is {level!r}; it has to be one of {', '.join(get_args(Importance))}")
     mask = mask.bool()
-    difference = torch.where(mask, logp_policy - logp_sampler, 0.0).detach()
+    difference = log_ratio(logp_policy, logp_sampler, mask).detach()
     if level == "off":
         difference = torch.zeros_like(difference)
     if level == "sequence":
         difference = difference.sum(-1, keepdim=True).expand_as(difference)
-    return torch.where(mask, difference.exp().clamp(max=cap), 0.0)
+    return torch.where(mask, bounded_ratio(difference).clamp(max=cap), 0.0)
 
 
 def distillation_loss(
@@ -110,6 +114,7 @@ def distillation_loss(
     mask: Tensor,
     importance_cap: float = 2.0,
     aggregation: Aggregation = "token-mean",
+    importance: Tensor | None = None,
 ) -> Tensor:
     """mean weights * min(P_new / P_old, importance_cap) * divergence: SDPO's loss (arXiv:2601.20802), and with SRPO's
     weights SRPO's (arXiv:2604.02288). The gradient flows through the divergence alone.
@@ -122,15 +127,19 @@ def distillation_loss(
         mask: True at the response tokens that the mean is taken over, [N, T].
         importance_cap: Upper limit of the ratio.
         aggregation: As in `clipped_surrogate`.
+        importance: As in `clipped_surrogate`; it multiplies the ratio above, which corrects for something else.
     """
     mask = mask.bool()
-    ratio = torch.where(mask, logp_new - logp_old, 0.0).detach().exp().clamp(max=importance_cap)
-    return token_mean(torch.where(mask, weights.detach() * ratio * divergence, 0.0), mask, aggregation)
+    weights = weights * bounded_ratio(log_ratio(logp_new, logp_old, mask)).clamp(max=importance_cap)
+    if importance is not None:
+        weights = weights * importance
+    return token_mean(torch.where(mask, weights.detach() * divergence, 0.0), mask, aggregation)
 
 
 def token_mean(values: Tensor, mask: Tensor, aggregation: Aggregation = "token-mean") -> Tensor:
     """Mean of token losses [N, T], which are 0 outside the mask [N, T]: over all tokens, or within each roll-out first.
-    A scalar, 0 without tokens."""
+    A scalar, 0 without tokens; half precision becomes float32."""
+    values = widened(values)
     tokens = mask.sum(-1).to(values.dtype)
     if aggregation == "token-mean":
         return values.sum() / tokens.sum().clamp(min=1)

@@ -60,7 +60,7 @@ class Ahead:
                 "group": r.group,
                 "index": r.index,
                 "response_ids": r.response_ids,
-                "logp": r.logp,
+                "logp_sampler": r.logp_sampler,
                 "entropy": r.entropy,
                 "truncated": r.truncated,
             }

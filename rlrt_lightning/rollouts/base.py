@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from rlrt_lightning.errors import ConfigError
@@ -25,7 +26,8 @@ class Sampling:
         top_p: Keep the likeliest tokens that together have this probability; 1 keeps all.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         min_p: Drop tokens less likely than this share of the likeliest one; 0 keeps all.
-        stop: Strings that end a response; the tokens that complete one stay in it.
+        stop: Strings that end a response; the tokens that complete one stay in it. One that is a special token ends
+            it as an end token does; others are looked for in the response's text with special tokens in it.
     """
 
     max_new_tokens: int = 1024
@@ -51,6 +53,57 @@ class Sampling:
         for name, (good, range_) in limits.items():
             if not good:
                 raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it has to be {range_}")
+        if isinstance(self.stop, str) or not all(isinstance(stop, str) for stop in self.stop):
+            raise ConfigError(f"sampling.stop is {self.stop!r}; it has to be a list of strings")
+        for stop in self.stop:
+            if not stop or "�" in stop:  # what the first bytes of a longer character look like
+                raise ConfigError(f"sampling.stop has {stop!r}, which would end responses anywhere; leave it out")
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends a response, for every engine: one of some tokens, or one of some strings.
+
+    Args:
+        ids: The model's end tokens, and stop strings that are a special token. They end a response and stay in it.
+        strings: The other stop strings. A response ends with the token that completes one in its own text, the
+            prompt's left out, with special tokens in it (`Policy.decode` with `keep_special`).
+    """
+
+    ids: list[int]
+    strings: list[str]
+
+    @classmethod
+    def of(cls, policy: Policy, sampling: Sampling, where: str = "data.sampling") -> Stops:
+        """What ends the responses of a policy.
+
+        Args:
+            policy: Whose end tokens and tokenizer they are.
+            sampling: The stop strings.
+            where: The setting that holds them.
+
+        Raises:
+            ConfigError: If one can never be drawn.
+        """
+        special = [policy.special_tokens[stop] for stop in sampling.stop if stop in policy.special_tokens]
+        policy.check_embedded(special, f"{where}.stop tokens")
+        strings = [stop for stop in sampling.stop if stop not in policy.special_tokens]
+        for stop in strings:
+            read = policy.read_back(stop)
+            if stop not in read:
+                raise ConfigError(
+                    f"{where}.stop: {stop!r} can never end a response: the model's tokenizer has no tokens for it, and "
+                    f"makes {read!r} of it; leave it out, or take a string that the tokenizer gives back"
+                )
+        return cls(sorted({*policy.end_tokens, *special}), strings)
+
+
+def room(policy: Policy, prompt: Sequence[int], sampling: Sampling) -> int:
+    """Tokens that a response to a prompt may have, whatever other prompts there are: 0 where the prompt fills all
+    positions of the model."""
+    positions = policy.max_positions
+    left = sampling.max_new_tokens if positions is None else positions - len(prompt)
+    return max(0, min(sampling.max_new_tokens, left))
 
 
 @dataclass
@@ -63,30 +116,33 @@ class Rollout:
         prompt_ids: Tokens of the prompt, [P].
         response_ids: Tokens of the response exactly as they were sampled, the end token included, [T]. With none, it
             counts in its group's rewards, and has no gradient.
-        logp: Log-probability (nats) of each response token under the policy at the sampling temperature, before
-            top-p, top-k and min-p cut the distribution, float32 [T].
+        logp_sampler: Log-probability (nats) of each response token as the engine drew it, at the sampling temperature,
+            float32 [T]. Before top-p, top-k and min-p cut the distribution, except where the engine `cuts_before_logp`.
         entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
-        truncated: True where the response was cut at `max_new_tokens`.
-        text: The response as text, special tokens removed.
+        truncated: True where the response was cut at `max_new_tokens`, or where the model has no more positions; so
+            are the empty responses to a prompt that fills all of them.
+        text: The response as text, as `Policy.decode` gives it: without end tokens, padding and chat tokens.
         verdict: What the verifier said, once it has spoken.
-        sampler_logp: What the sampler gave as `logp`, where the trainer has put its own there (`data.rescore`).
+        logp_policy: Log-probability of the same tokens by the trainer's forward pass, float32 [T]; None until the
+            rollout is rescored (`data.rescore`).
     """
 
     group: int
     index: int
     prompt_ids: list[int]
     response_ids: list[int]
-    logp: Tensor
+    logp_sampler: Tensor
     truncated: bool
     text: str
     entropy: Tensor | None = None
     verdict: Verdict | None = None
-    sampler_logp: Tensor | None = None
+    logp_policy: Tensor | None = None
 
 
 @runtime_checkable
 class ScoringEngine(Protocol):
-    """An engine that can also say how likely given responses are."""
+    """An engine that can also say how likely given responses are. It may want room in the model for one token after
+    each."""
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, as `Policy.score` gives them.
@@ -102,7 +158,7 @@ class RolloutEngine(Protocol):
     """Draws roll-outs from the policy. Implementations hold settings until `sync` gives them the weights."""
 
     cuts_before_logp: bool = False
-    """Whether top-p, top-k and min-p change the log-probs that it gives, which `Rollout.logp` does not want."""
+    """Whether top-p, top-k and min-p change the log-probs that it gives, which the policy's own are without."""
 
     beside_training: bool = False
     """Whether it draws with weights and devices of its own, so that the policy can train meanwhile (`data.ahead`)."""
@@ -135,3 +191,12 @@ class RolloutEngine(Protocol):
             seeds: A seed for each prompt: with the same weights it gives the same roll-outs, whatever the other
                 prompts of the call are.
         """
+
+
+def without_room(policy: Policy, prompts: Sequence[list[int]], n: int, sampling: Sampling) -> Iterator[Rollout]:
+    """The empty, truncated responses to those prompts that leave no room for one, n each."""
+    for group, prompt in enumerate(prompts):
+        if not room(policy, prompt, sampling):
+            for index in range(n):
+                nothing = torch.zeros(0)
+                yield Rollout(group, index, prompt, [], nothing, truncated=True, text="", entropy=nothing)

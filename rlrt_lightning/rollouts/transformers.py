@@ -1,4 +1,4 @@
-"""Roll-outs with transformers' own forward pass: anywhere, with the very weights that are trained."""
+"""Rollouts with transformers' own forward pass: anywhere, with the very weights that are trained."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from rlrt_lightning.caching import cache_argument
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.policy import cache_argument
-from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, room, without_room
 from rlrt_lightning.seeding import generator
 
 if TYPE_CHECKING:
@@ -54,7 +54,16 @@ class TransformersEngine(RolloutEngine):
         self._copy = None
 
     def sync(self, policy: Policy) -> None:
-        """See `RolloutEngine.sync`."""
+        """See `RolloutEngine.sync`.
+
+        Raises:
+            ConfigError: If rows of different lengths cannot be decoded together with the policy's architecture.
+        """
+        if not policy.decodes_rows:
+            raise ConfigError(
+                f"data.engine: TransformersEngine cannot sample from {type(policy.model).__name__}: with its key-value "
+                "cache a padded batch is not computed as each row alone is; take a vLLM engine, or another model"
+            )
         self._policy = policy
         if self.dtype is None:
             return
@@ -72,46 +81,58 @@ class TransformersEngine(RolloutEngine):
         policy = self._policy
         if policy is None or not self.ready:
             raise RuntimeError("sync the engine with a policy before it generates")
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        at_once = max(1, self.max_rows // n)
+        stops = Stops.of(policy, sampling)
+        yield from without_room(policy, prompts, n, sampling)
+        fitting = [i for i in range(len(prompts)) if room(policy, prompts[i], sampling)]
+        rows = [(group, k) for group in sorted(fitting, key=lambda i: len(prompts[i])) for k in range(n)]
+        at_once = self.max_rows // n * n or self.max_rows  # siblings together, where there is room for them
         with policy.evaluating() as model:
             own = self._copy is not None
             context: Any = torch.autocast(policy.device.type, enabled=False) if own else nullcontext()
-            for start in range(0, len(prompts), at_once):
-                chosen = by_length[start : start + at_once]
+            for start in range(0, len(rows), at_once):
+                chosen = rows[start : start + at_once]
                 with context:
-                    yield from _Decoding(self._copy or model, policy, prompts, chosen, n, sampling, seeds).run()
+                    yield from _Decoding(self._copy or model, policy, prompts, chosen, sampling, stops, seeds).run()
 
 
 class _Decoding:
-    """Some prompts on their way from prefix to finished responses. Rows are roll-outs that are still open."""
+    """Some rollouts on their way from prefix to finished responses. Rows are rollouts that are still open.
+
+    Args:
+        model: What computes.
+        policy: Whose tokenizer it is.
+        prompts: Token ids of each prompt.
+        chosen: Prompt and index of each rollout.
+        sampling: How tokens are drawn.
+        stops: What ends a response.
+        seeds: A seed for each prompt.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         policy: Policy,
         prompts: Sequence[list[int]],
-        chosen: list[int],
-        n: int,
+        chosen: Sequence[tuple[int, int]],
         sampling: Sampling,
+        stops: Stops,
         seeds: Sequence[int],
     ) -> None:
         self.model, self.policy, self.sampling = model, policy, sampling
-        self.prompts, self.chosen, self.n = prompts, chosen, n
+        self.prompts, self.chosen = prompts, chosen
         self.device = policy.device
-        self.ends = torch.tensor(policy.end_tokens, device=self.device)
-        self.noise = [generator(seeds[group], "sampling", k) for group in chosen for k in range(n)]
-        longest = max(len(prompts[group]) for group in chosen)
-        room = (policy.max_positions or longest + sampling.max_new_tokens) - longest
-        self.steps = max(1, min(sampling.max_new_tokens, room))
-        rows = len(chosen) * n
-        self.tokens = torch.zeros(rows, self.steps, dtype=torch.long, device=self.device)
-        self.logp = torch.zeros(rows, self.steps, device=self.device)
-        self.entropy = torch.zeros(rows, self.steps, device=self.device)
+        self.ends, self.stops = torch.tensor(stops.ids, device=self.device), stops.strings
+        self.longest_stop = max(map(len, stops.strings), default=0)
+        self.noise = [generator(seeds[group], "sampling", k) for group, k in chosen]
+        self.limits = torch.tensor([room(policy, prompts[group], sampling) for group, _ in chosen], device=self.device)
+        self.steps = int(self.limits.max())
+        self.tokens = torch.zeros(len(chosen), self.steps, dtype=torch.long, device=self.device)
+        self.logp = torch.zeros(len(chosen), self.steps, device=self.device)
+        self.entropy = torch.zeros(len(chosen), self.steps, device=self.device)
 
     def run(self) -> Iterator[Rollout]:
         logits, cache, mask = self._read_prompts()
-        rows = torch.arange(len(self.noise), device=self.device)  # which roll-out each row of the batch is
+        rows = torch.arange(len(self.noise), device=self.device)  # which rollout each row of the batch is
         open_ = torch.ones_like(rows, dtype=torch.bool)
         for step in range(self.steps):
             if step % NOISE_BLOCK == 0:
@@ -121,26 +142,27 @@ class _Decoding:
             self.tokens[rows, step], self.logp[rows, step], self.entropy[rows, step] = tokens, logp, entropy
 
             ended = torch.isin(tokens, self.ends) | self._at_stop_string(rows, step)
-            last = step + 1 == self.steps
-            for row in (open_ & (ended | last)).nonzero()[:, 0].tolist():
+            done = ended | (step + 1 == self.limits[rows])
+            for row in (open_ & done).nonzero()[:, 0].tolist():
                 yield self._finish(int(rows[row]), step + 1, truncated=not bool(ended[row]))
-            open_ &= ~ended
-            if last or not open_.any():
+            open_ &= ~done
+            if not open_.any():
                 return
             # Selecting rows copies the cache, so wait until a fifth of them is done.
             if open_.sum() <= 0.8 * len(rows):
                 keep = open_.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 rows, tokens, mask, noise, open_ = rows[keep], tokens[keep], mask[keep], noise[keep], open_[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             logits = self._forward(tokens[:, None], mask, cache)
 
     def _read_prompts(self) -> tuple[Tensor, Any, Tensor]:
-        """Reads each prompt once, then copies its cache to its K rows. Prompts are padded on the left, so that all
+        """Reads each prompt once, then copies its cache to its rows. Prompts are padded on the left, so that all
         rows write their next token at the same place."""
         from rlrt_lightning.rollouts.cache import growing_cache
 
-        prompts = [self.prompts[group] for group in self.chosen]
+        groups = list(dict.fromkeys(group for group, _ in self.chosen))
+        prompts = [self.prompts[group] for group in groups]
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -148,13 +170,16 @@ class _Decoding:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = growing_cache(self.model.config, longest + self.steps)
+        cache: Any = growing_cache(self.model.config, longest + self.steps)
         logits = self._forward(ids, mask, cache)
-        cache.batch_repeat_interleave(self.n)
-        return logits.repeat_interleave(self.n, 0), cache, mask.repeat_interleave(self.n, 0)
+        after = torch.tensor([groups.index(group) for group, _ in self.chosen], device=self.device)
+        cache.reorder_cache(after)  # repeats rows, too, in every kind of layer
+        return logits[after], cache, mask[after]
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # A finished row may wait in the batch for others, beyond the last position that the model has.
+        last = None if self.policy.max_positions is None else self.policy.max_positions - 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0, max=last)[:, -ids.shape[1] :]
         out = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -168,25 +193,33 @@ class _Decoding:
     def _at_stop_string(self, rows: Tensor, step: int) -> Tensor:
         """Which rows' text has just come to hold a stop string."""
         found = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        if not self.sampling.stop:
+        if not self.stops:
             return found
-        # A token is at least a character or part of one: this many tokens hold any stop string that ends here.
-        reach = 4 * max(map(len, self.sampling.stop)) + 4
-        tails = self.tokens[rows, max(0, step + 1 - reach) : step + 1].tolist()
-        for row, tail in enumerate(tails):
-            text = self.policy.decode(tail)
-            found[row] = any(stop in text for stop in self.sampling.stop)
+        for row, of in enumerate(rows.tolist()):
+            text = self._text_end(of, step + 1)
+            found[row] = any(stop in text for stop in self.stops)
         return found
 
+    def _text_end(self, row: int, length: int) -> str:
+        """The end of the text of a row's first tokens, with room for a stop string: most tokens have a character or
+        more, but a byte has a quarter of one, and one that the tokenizer does not know has none."""
+        reach = self.longest_stop + 8
+        while True:
+            text = self.policy.decode(self.tokens[row, max(0, length - reach) : length].tolist(), keep_special=True)
+            # The first of these tokens may lose a space, or three bytes of a character that begins before them.
+            if reach >= length or len(text) >= self.longest_stop + 4:
+                return text
+            reach *= 2
+
     def _finish(self, row: int, length: int, truncated: bool) -> Rollout:
-        group, index = self.chosen[row // self.n], row % self.n
+        group, index = self.chosen[row]
         response = self.tokens[row, :length].tolist()
         return Rollout(
             group=group,
             index=index,
             prompt_ids=self.prompts[group],
             response_ids=response,
-            logp=self.logp[row, :length].cpu(),
+            logp_sampler=self.logp[row, :length].cpu(),
             entropy=self.entropy[row, :length].cpu(),
             truncated=truncated,
             text=self.policy.decode(response),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.rollouts.base import Rollout, Sampling
-from rlrt_lightning.rollouts.vllm_common import Dtype, VllmEngine, as_rollout, request, require_vllm
+from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
+from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request, require_vllm
 
 if TYPE_CHECKING:
     from rlrt_lightning.policy import Policy
@@ -74,6 +74,7 @@ class VllmColocateEngine(VllmEngine):
         self._group: Any = None
         self._awake = False
         self._requests = 0
+        self._in_flight: set[str] = set()
 
     @property
     def ready(self) -> bool:
@@ -88,13 +89,17 @@ class VllmColocateEngine(VllmEngine):
 
     def _send_weights(self, policy: Policy) -> None:
         llm = self._engine(policy)
+        if self._in_flight:  # of a round whose caller has stopped listening: they hold keys and values of old weights
+            llm.llm_engine.abort_request(sorted(self._in_flight))
+            self._in_flight.clear()
         asleep = not self._awake
         if asleep:
             llm.wake_up(tags=["weights"])  # the cache only when the weights are in: both at once may not fit
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.merged_weights()})
         if asleep:
             llm.wake_up(tags=["kv_cache"])
-        llm.reset_prefix_cache()
+        if llm.reset_prefix_cache() is False:
+            raise EngineError("data.engine: vLLM did not empty its prefix cache, which holds what old weights computed")
         self._awake = True
 
     def _engine(self, policy: Policy) -> Any:
@@ -144,13 +149,16 @@ class VllmColocateEngine(VllmEngine):
 
         policy = self._policy
         assert policy is not None
+        stops = Stops.of(policy, sampling)
         asked: dict[str, tuple[int, int]] = {}
         for mine, pairs in self._of_all_in_group(list(zip(prompts, seeds, strict=True))):
             for group, (prompt, seed) in enumerate(pairs):
+                most = room(policy, prompt, sampling)
                 for index in range(n):
                     # One request for each: a roll-out can be verified while its siblings go on, and the prefix cache
                     # reads the prompt once for all.
-                    params = SamplingParams(**request(sampling, seed, index, policy), detokenize=bool(sampling.stop))
+                    wanted = request(sampling, stops, most, seed, index)
+                    params = SamplingParams(**wanted, detokenize=bool(stops.strings))
                     asked[self._add(prompt, params)] = (group, index) if mine else (-1, -1)
         for key, done in self._finished(set(asked)):
             group, index = asked[key]
@@ -162,29 +170,53 @@ class VllmColocateEngine(VllmEngine):
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses after given prompts, as `Policy.score`; a prompt that several share is read
-        once.
+        once, but for its last tokens, which fill no block of the prefix cache.
+
+        vLLM computes no log-prob after a token that it finds in its prefix cache, and has no setting that keeps a
+        request from finding more there than the prompt. Where it finds the beginning of a response, too, the log-probs
+        of that beginning come from a sibling with the same one; where none has them, as with a prompt that ends with a
+        block, one of those siblings is scored without the cache.
 
         Raises:
             ConfigError: If the temperature is not 1, at which vLLM gives no log-probs of prompts.
         """
-        from vllm import SamplingParams
-
         if temperature != 1:
             raise ConfigError(f"vLLM scores given tokens at temperature 1 only, and data.sampling has {temperature}")
-        # Log-probs are wanted of the response alone, which is never in the cache: its prompt may come from there.
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, skip_reading_prefix_cache=False, detokenize=False)
+        scores = self._score(sequences, read_cache=True)
+        missing = [len(response) - len(score) for (_, response), score in zip(sequences, scores, strict=True)]
+        sources = siblings_that_begin_alike(sequences, missing)
+        alone = [i for i, source in sources.items() if source is None]
+        # Also without any: ranks that share the engine ask together.
+        for i, score in zip(alone, self._score([sequences[i] for i in alone], read_cache=False), strict=True):
+            scores[i] = score
+        for i, source in sources.items():
+            if source is not None:
+                scores[i] = torch.cat([scores[source][: missing[i]], scores[i]])
+        return scores
+
+    def _score(self, sequences: Sequence[tuple[list[int], list[int]]], read_cache: bool) -> list[Tensor]:
+        """Log-probs of each response's last tokens, those that vLLM did not find in its prefix cache."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, skip_reading_prefix_cache=not read_cache, detokenize=False
+        )
         asked: dict[str, int] = {}
         for mine, all_ in self._of_all_in_group(list(sequences)):
-            asked |= {
-                self._add(prompt + response, params): i if mine else -1 for i, (prompt, response) in enumerate(all_)
-            }
+            for i, (prompt, response) in enumerate(all_):
+                if response:
+                    asked[self._add(prompt + response, params)] = i if mine else -1
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
         for key, done in self._finished(set(asked)):
             if asked[key] < 0:
                 continue
-            response = sequences[asked[key]][1]
-            steps = done.prompt_logprobs[len(done.prompt_logprobs) - len(response) :]
-            scores[asked[key]] = torch.tensor([s[t].logprob for s, t in zip(steps, response, strict=True)])
+            prompt, response = sequences[asked[key]]
+            unknown = len(prompt + response)  # where vLLM does not say what it found, nothing is taken for computed
+            found = (unknown if done.num_cached_tokens is None else done.num_cached_tokens) if read_cache else 0
+            # The first place after what was found predicts the token behind it.
+            first = max(len(prompt), min(found + 1, len(prompt + response)))
+            told = zip(done.prompt_logprobs[first:], response[first - len(prompt) :], strict=True)
+            scores[asked[key]] = torch.tensor([step[token].logprob for step, token in told])
         return scores
 
     def _engine_group(self) -> Any:
@@ -214,21 +246,51 @@ class VllmColocateEngine(VllmEngine):
         self._requests += 1
         key = str(self._requests)
         self._llm.llm_engine.add_request(key, {"prompt_token_ids": tokens}, params)
+        self._in_flight.add(key)
         return key
 
     def _finished(self, keys: set[str]) -> Iterator[tuple[str, Any]]:
         engine = self._llm.llm_engine
         try:
             while keys:
+                if not keys <= self._in_flight:
+                    raise RuntimeError("these rollouts were given up: the engine was asked for others since")
                 for done in engine.step():
                     if done.finished:
-                        keys.discard(done.request_id)
-                        yield done.request_id, done
+                        self._in_flight.discard(done.request_id)
+                        if done.request_id in keys:
+                            keys.discard(done.request_id)
+                            yield done.request_id, done
         finally:  # whoever asked may have stopped listening
-            if keys:
-                engine.abort_request(list(keys))
+            if given_up := keys & self._in_flight:
+                engine.abort_request(sorted(given_up))
+                self._in_flight -= given_up
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
         self._llm, self._awake = None, False
+        self._in_flight.clear()
         gc.collect()
+
+
+def siblings_that_begin_alike(
+    sequences: Sequence[tuple[list[int], list[int]]], missing: Sequence[int]
+) -> dict[int, int | None]:
+    """For each response that lacks the log-probs of its beginning, one after the same prompt that begins alike.
+
+    Args:
+        sequences: Token ids of prompt and response, N of them.
+        missing: Tokens of each response that have no log-prob, the first ones, [N].
+
+    Returns:
+        The number of the one whose log-probs are known, or come earlier in this order; None where there is no such one.
+    """
+    sources: dict[int, int | None] = {}
+    known: dict[tuple[int, ...], list[int]] = {}
+    for i in sorted(range(len(sequences)), key=lambda i: missing[i]):
+        prompt, response = sequences[i]
+        siblings, n = known.setdefault(tuple(prompt), []), missing[i]
+        if n:
+            sources[i] = next((j for j in siblings if sequences[j][1][:n] == response[:n]), None)
+        siblings.append(i)
+    return sources

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, room, without_room
 from rlrt_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 """Mean |difference| in nats between vLLM's log-probs and the policy's own that arithmetic explains. In float32 it is
 about 1e-6; a head that was not sent is off by more than 1e-2 after 1 % of change."""
+
+
+HOTTEST = 2.0
+"""The highest temperature that vLLM samples at."""
 
 
 class EngineError(ConfigError):
@@ -63,12 +67,28 @@ class VllmEngine(RolloutEngine):
         """See `RolloutEngine.generate`."""
         if self._policy is None or not self.ready:
             raise RuntimeError("sync the engine with a policy before it generates")
-        rollouts = self._sample(prompts, n, sampling, seeds)
+        if sampling.temperature > HOTTEST:
+            raise ConfigError(
+                f"sampling.temperature is {sampling.temperature}; vLLM takes at most {HOTTEST:g}: lower it, or take "
+                "TransformersEngine"
+            )
+        yield from without_room(self._policy, prompts, n, sampling)
+        rollouts = self._sample_fitting(prompts, n, sampling, seeds)
         if self._unchecked and sampling.temperature > 0 and not sampling.cuts:
             first = list(islice(rollouts, self.check_rollouts))
             self._check(first, sampling.temperature)
             rollouts = chain(first, rollouts)
         yield from rollouts
+
+    def _sample_fitting(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[Rollout]:
+        """`_sample` of the prompts that leave room for a response: vLLM refuses others."""
+        assert self._policy is not None
+        fitting = [i for i, prompt in enumerate(prompts) if room(self._policy, prompt, sampling)]
+        for rollout in self._sample([prompts[i] for i in fitting], n, sampling, [seeds[i] for i in fitting]):
+            rollout.group = fitting[rollout.group]
+            yield rollout
 
     @abstractmethod
     def _send_weights(self, policy: Policy) -> None:
@@ -92,7 +112,7 @@ class VllmEngine(RolloutEngine):
         own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
         if not rollouts:
             return
-        apart = torch.cat([(r.logp - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
+        apart = torch.cat([(r.logp_sampler - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
         if not len(apart):  # of responses without a token
             return
         limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
@@ -116,17 +136,20 @@ def require_vllm(engine: str) -> None:
         )
 
 
-def request(sampling: Sampling, seed: int, index: int, policy: Policy) -> dict[str, Any]:
-    """vLLM's names for how one roll-out is sampled. `vllm.SamplingParams` and the server take the same."""
+def request(sampling: Sampling, stops: Stops, most: int, seed: int, index: int) -> dict[str, Any]:
+    """vLLM's names for how one rollout of at most so many tokens is sampled. `vllm.SamplingParams` and the server take
+    the same."""
     return {
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": most,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
-        "stop": sampling.stop,
+        "repetition_penalty": 1.0,  # or a server takes that of the model's generation config
+        "stop": stops.strings,
         "include_stop_str_in_output": True,
-        "stop_token_ids": policy.end_tokens,
+        "skip_special_tokens": False,  # in the text that stop strings are looked for in
+        "stop_token_ids": stops.ids,
         "seed": derive_seed(seed, "sampling", index),
         "logprobs": 0,
     }
@@ -147,7 +170,7 @@ def as_rollout(
         index=index,
         prompt_ids=prompt,
         response_ids=list(response),
-        logp=torch.tensor(logp, dtype=torch.float32),
+        logp_sampler=torch.tensor(logp, dtype=torch.float32),
         truncated=finish_reason == "length",
         text=policy.decode(response),
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from rlrt_lightning.credentials import refuse_credentials
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import of_first_rank
-from rlrt_lightning.rollouts.base import Rollout, Sampling
+from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
 from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request
 
 if TYPE_CHECKING:
@@ -136,14 +136,13 @@ class VllmServerEngine(VllmEngine):
     ) -> Iterator[Rollout]:
         policy = self._policy
         assert policy is not None
+        stops = Stops.of(policy, sampling)
         jobs = [(group, index) for group in range(len(prompts)) for index in range(n)]
         bodies = [
             {
                 "prompt": prompts[group],
                 "return_token_ids": True,
-                "skip_special_tokens": False,
-                **request(sampling, seeds[group], index, policy),
-                "max_tokens": self._room(sampling.max_new_tokens, prompts[group]),
+                **request(sampling, stops, room(policy, prompts[group], sampling), seeds[group], index),
             }
             for group, index in jobs
         ]
@@ -153,28 +152,24 @@ class VllmServerEngine(VllmEngine):
             yield as_rollout(group, index, prompts[group], choice["token_ids"], logp, choice["finish_reason"], policy)
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probs of given responses after given prompts, as `Policy.score`.
+        """Log-probs of given responses after given prompts, as `Policy.score`. A server reads each prompt with its
+        response from the beginning: where log-probs of a prompt are asked for, it does not use its prefix cache.
 
         Raises:
             ConfigError: If the temperature is not 1, at which vLLM gives no log-probs of prompts.
         """
         if temperature != 1:
             raise ConfigError(f"vLLM scores given tokens at temperature 1 only, and data.sampling has {temperature}")
-        bodies = [
-            {"prompt": prompt + response, "max_tokens": 1, "prompt_logprobs": 0} for prompt, response in sequences
-        ]
+        spoken = [i for i, (_, response) in enumerate(sequences) if response]
+        prompts = [sequences[i][0] + sequences[i][1] for i in spoken]
+        bodies = [{"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0} for prompt in prompts]
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for i, answer in self._ask(bodies):
+        for job, answer in self._ask(bodies):
+            i = spoken[job]
             response = sequences[i][1]
             steps = answer["choices"][0]["prompt_logprobs"][-len(response) :]
             scores[i] = torch.tensor([s[str(t)]["logprob"] for s, t in zip(steps, response, strict=True)])
         return scores
-
-    def _room(self, wanted: int, prompt: list[int]) -> int:
-        """The server refuses a request that could grow longer than the model's positions."""
-        assert self._policy is not None
-        positions = self._policy.max_positions
-        return wanted if positions is None else max(1, min(wanted, positions - len(prompt)))
 
     def _ask(self, bodies: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         """The servers' answers, as they come: each server takes the next request when it has room.
@@ -247,6 +242,7 @@ class _Server:
             trust_env=False,
         )
         self.wanted: tuple[str, Path] | None = None
+        self._loads = 0
         self._lost = False
         self._lock = threading.Lock()
 
@@ -259,8 +255,10 @@ class _Server:
         """
         while not stop.is_set():
             try:
+                loads = self._loads
                 answer = self._call("POST", "/v1/completions", body)
-                if self._has_wanted():
+                # By the wanted weights from its first token on: they did not come while it was computed.
+                if self._has_wanted() and loads == self._loads:
                     return answer
             except _Unreachable:
                 pass
@@ -307,8 +305,10 @@ class _Server:
     def _load(self) -> None:
         assert self.wanted is not None
         version, folder = self.wanted
+        self._loads += 1
         self._call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-        self._call("POST", "/reset_prefix_cache")
+        # With requests under way, such as those of a round that was given up, vLLM would keep its cache.
+        self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
         self._call("POST", "/update_weight_version", {"new_version": version})
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -404,6 +404,7 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy.path]
     command += ["--dtype", engine.dtype or policy.dtype, "--host", host, "--port", str(port)]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
+    command += ["--generation-config", "vllm"]  # no limits and penalties besides those of `Sampling`
     if policy.max_positions is not None:
         command += ["--max-model-len", str(policy.max_positions)]
     if not torch.cuda.is_available():

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlrt_lightning.objective.ratios import log_ratio
+
 Context = Literal["none", "sibling", "solution", "answer", "feedback"]
 """What the teacher sees besides the prompt: nothing, another successful roll-out of the group, the reference solution,
 the ground-truth answer, or what the verifier said of this very roll-out."""
@@ -98,6 +100,11 @@ class Method(ABC):
         """Which roll-outs the teacher can change the credit of, so that only those are scored: bool [N]."""
         return torch.zeros_like(rewards, dtype=torch.bool)
 
+    def may_train(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """Which rollouts may get a gradient, so that `data.rescore` computes the policy's log-probs of these alone:
+        bool [N]."""
+        return (advantages != 0) | self.uses_teacher(advantages, rewards)
+
     def shape_rewards(self, rewards: Tensor, groups: Tensor, texts: Sequence[str]) -> Tensor:
         """The rewards that the advantages are computed from.
 
@@ -116,5 +123,4 @@ class Method(ABC):
 def asymmetry_of(logp_student: Tensor, logp_teacher: Tensor, mask: Tensor, has_context: Tensor) -> Tensor:
     """D_t = log P_S - log P_T (arXiv:2605.10781, Sec. 3), stop-gradient, [N, T]; where there is no context the
     log-probs are not read at all: they may hold anything."""
-    scored = mask.bool() & has_context.bool()[:, None]
-    return torch.where(scored, logp_student - logp_teacher, 0.0).detach()
+    return log_ratio(logp_student, logp_teacher, mask.bool() & has_context.bool()[:, None]).detach()

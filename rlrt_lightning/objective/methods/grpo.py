@@ -54,3 +54,7 @@ class EntropyBonus(GRPO):
         """See `Method.__call__`."""
         credit = super().__call__(*args, **kwargs)
         return replace(credit, entropy_bonus=self.coef * credit.weights)
+
+    def may_train(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """See `Method.may_train`."""
+        return (advantages != 0) | (self.coef > 0)

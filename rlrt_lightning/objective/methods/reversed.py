@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.objective.methods.base import Context, Credit, Method, asymmetry_of
+from rlrt_lightning.objective.ratios import bounded_ratio
 
 
 class _TeacherWeighted(Method):
@@ -47,7 +48,7 @@ class _TeacherWeighted(Method):
         asymmetry = asymmetry_of(logp_student, logp_teacher, mask, has_context)
 
         # Eq. 6: w_t = exp(sign(A) D_t) = (P_S / P_T)^sign(A)
-        weights = torch.exp(self.exponent * advantage.sign() * asymmetry)
+        weights = bounded_ratio(self.exponent * advantage.sign() * asymmetry)
         if self.gated:
             weights = torch.where(self.successful(rewards)[:, None], weights, 1.0)
 

@@ -1,0 +1,74 @@
+"""A tiny random model with a tokenizer whose tokens are bytes and whose habits can be set."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rlrt_lightning import Policy
+
+END = "<|endoftext|>"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_policy(
+    folder: Path,
+    template: str | None = CHATML,
+    special: Sequence[str] = (),
+    adds: str | None = None,
+    bos: str | None = None,
+    positions: int = 512,
+    **settings: Any,
+) -> Policy:
+    """Saves a model in place of what was there, and returns a policy of it.
+
+    Args:
+        folder: Where to.
+        template: The chat template.
+        special: Special tokens beside those of the chat template.
+        adds: What the tokenizer makes of plain text `$A`, as in `$A <|endoftext|>`.
+        bos: The token that begins a text.
+        positions: Of the model.
+        settings: Of the policy.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    pieces = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token=END, bos_token=bos)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", *special], special_tokens=True)
+    if adds is not None:
+        named = [(t, tokenizer.convert_tokens_to_ids(t)) for t in (END, bos) if t is not None and t in adds]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=named)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=positions,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    return Policy(str(folder), **settings)
+
+
+def written(policy: Policy, ids: Sequence[int]) -> str:
+    """Tokens as text, special ones included."""
+    return policy.tokenizer.decode(list(ids), skip_special_tokens=False)

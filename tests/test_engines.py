@@ -1,0 +1,113 @@
+"""What the engines share, without any of them: what ends a response, and which answers count."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlrt_lightning import ConfigError, Policy, Sampling, VllmColocateEngine
+from rlrt_lightning.rollouts.base import Stops
+from rlrt_lightning.rollouts.vllm_common import request
+from rlrt_lightning.rollouts.vllm_server import _Server
+
+
+def test_vllm_is_asked_for_the_stops_the_room_and_nothing_of_its_own() -> None:
+    policy, sampling = Policy(), Sampling(stop=["<sol>", "#", "D<sol>"])
+    asked = request(sampling, Stops.of(policy, sampling), 7, 0, 0)
+    assert asked["stop_token_ids"] == [1, policy.tokenizer.convert_tokens_to_ids("<sol>")]
+    assert asked["stop"] == ["#", "D<sol>"]
+    assert asked["skip_special_tokens"] is False
+    assert asked["max_tokens"] == 7
+    assert asked["repetition_penalty"] == 1.0
+
+
+def test_a_temperature_that_vllm_does_not_take_is_refused_before_anything_is_drawn() -> None:
+    engine = Cached(16)
+    engine._policy, engine._awake = Policy(), True
+    with pytest.raises(ConfigError, match=r"sampling\.temperature is 2\.5; vLLM takes at most 2"):
+        next(engine.generate([[3]], 1, Sampling(temperature=2.5), [0]))
+
+
+class Cached(VllmColocateEngine):
+    """Its log-probs are checksums of what they depend on, and its prefix cache holds whole blocks of all that was
+    read: there is no log-prob after a token that was found."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.cache: set[tuple[int, ...]] = set()
+        self.read = 0
+
+    def _score(self, sequences: Sequence[tuple[list[int], list[int]]], read_cache: bool) -> list[torch.Tensor]:
+        scores = []
+        for prompt, response in sequences:
+            tokens, found = tuple(prompt + response), 0
+            while read_cache and found + self.block < len(tokens) and tokens[: found + self.block] in self.cache:
+                found += self.block
+            self.read += len(tokens) - found
+            self.cache |= {tokens[:end] for end in range(self.block, len(tokens) + 1, self.block)}
+            scores.append(checksums(prompt, response)[max(0, found + 1 - len(prompt)) :])
+        return scores
+
+
+def checksums(prompt: list[int], response: list[int]) -> torch.Tensor:
+    ends = range(len(prompt) + 1, len(prompt) + len(response) + 1)
+    return torch.tensor([float(hash(tuple(prompt + response)[:end]) % 9973) for end in ends])
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 16])
+def test_log_probs_after_tokens_from_the_prefix_cache_are_those_of_a_sibling(block: int) -> None:
+    """With siblings that are the same, that begin alike, that are empty or the beginning of another, and with prompts
+    that go on where another ends."""
+    g = random.Random(block)
+    for _ in range(50):
+        prompts = [[g.randrange(2) for _ in range(g.randrange(1, 9))] for _ in range(3)]
+        responses = [[g.randrange(2) for _ in range(g.randrange(9))] for _ in range(6)]
+        sequences = [(g.choice(prompts), g.choice(responses)) for _ in range(25)]
+        engine = Cached(block)
+        for _ in range(2):  # the cache knows the second round from the first
+            for got, sequence in zip(engine.score(sequences), sequences, strict=True):
+                assert torch.equal(got, checksums(*sequence))
+
+
+@pytest.mark.parametrize("length", [160, 170, 175])
+def test_a_prompt_is_read_once_for_siblings_that_begin_alike(length: int) -> None:
+    """As "To solve this problem, we" does. A prompt that ends with a block is read again for each other beginning."""
+    g = random.Random(0)
+    prompt = [g.randrange(100) for _ in range(length)]
+    beginnings = [[g.randrange(100) for _ in range(30)] for _ in range(2)]
+    sequences = [(prompt, beginnings[i % 2] + [g.randrange(100) for _ in range(20)]) for i in range(8)]
+    engine = Cached(16)
+    engine.score(sequences)
+    assert engine.read < (3 if length % 16 == 0 else 2) * length + 8 * 50
+
+
+def test_an_answer_that_old_weights_have_begun_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker gives a server that was started again its weights while this request is under way."""
+    server = _Server("http://127.0.0.1:9", 1.0, 1.0, 1)
+    server.wanted = "7", tmp_path
+    version, answers = "", ["begun by old weights", "by new ones"]
+
+    def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        nonlocal version
+        if path == "/weight_info":
+            return {"weight_version": version}
+        if path == "/update_weight_version" and body is not None:
+            version = body["new_version"]
+        if path == "/v1/completions":
+            answer = answers.pop(0)
+            if answers:
+                server._load()
+            return {"text": answer}
+        return {}
+
+    monkeypatch.setattr(server, "_call", call)
+    assert server.complete({}, threading.Event()) == {"text": "by new ones"}
+    assert not answers

@@ -1,0 +1,1 @@
+from callbacks.boards import *  # noqa: F403
