@@ -17,8 +17,9 @@ from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import AvgAtK, PassAtK
 from rlrt_lightning.ranks import gather
 from rlrt_lightning.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
+from rlrt_lightning.run_files import own
 
-from .boards import own, tensorboards
+from .boards import tensorboards
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule

@@ -14,9 +14,8 @@ from lightning import Callback, LightningModule, Trainer
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import gather
+from rlrt_lightning.run_files import own
 from rlrt_lightning.sharding import local
-
-from .boards import own
 
 if TYPE_CHECKING:
     from rlrt_lightning.batch import MicroBatch

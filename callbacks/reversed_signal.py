@@ -11,8 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import Mean, mean_over_ranks
+from rlrt_lightning.run_files import own
 
-from .boards import own, tensorboards
+from .boards import tensorboards
 from .signal_picture import Scored, Token, draw, html_page
 
 if TYPE_CHECKING:

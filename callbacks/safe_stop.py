@@ -10,21 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rlrt_lightning.checkpoints import PART, WholeCheckpointIO, check_writable, remove
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.run_files import run_folder
 from rlrt_lightning.stopping import Stop
 
-from .boards import own, run_folder
 from .run_checkpoint import adopt
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
-
-CSV = "metrics.csv"
-"""What CSVLogger writes."""
 
 RESUME = "go on with --ckpt_path last"
 
@@ -51,8 +47,6 @@ class SafeStop(Callback):
         folder = run_folder(trainer)
         if stage != "fit":
             return
-        if isinstance(trainer.logger, CSVLogger):
-            own(trainer, CSV)  # which its writer deletes
         strategy: Any = trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
             strategy.checkpoint_io = WholeCheckpointIO()

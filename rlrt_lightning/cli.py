@@ -17,7 +17,6 @@ from rlrt_lightning import class_defaults
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.argument_errors import RLRTParser
 from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
-from rlrt_lightning.callbacks.boards import own
 from rlrt_lightning.checkpoints import newest, problem
 from rlrt_lightning.credentials import refuse_credentials
 from rlrt_lightning.datamodule import RELOAD, RolloutDataModule
@@ -25,6 +24,7 @@ from rlrt_lightning.errors import ConfigError, check_finite
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.refusals import of_constructor, place_of
 from rlrt_lightning.resume import check_file
+from rlrt_lightning.run_files import own
 from rlrt_lightning.sharding import FSDP2Strategy
 from rlrt_lightning.trainer_limits import check_folders, check_limits
 

@@ -35,6 +35,7 @@ from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.rollouts.ahead import Ahead, Drawn
 from rlrt_lightning.rollouts.base import Stops
+from rlrt_lightning.run_files import own_metrics
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
@@ -540,6 +541,11 @@ class RolloutDataModule(LightningDataModule):
         return self._eval_problems[name]
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Lightning's first hook, before the loggers write anything."""
+        if self._trainer.is_global_zero:
+            own_metrics(self._trainer)
 
     def setup(self, stage: str) -> None:
         """Reads the data and checks what can be checked before the weights are loaded."""

@@ -8,7 +8,8 @@ import logging
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -170,10 +171,14 @@ def _kept(value: Any, parameter: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """A value as a checkpoint holds it; `Parameter.empty` for what is an object."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, Path):
-        return str(value)
+    kinds: dict[type, Callable[[Any], Any]] = {int: int, float: float, str: str, Path: str}
+    for kind, made in kinds.items():  # subclasses, such as numpy's numbers, would be objects in a checkpoint
+        if isinstance(value, kind):
+            return made(value)
     items = list(value.values()) if isinstance(value, Mapping) else value
     if not isinstance(items, (list, tuple, set, frozenset)):
         return inspect.Parameter.empty
@@ -204,9 +209,8 @@ def digest(problems: Sequence[Problem], samples: int = 100) -> str:
     hashed = blake2b(digest_size=8)
     for i in range(0, len(problems), max(1, len(problems) // samples)):
         p = problems[i]
-        hashed.update(
-            "\x1f".join(map(str, (p.id, p.prompt, p.answer, p.solution))).encode("utf-8", "replace") + b"\x1e"
-        )
+        text = "\x1f".join(map(str, (p.id, p.prompt, p.answer, p.solution)))
+        hashed.update(text.encode("utf-8", "replace") + b"\x1e")
     return f"{len(problems)} problems, digest {hashed.hexdigest()}"
 
 
@@ -307,11 +311,11 @@ def check(checkpoint: Mapping[str, Any], path: str | Path, now: Settings, allow:
         ConfigError: If something has that may not.
     """
     before = saved_settings(checkpoint, path)
-    allowed = _known(allow, now)
     if before is None:
         if fit:
             log.warning("%s does not hold the settings of its run: check yourself that they are the same", path)
         return Changes([], [])
+    allowed = _known(allow, {**before, **now})
     changed = _changed(before, now)
     if not fit:
         changed = {name: said for name, said in changed.items() if _under(name, MODEL)}
@@ -397,7 +401,7 @@ def _check_optimizer(before: Settings, now: Settings, path: str | Path) -> None:
         )
 
 
-def _known(allow: Sequence[str], now: Settings) -> list[str]:
+def _known(allow: Sequence[str], known: Settings) -> list[str]:
     """The settings that may change, by our names.
 
     Raises:
@@ -405,8 +409,8 @@ def _known(allow: Sequence[str], now: Settings) -> list[str]:
     """
     names = [ALIASES.get(name, name) for name in allow]
     for name in names:
-        if not _under(name, now, other_way=True) and name != PROBLEMS:
-            close = difflib.get_close_matches(name, list(now), n=1)
+        if not _under(name, known, other_way=True):
+            close = difflib.get_close_matches(name, list(known), n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
             raise ConfigError(f"model.allow_changes names {name}, which is no setting of this run{meant}")
     return names

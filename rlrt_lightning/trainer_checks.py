@@ -55,9 +55,10 @@ def check_trainer(trainer: Any, data: RolloutDataModule) -> None:
             f"trainer.overfit_batches is {trainer.overfit_batches}, but every epoch has rollouts of its own: give "
             "data.task few problems instead"
         )
-    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
+    limit = trainer.limit_train_batches
+    if (limit != 1 or isinstance(limit, int)) and not trainer.fast_dev_run:  # 1 is one batch, and 1.0 all
         raise ConfigError(
-            f"trainer.limit_train_batches is {trainer.limit_train_batches}, which would leave out a part of each "
+            f"trainer.limit_train_batches is {limit}, which would leave out a part of each "
             "epoch's rollouts: set data.prompts_per_epoch, or limit_train_batches to null"
         )
     if trainer.max_steps > 0 and trainer.max_steps % data.minibatches and not trainer.fast_dev_run:

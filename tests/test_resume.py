@@ -68,8 +68,8 @@ def test_settings_of_the_optimiser_and_the_trainer_are_honoured_and_named(
     saved = torch.load(last(tmp_path), weights_only=True)
     (group,) = saved["optimizer_states"][0]["param_groups"]
     rate = 1e-6 * 7 / 20  # of the step after the sixth
-    expected = {"lr": rate, "initial_lr": 1e-6, "weight_decay": 0.1, "betas": (0.8, 0.9)}
-    assert {name: group[name] for name in expected} == pytest.approx(expected)
+    assert (group["initial_lr"], group["weight_decay"], group["betas"]) == (1e-6, 0.1, (0.8, 0.9))
+    assert group["lr"] == pytest.approx(rate)
     assert saved["lr_schedulers"][0]["base_lrs"] == [1e-6]
     moved = max(float((w - weights(run2)[name]).abs().max()) for name, w in weights(tmp_path).items())
     assert 0 < moved < 3e-6, "two steps of Adam at the new rate; at the old one it would be a hundred times as far"
