@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlrt_lightning.log_probs import token_log_probs
 from rlrt_lightning.objective import (
     DIVER,
     GRPO,
@@ -23,7 +24,6 @@ from rlrt_lightning.objective import (
     distillation_loss,
     divergence,
     dynamic_weights,
-    entropy,
     group_advantages,
     importance_weights,
     pass_at_k,
@@ -89,8 +89,9 @@ def test_golden_divergence(case: dict[str, Any]) -> None:
     student, teacher = (torch.tensor(case[f"{who}_logits"], dtype=torch.float64) for who in ("student", "teacher"))
     p, expect = case["params"], case["expect"]
     close(divergence(student, teacher, p["alpha"], p["top_k"]), expect["divergence"])
-    close(entropy(teacher), expect["teacher_entropy"])
-    weights = dynamic_weights(entropy(teacher), torch.ones(len(teacher)), p["beta"])
+    _, entropy = token_log_probs(teacher, torch.zeros(len(teacher), dtype=torch.long))
+    close(entropy, expect["teacher_entropy"])
+    weights = dynamic_weights(entropy, torch.ones(len(teacher)), p["beta"])
     close(weights, expect["dynamic_weight"])
 
 
@@ -118,7 +119,7 @@ class Batch:
         v = {**vars(self), **changes}
         a = group_advantages(v["rewards"], v["groups"], method.normalize_std)
         figures = a, v["rewards"], v["logp_student"], v["logp_teacher"], v["mask"], v["has_context"]
-        return method(*figures, v["teacher_entropy"]) if isinstance(method, (SDPO, SRPO)) else method(*figures)
+        return method(*figures, teacher_entropy=v["teacher_entropy"])
 
 
 seeds = st.integers(0, 2**31)
@@ -128,7 +129,7 @@ METHODS = [GRPO(), EntropyBonus(), SDPO(), SRPO(), *WEIGHTED]
 
 
 def tensors(credit: Any) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(credit).items() if value is not None}
+    return {name: value for name, value in vars(credit).items() if isinstance(value, Tensor)}
 
 
 @given(seeds)
