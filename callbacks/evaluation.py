@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 class Evaluation(Callback):
     """Counts the verdicts of `validate`, `test`, `predict` and the validation within `fit`, and shows samples.
 
-    Logs `eval/<benchmark>/avg@n` and `pass@k` with half the width of their 95 % confidence intervals over problems
-    (`_ci95`), `length`, `truncated` and the share of each label, and writes a table of samples to TensorBoard's text
-    page. Outside of `fit` every completion with its verdict goes to `<benchmark>.jsonl`, a batch of `data.eval_prompts`
-    problems at a time, and at the end each problem to `<benchmark>.parquet` and the curves to `pass_at_k.csv`.
+    Logs `eval/<benchmark>/avg@n` and `pass@k` with the bounds of their 95 % confidence intervals over problems
+    (`_low`, `_high`), `length`, `truncated` and the share of each label, and writes a table of samples to TensorBoard's
+    text page. Outside of `fit` every completion with its verdict goes to `<benchmark>.jsonl`, a batch of
+    `data.eval_prompts` problems at a time, and at the end each problem to `<benchmark>.parquet` and the curves to
+    `pass_at_k.csv`.
 
     Args:
         ks: Which pass@k to log; null is the number of samples of the benchmark alone.
@@ -165,9 +166,7 @@ class _Counts:
         values = {}
         metrics = {f"avg@{self.samples}": self.avg, **{f"pass@{k}": metric for k, metric in self.passed.items()}}
         for tag, metric in metrics.items():
-            values[tag], half_width = metric.compute().tolist()
-            if half_width == half_width:  # one problem has no interval
-                values[f"{tag}_ci95"] = half_width
+            values[tag], values[f"{tag}_low"], values[f"{tag}_high"] = metric.compute().tolist()
         values |= {"length": float(self.length.compute()), "truncated": float(self.truncated.compute())}
         labels = sum(gather(trainer, self.labels), Counter())
         return values | {f"labels/{name}": n / labels.total() for name, n in labels.items() if name is not None}

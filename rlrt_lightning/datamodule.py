@@ -280,7 +280,7 @@ class RolloutDataModule(LightningDataModule):
         credit = method.credit(Signals(*figures, teacher_entropy, self._sum_over_ranks)).without(unusable)
         if self.rescore and (credit.trains & ~trainable).any():
             raise ConfigError(
-                f"model.method: {type(method).__name__} trains on roll-outs that its may_train leaves out, which "
+                f"model.method: {type(method).__name__} trains on rollouts that its may_train leaves out, which "
                 "data.rescore has therefore not corrected for the sampler; override may_train"
             )
 

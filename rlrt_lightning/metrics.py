@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +16,57 @@ Z95 = 1.959963984540054
 """Standard deviations of the normal distribution on either side of the mean that hold 95 % of it."""
 
 
-def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval (normal approximation; NaN with fewer than two)."""
-    half_width = Z95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return fmean(values), half_width
+class Interval(NamedTuple):
+    """A mean over problems with its 95 % confidence interval.
+
+    Args:
+        mean: The mean.
+        low: Lower bound of the interval.
+        high: Upper bound.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_with_interval(values: Sequence[float]) -> Interval:
+    """The mean of a figure of each problem, all within 0 and 1, and `interval95`."""
+    figures = torch.tensor(values, dtype=torch.float64)
+    return Interval(float(figures.mean()), *interval95(figures.sum(), (figures**2).sum(), len(figures)).tolist())
+
+
+def interval95(total: Tensor, squares: Tensor, problems: int | Tensor) -> Tensor:
+    """The 95 % confidence interval, over problems, of the mean of a figure within 0 and 1.
+
+    Student's t around the mean of the problems and of two more, one that is always solved and one that never is. This
+    is what Agresti and Coull (1998) do for shares. Without the two, few problems nearly all of which are solved, or
+    nearly none, have too narrow an interval, or one of width 0. The interval holds the mean and lies within 0 and 1;
+    for one problem it is 0 to 1, as one says nothing of others.
+
+    In the simulations of tests/test_metrics.py (1 to 500 problems, from alike to all or nothing; avg@16, pass@4 and
+    pass@16) it holds the true mean in at least 93 % of the cases in every setting.
+
+    Args:
+        total: Sum of the figures, float64 [...].
+        squares: Sum of their squares, float64 [...].
+        problems: How many there are.
+
+    Returns:
+        Lower and upper bound, float64 [2, ...].
+    """
+    n = torch.as_tensor(problems).to(total) + 2
+    mean = (total + 1) / n
+    variance = (squares + 1 - n * mean**2) / (n - 1)
+    half_width = _students_t95(n - 1) * (variance / n).sqrt()
+    return torch.stack([mean - half_width, mean + half_width]).clamp(0, 1)
+
+
+def _students_t95(freedom: Tensor) -> Tensor:
+    """`Z95` for Student's t, from its expansion in 1 / degrees of freedom (Abramowitz and Stegun, 26.7.5); 0.6 % too
+    small at 6, and exact to four digits from 30 on."""
+    z = Z95
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 class MeanOverProblems(Metric):
@@ -62,13 +108,12 @@ class MeanOverProblems(Metric):
         self.problems += len(figures)
 
     def compute(self) -> Tensor:
-        """The mean, a scalar within 0 and 1; NaN without problems. With `interval` [2]: the mean, and half the width of
-        its 95 % confidence interval over problems (normal approximation; NaN with fewer than two)."""
+        """The mean, a scalar within 0 and 1; NaN without problems. With `interval` [3]: the mean, and lower and upper
+        bound of its 95 % confidence interval over problems (`interval95`)."""
         mean = self.total / self.problems
         if not self.interval:
             return mean
-        variance = (self.squares - self.problems * mean**2).clamp(min=0) / (self.problems - 1)
-        return torch.stack([mean, Z95 * (variance / self.problems).sqrt()])
+        return torch.cat([mean[None], interval95(self.total, self.squares, self.problems)])
 
 
 class AvgAtK(MeanOverProblems):

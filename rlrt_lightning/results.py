@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.metrics import mean_and_ci95
+from rlrt_lightning.metrics import mean_with_interval
 from rlrt_lightning.objective import pass_at_k
 from rlrt_lightning.sharding import whole
 
@@ -183,7 +183,7 @@ def summary(rows: Sequence[Row]) -> Row:
 
 def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
     """Writes `<benchmark>.parquet` with a row for each problem, and `pass_at_k.csv` with pass@k and its 95 % confidence
-    interval over problems for k = 1, 2, 4, ... and n.
+    interval over problems (`low`, `high`) for k = 1, 2, 4, ... and n.
 
     Args:
         folder: Where to.
@@ -197,13 +197,13 @@ def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / f"{benchmark}.parquet")
         curves += [{"benchmark": benchmark, **point} for point in pass_curve(table)]
     with (folder / "pass_at_k.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["benchmark", "k", "pass", "ci95"])
+        writer = csv.DictWriter(file, ["benchmark", "k", "pass", "low", "high"])
         writer.writeheader()
         writer.writerows(curves)
 
 
 def pass_curve(table: Sequence[Row]) -> list[Row]:
-    """pass@k for k = 1, 2, 4, ... and n: dicts of `k`, `pass` and `ci95`, half the width of the 95 % confidence
+    """pass@k for k = 1, 2, 4, ... and n: dicts of `k`, `pass`, `low` and `high`, the bounds of the 95 % confidence
     interval over problems. n is that of the row with the fewest samples.
 
     Args:
@@ -216,8 +216,8 @@ def pass_curve(table: Sequence[Row]) -> list[Row]:
         of_problem: dict[str, list[float]] = {}
         for row in table:
             of_problem.setdefault(row["problem"], []).append(float(pass_at_k(row["samples"], row["correct"], k)))
-        mean, half_width = mean_and_ci95([fmean(values) for values in of_problem.values()])
-        curve.append({"k": k, "pass": mean, "ci95": half_width})
+        found = mean_with_interval([fmean(values) for values in of_problem.values()])
+        curve.append({"k": k, "pass": found.mean, "low": found.low, "high": found.high})
     return curve
 
 

@@ -229,8 +229,7 @@ class Teacher(nn.Module):
             policy: Whose positions have room for a demonstration or not; None: any fits.
         """
         if kind == "answer":
-            answers = [problems[r.group].answer for r in rollouts]
-            return [None if answer is None else str(answer) for answer in answers]
+            return [problems[r.group].answer_text for r in rollouts]
         if kind == "solution":
             return [problems[r.group].solution for r in rollouts]
         if kind == "feedback":

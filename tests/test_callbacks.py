@@ -85,6 +85,7 @@ def test_colours_tell_the_directions_apart() -> None:
     [
         lambda: TeacherRefresh(every_n_epochs=0),
         lambda: TeacherRefresh(ema_decay=1.0),
+        lambda: TeacherRefresh(every_n_epochs=None, ema_decay=0.5),
         lambda: ReversedSignalLogger(rollouts=0),
         lambda: ReversedSignalLogger(picture_every_n_epochs=-1),
         lambda: Evaluation(ks=[]),

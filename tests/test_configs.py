@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from rlrt_lightning.__main__ import main
+from rlrt_lightning.cli import RLRTCli
+from tests.test_cli_defaults import Settings
 from tests.tiny import policy
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,36 @@ def test_the_papers_config_runs_on_a_shrunk_random_model(tmp_path: Path, shared:
     ]
     # Longer than the small model's 128 positions are most of the prompts, which are dropped.
     assert main(["fit", RLRT_YAML, *flags]) == 0
+
+
+@pytest.fixture(scope="module")
+def cli() -> RLRTCli:
+    return Settings(["fit"])
+
+
+def test_no_config_takes_the_teacher_of_a_method_out_of_its_hands() -> None:
+    for path in (ROOT / "configs").glob("**/*.yaml"):
+        assert "teacher_refresh" not in yaml.safe_load(path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ("sdpo", "grpo"),
+        ("rlsd", "sdpo"),
+        ("sdpo", "rlsd"),
+        ("rlrt_all", "rlrt"),
+        ("teacher_predicted", "rlsd"),
+        ("rlsd", "teacher_predicted"),
+    ],
+)
+def test_nothing_of_a_method_config_is_left_where_another_comes_after_it(first: str, last: str, cli: RLRTCli) -> None:
+    before, after = (f"--config={ROOT / 'configs' / 'methods' / name}.yaml" for name in (first, last))
+    layered, alone = (cli.parser.parse_args(["fit", RLRT_YAML, *flags]).fit for flags in ((before, after), (after,)))
+    assert layered.model.method == alone.model.method
+    assert (
+        vars(layered.teacher_refresh) == vars(alone.teacher_refresh) == {"every_n_epochs": "method", "ema_decay": None}
+    )
 
 
 @pytest.mark.parametrize("name", ["paper", "local"])

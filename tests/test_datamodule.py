@@ -232,7 +232,7 @@ class Forgetful(EntropyBonus):
 
 def test_a_method_that_trains_on_what_was_not_rescored_is_an_error(tmp_path: Path) -> None:
     fit(tmp_path, StrategySum(), method=Forgetful())
-    with pytest.raises(ConfigError, match=r"Forgetful trains on roll-outs .* override may_train"):
+    with pytest.raises(ConfigError, match=r"Forgetful trains on rollouts .* override may_train"):
         fit(tmp_path, StrategySum(), method=Forgetful(), rescore=True)
 
 

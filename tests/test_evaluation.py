@@ -60,7 +60,9 @@ def test_completions_problems_and_curves_are_written(undisturbed: tuple[Path, di
     assert [int(point["k"]) for point in curve] == [1, 2, 4, 8]
     assert float(curve[0]["pass"]) == pytest.approx(figures["eval/heldout/avg@8"][0][1])
     assert float(curve[-1]["pass"]) == pytest.approx(figures["eval/heldout/pass@8"][0][1])
-    assert float(curve[-1]["ci95"]) == pytest.approx(figures["eval/heldout/pass@8_ci95"][0][1])
+    for bound in ("low", "high"):
+        assert float(curve[0][bound]) == pytest.approx(figures[f"eval/heldout/avg@8_{bound}"][0][1])
+        assert float(curve[-1][bound]) == pytest.approx(figures[f"eval/heldout/pass@8_{bound}"][0][1])
 
 
 def test_a_stopped_evaluation_goes_on_where_it_stopped(

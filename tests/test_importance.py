@@ -47,7 +47,7 @@ def made() -> Any:
 
 
 def batch_of(method: Method, made: Any) -> MicroBatch:
-    """One micro-batch with all roll-outs of an epoch that have a gradient under the method."""
+    """One micro-batch with all rollouts of an epoch that have a gradient under the method."""
     data: EpochBatch = distilled(epoch(), made, k=4)
     groups = torch.tensor([r.group for r in data.rollouts])
     rewards = method.shape_rewards(data.rewards, groups, [f"a {i} b {i % 2}" for i in range(len(groups))])
@@ -95,7 +95,7 @@ def test_doubling_a_tokens_importance_doubles_what_it_adds(method: Method, aggre
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_a_sequences_importance_scales_the_whole_rollout(method: Method, made: Any) -> None:
-    """One roll-out alone, whose sampler was off: its gradient is scaled by the product of its tokens' ratios."""
+    """One rollout alone, whose sampler was off: its gradient is scaled by the product of its tokens' ratios."""
     module = RLRTModule(made, Teacher(), method, importance="sequence")
     batch = batch_of(method, made)
     policys = batch.logp_old

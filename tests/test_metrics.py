@@ -6,10 +6,15 @@ import itertools
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
-from rlrt_lightning.metrics import AvgAtK, MeanOverProblems, PassAtK
+from rlrt_lightning.metrics import AvgAtK, MeanOverProblems, PassAtK, interval95, mean_with_interval
+from rlrt_lightning.objective import pass_at_k
 
 CORRECT = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]]).bool()
 
@@ -19,34 +24,85 @@ def brute_pass(row: list[bool], k: int) -> float:
     return sum(any(draw) for draw in draws) / len(draws)
 
 
+def around(values: list[float]) -> list[float]:
+    """Mean and interval, with another's table of Student's t: of the values and two more, 0 and 1."""
+    more = [0.0, 1.0, *values]
+    t = {5: 2.5706, 6: 2.4469}[len(more) - 1]
+    half_width = t * statistics.stdev(more) / math.sqrt(len(more))
+    middle = statistics.fmean(more)
+    return [statistics.fmean(values), max(0.0, middle - half_width), min(1.0, middle + half_width)]
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_pass_at_k_with_its_interval_is_what_trying_all_draws_gives(k: int) -> None:
     expected = [brute_pass(row, k) for row in CORRECT.tolist()]
     metric = PassAtK(k, interval=True)
     for rows in (CORRECT[:2], CORRECT[2:]):
         metric.update(rows)
-    half_width = 1.959963984540054 * statistics.stdev(expected) / math.sqrt(len(expected))
-    assert metric.compute().tolist() == pytest.approx([statistics.fmean(expected), half_width])
+    assert metric.compute().tolist() == pytest.approx(around(expected), abs=5e-3)
+    assert metric.compute().tolist() == pytest.approx(mean_with_interval(expected), abs=1e-12), "one implementation"
+    alone = PassAtK(k)
+    alone.update(CORRECT)
+    assert float(alone.compute()) == pytest.approx(statistics.fmean(expected))
 
 
 def test_avg_with_its_interval() -> None:
     metric = AvgAtK(interval=True)
     metric.update(CORRECT)
     shares = CORRECT.double().mean(-1).tolist()
-    assert metric.compute().tolist() == pytest.approx(
-        [statistics.fmean(shares), 1.959963984540054 * statistics.stdev(shares) / math.sqrt(5)]
-    )
+    assert metric.compute().tolist() == pytest.approx(around(shares), abs=5e-3)
+    assert metric.compute().tolist() == pytest.approx(mean_with_interval(shares), abs=1e-12)
     alone = AvgAtK()
     alone.update(CORRECT)
     assert alone.compute() == metric.compute()[0]
 
 
-def test_one_problem_has_a_mean_and_no_interval() -> None:
-    metric = AvgAtK(interval=True)
-    metric.update(CORRECT[:1])
-    mean, half_width = metric.compute().tolist()
-    assert mean == 0.25
-    assert math.isnan(half_width)
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_one_problem_says_nothing_of_others(share: float) -> None:
+    assert mean_with_interval([share]) == (share, 0.0, 1.0)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.integers(1, 40))
+def test_an_interval_has_a_width_holds_the_mean_and_stays_within_0_and_1(values: list[float], times: int) -> None:
+    mean, low, high = mean_with_interval(values * times)
+    assert 0 <= low < high <= 1
+    assert low - 1e-12 <= mean <= high + 1e-12
+
+
+SAMPLES = 16
+BETA = [(mean, size) for mean in (0.01, 0.05, 0.5, 0.95) for size in (0.1, 1.0, 10.0, 1000.0)]
+"""Mean and a + b of Beta-distributed chances of being solved; a small a + b: all or nothing, a large one: alike."""
+MIXED = [(0.05, 1.0, 0.0), (0.5, 1.0, 0.0), (0.94, 1.0, 0.0), (0.05, 1.0, 0.002), (0.1, 0.9, 0.01), (0.95, 1.0, 0.3)]
+"""A share of problems that is solved with one chance, and the others' chance."""
+
+
+def coverage(correct: Tensor, truth: float, k: int) -> float:
+    """How often the interval of pass@k holds the true mean; correct samples of each problem [repeats, P]."""
+    figures = pass_at_k(SAMPLES, torch.arange(SAMPLES + 1), k)[correct]
+    low, high = interval95(figures.sum(1), (figures**2).sum(1), figures.shape[1])
+    assert (low < high).all()
+    assert (low >= 0).all()
+    assert (high <= 1).all()
+    return float(((low <= truth) & (truth <= high)).double().mean())
+
+
+@pytest.mark.parametrize("problems", [1, 2, 5, 30, 100, 500])
+def test_intervals_hold_the_true_mean(problems: int) -> None:
+    """Of fresh problems and fresh samples, in simulations; k = 1 is avg@n."""
+    random = np.random.default_rng(0)
+    shape = 300_000 // max(problems, 100), problems
+    for mean, size in BETA:
+        a, b = mean * size, (1 - mean) * size
+        correct = torch.from_numpy(random.binomial(SAMPLES, random.beta(a, b, shape)))
+        for k in (1, 4, 16):
+            truth = 1 - math.prod((b + i) / (a + b + i) for i in range(k))
+            assert coverage(correct, truth, k) >= 0.92, (mean, size, k)
+    for share, one, other in MIXED:
+        chances = np.where(random.random(shape) < share, one, other)
+        correct = torch.from_numpy(random.binomial(SAMPLES, chances))
+        for k in (1, 4, 16):
+            truth = share * (1 - (1 - one) ** k) + (1 - share) * (1 - (1 - other) ** k)
+            assert coverage(correct, truth, k) >= 0.92, (share, one, other, k)
 
 
 @pytest.mark.parametrize("cut", range(6))

@@ -138,7 +138,7 @@ def test_distillation_is_capped_at_a_far_token_and_the_others_keep_their_gradien
 @pytest.mark.parametrize("method", [RLRT(gated=False), RLSD(), RLRT(), RLSD(gated=True), GRPO(), SDPO()])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_and_credit_are_finite_and_bounded(dtype: torch.dtype, method: Any) -> None:
-    """(P_S / P_T)^sign(A) and its inverse, on good and bad roll-outs."""
+    """(P_S / P_T)^sign(A) and its inverse, on good and bad rollouts."""
     rewards, context, mask = torch.tensor([1.0, 0, 1, 0]), torch.ones(N), torch.ones(N, T)
     advantages = torch.tensor([1.5, -1.5, 0.5, -0.5])
     expected = method(advantages, rewards, log_probs(0, dtype), log_probs(1, dtype), mask, context)

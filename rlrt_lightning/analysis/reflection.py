@@ -7,7 +7,6 @@ where they differ least, or anywhere; a text is put there and the policy goes on
 from __future__ import annotations
 
 import csv
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ from torch import Tensor
 from rlrt_lightning.analysis.figures import panels, save, style
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.metrics import mean_and_ci95
+from rlrt_lightning.metrics import mean_with_interval
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.objective import divergence
 from rlrt_lightning.objective.methods import Context
@@ -31,6 +30,7 @@ from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem, Verdict
 
 WHERE = ("largest", "smallest", "random")
+BOUNDS = ("low", "high")
 HARD, EASY = (0.0, 0.25), (0.625, 0.875)  # of 8 roll-outs: 0 to 2, and 5 to 7
 
 
@@ -58,7 +58,7 @@ def kind_of(correct: int, samples: int) -> str | None:
 
 def flip_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The share of continuations that flipped the verdict, for each kind of problem, text and place: the mean over
-    problems, and half the width of its 95 % confidence interval over problems (NaN with one).
+    problems with the bounds of its 95 % confidence interval over problems, `low` and `high`.
 
     Args:
         rows: Dicts with `kind`, `text`, `where`, `problem`, `flipped`.
@@ -69,9 +69,9 @@ def flip_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rates = []
     for (kind, text, where), problems in by_problem.items():
         shares = [fmean(flips) for flips in problems.values()]
-        mean, half_width = mean_and_ci95(shares)
+        found = mean_with_interval(shares)
         group = {"kind": kind, "text": text, "where": where, "problems": len(shares)}
-        rates.append({**group, "flipped": mean, "ci95": half_width})
+        rates.append({**group, "flipped": found.mean, "low": found.low, "high": found.high})
     return rates
 
 
@@ -220,7 +220,7 @@ class Reflection:
                     [WHERE.index(where) + (i - (len(texts) - 1) / 2) * width for where in shown],
                     [100 * found[where]["flipped"] for where in shown],
                     width * 0.92,
-                    yerr=[0 if math.isnan(found[w]["ci95"]) else 100 * found[w]["ci95"] for w in shown],
+                    yerr=[[100 * abs(found[w][bound] - found[w]["flipped"]) for w in shown] for bound in BOUNDS],
                     color=style(i).color,
                     hatch=style(i).hatch,
                     edgecolor="white",

@@ -128,7 +128,7 @@ def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
         for point in pass_curve(problems)
     ]
     with (out / "pass_at_k.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["name", "benchmark", "k", "pass", "ci95"])
+        writer = csv.DictWriter(file, ["name", "benchmark", "k", "pass", "low", "high"])
         writer.writeheader()
         writer.writerows(points)
 
@@ -140,7 +140,7 @@ def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
             axis.plot(
                 ks, mean, color=look.color, linestyle=look.linestyle, marker=look.marker, ms=3, lw=1.2, label=name
             )
-            low, high = ([p["pass"] + sign * p["ci95"] for p in curve] for sign in (-1, 1))
+            low, high = ([p[bound] for p in curve] for bound in ("low", "high"))
             axis.fill_between(ks, low, high, color=look.color, alpha=0.12, linewidth=0)
         axis.set_xscale("log", base=2)
         ks = sorted({p["k"] for p in points if p["benchmark"] == benchmark})

@@ -29,8 +29,7 @@ def truths(value: Any) -> list[Truth]:
     """
     found = []
     for entry in entries(value):
-        truth = _truth(entry)
-        if truth is not None and not (isinstance(truth, str) and blank(truth)):
+        if (truth := _truth(entry)) is not None:
             found.append(truth)
     return found
 
@@ -42,19 +41,24 @@ def entries(value: Any) -> list[Any]:
             keys = ", ".join(str(key)[:40] for key in list(value)[:5]) or "none"
             raise ValueError(f"is a dict without a ground_truth (its keys: {keys})")
         value = value["ground_truth"]
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", 0):
-        value = value.tolist()
+    value = _native(value)
     return list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+
+
+def _native(value: Any) -> Any:
+    """An array of any library as a list, or as its one value. Its numbers stay: 0.1 of 32 bits is no 0.1 of 64."""
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, Real) else value
 
 
 def _truth(entry: Any) -> Truth | None:
     """One entry of a ground truth; None if it is empty or not finite."""
+    entry = _native(entry)
     if entry is None:
         return None
     if isinstance(entry, str):
         return str(entry).strip() or None
-    if isinstance(entry, bool) or type(entry).__name__ == "bool":  # numpy's is no subclass
-        return bool(entry)
+    if isinstance(entry, bool):
+        return entry
     if isinstance(entry, Integral):
         return Decimal(int(entry))
     if isinstance(entry, Rational):
@@ -139,8 +143,8 @@ def _in_latex(text: str) -> str:
     if text.isascii():
         return text
     text = text.translate(_BEFORE)
-    for pattern, sign in ((_RAISED, "^"), (_LOWERED, "_")):
-        text = pattern.sub(lambda m, sign=sign: f"{sign}{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = _LOWERED.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = _VULGAR.sub(lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
     text = unicodedata.normalize("NFKC", text).translate(_AFTER)
     text = re.sub(r"(\\sqrt(?:\[3\])?) \(([^()]*)\)", r"\1{\2}", text)
@@ -150,7 +154,8 @@ def _in_latex(text: str) -> str:
 
 _DELIMITER = re.compile(r"(\\\\|\\\$)|\$|\\[()\[\]]")
 _SPACING = re.compile(
-    r"(\\\\)|\\!|(?:\\[,;: ]|\\(?:q?quad|enspace|thinspace|medspace|thickspace)(?![a-zA-Z])|~(?!=)|[^\S\n])+"
+    r"(\\\\)|\\!|(?:\\[,;: ]|\{\\[,;: ]\}|\\(?:q?quad|enspace|thinspace|medspace|thickspace)(?![a-zA-Z])|~(?!=)"
+    r"|\\[hm]space\*?\{[^{}]*\}|\\(?:text|mbox|mathrm)\{\s*\}|[^\S\n])+"
 )
 _ALIASES = [
     (re.compile(pattern), replacement)
@@ -164,8 +169,10 @@ _ALIASES = [
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
         (r"\^?\\degree(?![a-zA-Z])|\^ ?\{ ?\\circ ?\}", r"^\\circ"),
+        (r"\^ ?(-[0-9]+)", r"^{\1}"),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\\{ ?\\\}", r"\\emptyset "),
         (r"([\])]) ?U ?(?=[\[(])", r"\1 \\cup "),
         (r"(?<![a-zA-Z\\{])pi(?![a-zA-Z])", r"\\pi "),
         # Arguments of one digit in braces, as TeX reads them, so that no digit looks like a part of a number.
@@ -192,7 +199,7 @@ _APART = re.compile(r"(?<![0-9._^])[0-9.]*[0-9](?:\.? \.?|')[0-9]")
 
 def canonical(answer: str) -> str:
     r"""An answer in one spelling: see `respelled`; in one line, and without the signs that begin and end formulas."""
-    return respelled(_DELIMITER.sub(lambda m: m[1] or "", answer).replace("\n", " ").strip())
+    return respelled(_DELIMITER.sub(lambda m: m[1] or "", answer).replace("\n", " ")).strip()
 
 
 def respelled(text: str) -> str:
@@ -205,6 +212,7 @@ def respelled(text: str) -> str:
     text = _SPACING.sub(lambda m: m[1] or ("" if m[0] == r"\!" else " "), text)
     for pattern, replacement in _ALIASES:
         text = pattern.sub(replacement, text)
+    text = re.sub(" {2,}", " ", text)
     text = _GROUPED.sub(lambda m: re.sub(r"[^0-9]", "", m[0]), text)
     text = _GROUPED_DECIMALS.sub(lambda m: m[0].replace(" ", ""), text)
     return _MIXED.sub(_improper, text).replace("{,}", ",")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
+from rlrt_lightning.tasks.answers import readable
+
 Messages = list[dict[str, str]]
 """A conversation: dicts with the keys `role` and `content`, as chat templates take it."""
 
@@ -35,6 +37,11 @@ class Problem:
     def question(self) -> str:
         """The prompt as text: all of it, or the last message of a conversation."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+    @property
+    def answer_text(self) -> str | None:
+        """The ground truth in words, "5 or 7" where several answers are right; None if there is none."""
+        return readable(self.answer)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -29,6 +27,7 @@ from rlrt_lightning.tasks.answers import (
     truths,
 )
 from rlrt_lightning.tasks.base import Problem, Verdict
+from rlrt_lightning.tasks.notation import listed, parsed
 
 
 class Reward(ABC):
@@ -99,35 +98,41 @@ class MathReward(Reward):
         _same(r"\frac{1}{2}", r"\boxed{0.5}")
 
     def read_truth(self, value: Any) -> Any:
-        """Takes texts, numbers, truth values and lists of these; also a list of texts that is itself text in JSON."""
-        return _read_truth(_listed(value))
+        """Takes texts, numbers, truth values and lists of these; also a list of texts that is itself text."""
+        return _without_empty(_inside(value), _golds)
 
     def __call__(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion."""
         try:
-            golds = [as_text(truth) for truth in truths(_listed(problem.answer))]
+            golds = _golds(_inside(problem.answer))
         except ValueError as error:
-            return Verdict(0.0, False, message=f"the ground truth {error}", fault=True)
+            return _no_truth(str(error))
         if not golds:
-            return Verdict(0.0, False, message="there is no ground truth", fault=True)
+            return _no_truth("is empty")
         answer = last_boxed(completion)
-        if answer is None:
-            if not self.fallback:
-                return Verdict(0.0, False, message=r"no \boxed{}")
+        if answer is not None:
+            answer = answer.strip()
+            if len(answer) > _LONGEST + max(map(len, golds)):
+                return Verdict(0.0, False, answer, "wrong: far longer than the answer")
+            meanings = readings(canonical(answer))
+            read = [(meaning, rf"\boxed{{{meaning}}}") for meaning in meanings if not blank(meaning)]
+        elif self.fallback:
             text = respelled(completion[-_TAIL:])
             answer = _found(text)
             read = [(canonical(answer), text)] if answer else []
         else:
-            answer = answer.strip()
-            read = [(reading, rf"\boxed{{{reading}}}") for reading in readings(canonical(answer))]
-        if not answer or blank(answer):
+            return Verdict(0.0, False, message=r"no \boxed{}")
+        if not read:
             return Verdict(0.0, False, message="no answer found")
-        right = any(_equal(meaning, *reading) for gold in golds for meaning in _meanings(gold) for reading in read)
+        right = any(_equal(truth, *meaning) for gold in golds for truth in _meanings(gold) for meaning in read)
         return Verdict(float(right), right, answer, "right" if right else f"wrong: the answer is {' or '.join(golds)}")
 
 
 class ExactMatch(Reward):
     """Compares texts character by character, without the white space around them.
+
+    The ground truth may be a list of answers, any of which is right. Where the data holds a number (42.0, 1e-05), and
+    not its text, an answer is right that is the same number: 42, 0.00001. True and false may begin with either case.
 
     Args:
         pattern: Regular expression that finds the answer in a completion; its last match counts, the first group of it
@@ -147,7 +152,7 @@ class ExactMatch(Reward):
 
     def read_truth(self, value: Any) -> Any:
         """Takes texts, numbers, truth values and lists of these."""
-        return _read_truth(value)
+        return _without_empty(value, truths)
 
     def __call__(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion."""
@@ -163,7 +168,9 @@ class ExactMatch(Reward):
         try:
             golds = truths(problem.answer)
         except ValueError as error:
-            return Verdict(0.0, False, message=f"the ground truth {error}", fault=True)
+            return _no_truth(str(error))
+        if not golds:
+            return _no_truth("is empty")
         right = any(self._is(gold, answer) for gold in golds)
         expected = " or ".join(map(as_text, golds))
         return Verdict(float(right), right, answer, "right" if right else f"wrong: the answer is {expected}")
@@ -176,22 +183,30 @@ class ExactMatch(Reward):
         return answer == gold
 
 
-def _read_truth(value: Any) -> Any:
-    """A ground truth without its empty entries, as it came where it is a single one."""
-    found = [entry for entry in entries(value) if truths(entry)]
-    return found[0] if len(found) == 1 else found
+def _no_truth(why: str) -> Verdict:
+    return Verdict(0.0, False, message=f"nothing to compare with: the ground truth {why}", fault=True)
 
 
-def _listed(value: Any) -> Any:
-    """The list of texts that a text holds in JSON, as some data sets have their ground truths; else the value."""
-    if isinstance(value, str) and re.match(r'\[\s*"', value):
-        with suppress(ValueError, RecursionError):
-            listed = json.loads(value)
-            if all(entry is None or isinstance(entry, str) for entry in listed):
-                return listed
-    return value
+def _without_empty(value: Any, found_in: Callable[[Any], list[Any]]) -> Any:
+    """A ground truth's entries, as they came, in which a function finds something; a single one without its list."""
+    full = [entry for entry in entries(value) if found_in([entry])]
+    return full[0] if len(full) == 1 else full
 
 
+def _golds(value: Any) -> list[str]:
+    """The right answers of a ground truth as text, but those that say nothing in a formula."""
+    return [text for text in map(as_text, truths(value)) if not blank(text)]
+
+
+def _inside(value: Any) -> Any:
+    """The list of texts or the dict that a text holds, as some data sets have their ground truths; else the value."""
+    if not isinstance(value, str):
+        return value
+    inside = parsed(value) if re.match(r"\{\s*[\"']", value) else listed(value)
+    return inside if isinstance(inside, (list, dict)) else value
+
+
+_LONGEST = 10_000  # the characters by which an answer may be longer than the ground truth
 _TAIL = 2_000  # the characters at the end in which an answer without a box is sought: the search is slow in long texts
 
 _DENIAL = re.compile(r"\\(?:ne|not|notin|n(?:less|gtr|leq|geq))(?![a-zA-Z])")
@@ -242,6 +257,8 @@ def _comparable(gold: str, answer: str) -> bool:
     r"""Whether an answer differs from the ground truth in nothing that math-verify overlooks: a denial (`x \ne 5`), the
     base of a number (`101_2`, `101_3`), and numbers side by side, which it adds or multiplies."""
     denied, other_base = (pattern.findall(gold) != pattern.findall(answer) for pattern in (_DENIAL, _BASE))
+    if _DENIAL.search(gold):  # math-verify takes x = 2 beside x \ne 1 for one more denial
+        denied |= len(_RELATION.findall(gold)) != len(_RELATION.findall(answer))
     other_base = other_base and bool(_BASE.search(gold) and _BASE.search(answer))
     return not (denied or other_base or apart(gold) or apart(answer))
 
@@ -255,9 +272,14 @@ def _affirmed(*texts: str) -> tuple[str, ...]:
 
 
 def _found(text: str) -> str | None:
-    """The answer that math-verify finds in a text without a box, as text."""
+    """The answer that math-verify finds in a text without a box, as text. None too where it left out what the answer
+    is a part of: the other of two numbers side by side, or a sign that it does not equal."""
     parsed = _parse(text)
-    return str(parsed[-1]) if parsed else None
+    if not parsed:
+        return None
+    found = str(parsed[-1])
+    before, _, after = text.rpartition(found)
+    return None if re.search(r"(?:\\ne|[0-9]) $", before) or re.match(r" \.?[0-9]", after) else found
 
 
 def _same(gold: str, text: str) -> bool:

@@ -51,7 +51,7 @@ class TeacherWeights:
 
     def __str__(self) -> str:
         if self.kind == "policy":
-            return "the policy's current weights"
+            return "the weights of the policy that draws the rollouts"
         if self.every_n_epochs is None:
             return "the initial weights"
         often = "every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"

@@ -1,0 +1,330 @@
+"""What columns hold beside plain text: messages, lists and dicts, as they are and as text; keys that stand twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlrt_lightning import Teacher
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.tasks import DatasetTask, ExactMatch
+from rlrt_lightning.tasks.notation import loads, parsed
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "What's \\(2+2\\)?\nSay it."}
+ASSISTANT = {"role": "assistant", "content": "It is 4."}
+CHAT = [SYSTEM, USER]
+SHAREGPT = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": USER["content"]}]
+UNREADABLE = "looks like messages but is neither JSON nor Python's notation; write it as JSON"
+NO_MESSAGES = "holds something else than messages with a role and a content in text"
+
+
+def read(path, **settings):
+    return DatasetTask(train=str(path), **{"prompt": "prompt", "answer": "answer", **settings}).problems("train")
+
+
+def one(tmp_path, ending="jsonl", reward=None, solution=None, **row):
+    """The problem of a file's only row."""
+    path = tmp_path / f"a.{ending}"
+    row = {"prompt": "2+2?", "answer": "4", **row}
+    if ending == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([row.keys(), row.values()])
+    else:
+        path.write_text(json.dumps(row) + "\n")
+    (problem,) = read(path, reward=reward, solution=solution)
+    return problem
+
+
+def cause(tmp_path, **row):
+    """What is said of a file whose only row is bad."""
+    with pytest.raises(ConfigError, match="no usable row: row 1: ") as error:
+        one(tmp_path, **row)
+    assert "\n" not in str(error.value)
+    return str(error.value).partition("row 1: ")[2]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (repr(CHAT), CHAT),
+        (json.dumps(CHAT), CHAT),
+        (repr(tuple(CHAT)), CHAT),
+        (f"\n {CHAT!r} ", CHAT),
+        (json.dumps(json.dumps(CHAT)), CHAT),
+        (repr(USER), [USER]),
+        (json.dumps(USER), [USER]),
+        (repr(SHAREGPT), CHAT),
+        (json.dumps(SHAREGPT), CHAT),
+        (repr(SHAREGPT[1]), [USER]),
+        (repr({"messages": CHAT}), CHAT),
+        (json.dumps({"conversations": SHAREGPT}), CHAT),
+        ("[{'role': 'user',\n  'content': r'a\\(b'}]", [{"role": "user", "content": "a\\(b"}]),
+    ],
+)
+def test_conversations_as_text(tmp_path, ending, text, prompt):
+    assert one(tmp_path, ending, prompt=text).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("value", "prompt"),
+    [
+        (USER, [USER]),
+        (SHAREGPT, CHAT),
+        (SHAREGPT[1], [USER]),
+        ({"messages": CHAT}, CHAT),
+        ([{**dict.fromkeys(["role", "content"]), **message} for message in SHAREGPT], CHAT),  # columns of two layouts
+    ],
+)
+def test_conversations_as_objects(tmp_path, value, prompt):
+    assert one(tmp_path, prompt=value).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (str(np.array(CHAT, dtype=object)), UNREADABLE),
+        (repr(np.array(CHAT, dtype=object)), UNREADABLE),
+        (repr(CHAT)[:-5], UNREADABLE),
+        (f"{CHAT!r} and more", UNREADABLE),
+        ("[{'role': 'user', 'content': 'a', 'name': null}]", UNREADABLE),
+        ("[{'role': 'user', 'content': 'a', 'name': nan}]", UNREADABLE),
+        ("[{'role': 'user', 'content': array(['a'])}]", UNREADABLE),
+        ("[{'role': 'user', 'content': __import__('os').abort()}]", UNREADABLE),
+        ("[{'role': 'user', 'content': 'a' 'b'}]", UNREADABLE),
+        (repr([*CHAT, ASSISTANT]), "does not end with a message of the user"),
+        (repr([*CHAT, {"role": "user"}]), NO_MESSAGES),
+        (json.dumps([*CHAT, "2+2?"]), NO_MESSAGES),
+        (json.dumps([{"from": "tool", "value": "x"}, *SHAREGPT]), NO_MESSAGES),
+        ('[{"role": "system", "role": "user", "content": "a"}]', "an object has the key 'role' twice"),
+        ("[{'role': 'system', 'role': 'user', 'content': 'a'}]", "an object has the key 'role' twice"),
+    ],
+)
+def test_conversations_that_cannot_be_read_are_bad_rows(tmp_path, text, words):
+    assert words in cause(tmp_path, prompt=text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[x] is the floor of x. What is [2.5]?",
+        "[1, 2, 3] has how many entries?",
+        "['a', 'b']",
+        "[{'a': 1}, {'b': 2}]",
+        "[{'a': 1}\n {'b': 2}]",
+        '{"a": 1} has how many keys?',
+        "{'role': 'user'}",
+        "(1, 2) and [",
+        "What does [{'role': 'user', 'content': 'hi'}] mean?",
+        "[" * 9000,
+        "[{'role': " * 500,
+    ],
+)
+def test_text_that_merely_begins_like_a_list_stays_the_question(tmp_path, text):
+    assert one(tmp_path, prompt=text).prompt == text
+
+
+@pytest.mark.parametrize(
+    ("value", "solution"),
+    [
+        ("Add them.", "Add them."),
+        ("[a] is the floor of a.", "[a] is the floor of a."),
+        ("['x'] is a list", "['x'] is a list"),
+        ('{"a": 1}', '{"a": 1}'),
+        (["First way", "Second way"], "First way"),
+        (["", None, "Second way"], "Second way"),
+        (repr(["First way", "Second's"]), "First way"),
+        (json.dumps(["First way", "Second way"]), "First way"),
+        ([*CHAT, ASSISTANT], "It is 4."),
+        (ASSISTANT, "It is 4."),
+        (repr([*CHAT, ASSISTANT]), "It is 4."),
+        (json.dumps([SHAREGPT[1], {"from": "gpt", "value": "It is 4."}]), "It is 4."),
+        ([ASSISTANT, USER, {**ASSISTANT, "content": "No, 5."}], "No, 5."),
+        (4, "4"),
+        (0, "0"),
+        (42.0, "42"),
+        *[(empty, None) for empty in (None, "", " ", [], {}, [""], [None], float("nan"))],
+    ],
+)
+def test_solutions_of_every_kind_are_text(tmp_path, value, solution):
+    assert one(tmp_path, solution="worked", worked=value).solution == solution
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"text": "x"}, "neither text, messages nor a list of texts but dict; name one of its keys, as in worked.text"),
+        (repr({"text": "x"}), "but dict; name one of its keys"),
+        ([1, 2], "but list"),
+        ([["First"], ["Second"]], "but list"),
+        ([{"text": "x"}], "but list"),
+        (repr([{"text": "x"}]), "but list"),
+        (["a", {"b": 1}], "but list"),
+        (CHAT, "holds no message of the assistant"),
+        ([{"role": "assistant", "content": None}], NO_MESSAGES),
+        (str(np.array(["First way", "Second way"])), "looks like a list of texts but is neither JSON nor Python's"),
+        (str(np.array(CHAT, dtype=object)), UNREADABLE),
+        ("\ud800", "not UTF-8"),
+    ],
+)
+def test_solutions_that_are_no_text_are_bad_rows(tmp_path, value, words):
+    said = cause(tmp_path, solution="worked", worked=value)
+    assert "worked" in said
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    ("value", "answer", "words"),
+    [
+        (["4", ""], "4", "4"),
+        (["4", None, "5"], ["4", "5"], "4 or 5"),
+        ([float("nan"), 5], 5, "5"),
+        ({"ground_truth": "5", "style": "rule"}, "5", "5"),
+        ({"ground_truth": {"ground_truth": ["5", ""]}}, "5", "5"),
+        (json.dumps({"ground_truth": "5"}), "5", "5"),
+        (repr({"ground_truth": "5"}), "5", "5"),
+        ('["34"]', "34", "34"),
+        (repr(["4", None, "5"]), ["4", "5"], "4 or 5"),
+        ("[4, 5]", "[4, 5]", "[4, 5]"),
+        (r"\{\}", r"\{\}", r"\{\}"),
+        (1e-05, 1e-05, "0.00001"),
+        (True, True, "True"),
+    ],
+)
+def test_ground_truths(tmp_path, value, answer, words):
+    problem = one(tmp_path, answer=value)
+    assert (problem.answer, problem.answer_text) == (answer, words)
+    task = DatasetTask(train="unused")
+    assert task.verify(problem, rf"\boxed{{{words.partition(' or ')[0]}}}").correct
+    assert not task.verify(problem, r"\boxed{.}").correct
+
+
+@pytest.mark.parametrize("reward", [None, ExactMatch()])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"target": 5, "numbers": [1]}, "is a dict without a ground_truth (its keys: target, numbers)"),
+        ({"ground_truth": {"target": 5}}, "is a dict without a ground_truth (its keys: target)"),
+        ([["4"], ["5"]], "the answer in answer is neither text nor a number but list"),
+        ([{"a": 1}], "the answer in answer is neither text nor a number but dict"),
+        ({"ground_truth": ""}, "no answer in answer"),
+        ({"ground_truth": [None]}, "no answer in answer"),
+        (["", None], "no answer in answer"),
+        ('{"ground_truth": "4", "ground_truth": "5"}', "an object has the key 'ground_truth' twice"),
+    ],
+)
+def test_ground_truths_that_no_reward_of_ours_can_use_are_bad_rows(tmp_path, value, words, reward):
+    assert words in cause(tmp_path, answer=value, reward=reward)
+
+
+@pytest.mark.parametrize("value", [".", "$$", "{}", [r"\,"], '{"target": "5"}', "['4' '5']"])
+def test_ground_truths_that_no_formula_can_equal_are_bad_rows(tmp_path, value):
+    assert "answer" in cause(tmp_path, answer=value)
+    assert one(tmp_path, answer=value, reward=ExactMatch()).answer in (value, r"\,")  # which compares texts
+
+
+def always(problem, completion):
+    return 1.0
+
+
+def test_a_reward_of_ones_own_gets_the_ground_truth_as_it_is(tmp_path):
+    for value in ({"target": 5, "numbers": [1, 2]}, ["4", None], [["a"]], "[]"):
+        assert one(tmp_path, answer=value, reward=always).answer == value
+
+
+def test_several_answers_are_a_readable_context(tmp_path):
+    problems = [
+        one(tmp_path, answer=["5", "7"]),
+        one(tmp_path, answer=42.0),
+        one(tmp_path, answer={"target": 5}, reward=always),
+    ]
+    rollouts: Any = [SimpleNamespace(group=i) for i in range(3)]
+    contexts = Teacher().contexts("answer", problems, rollouts, torch.ones(3).bool())
+    assert contexts == ["5 or 7", "42", '{"target": 5}']
+
+
+# -- keys that stand twice ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "prompt,answer,answer\nq,4,5\n", r"a\.csv: its first line names the column 'answer' twice$"),
+        ("a.csv", "\ufeffprompt,prompt,answer\nq,r,5\n", r"a\.csv: .* names the column 'prompt' twice$"),
+        ("a.jsonl", '{"prompt": "q", "answer": "4", "answer": "5"}\n', r"a\.jsonl.* the key 'answer' twice"),
+        ("a.jsonl", '\ufeff{"prompt": "q", "prompt": "r", "answer": "5"}', r"a\.jsonl.* the key 'prompt' twice"),
+        ("a.jsonl", '{"prompt": "q", "answer": {"ground_truth": 1, "ground_truth": 2}}', "key 'ground_truth' twice"),
+        ("a.json", '[{"prompt": "q", "answer": "4", "answer": "5"}]', r"a\.json: .*the key 'answer' twice$"),
+        ("a.json", '{"prompt": "q", "answer": "4", "answer": "5"}', r"a\.json: .*the key 'answer' twice$"),
+        ("a.json", '{"prompt": "q", "answer": "4"}\n{"answer": "4", "answer": "5"}', "row 2: .*key 'answer' twice"),
+    ],
+)
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_a_column_or_key_that_stands_twice(tmp_path, name, content, words, bad_rows):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    if "row 2" in words and bad_rows == "skip":
+        with pytest.warns(UserWarning, match=words):
+            assert len(read(tmp_path / name, bad_rows=bad_rows)) == 1
+        return
+    with pytest.raises(ConfigError, match=words) as error:
+        read(tmp_path / name, bad_rows=bad_rows)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_that_stand_twice_where_nobody_looks_and_columns_without_a_name(tmp_path):
+    (tmp_path / "a.csv").write_text(',prompt,answer,,\n0,q,4,,\n1,"{""a"": 1, ""a"": 2}",5,,\n')
+    assert [problem.prompt for problem in read(tmp_path / "a.csv")] == ["q", '{"a": 1, "a": 2}']
+    problem = one(tmp_path, more='{"a": 1, "a": 2}')
+    assert problem.info["more"] == '{"a": 1, "a": 2}'
+
+
+def test_dicts_as_python_prints_them(tmp_path):
+    row = {"reward_model": repr({"ground_truth": "4", "style": "rule"}), "more": repr({"index": 1})}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q", **row}))
+    (problem,) = read(tmp_path / "a.jsonl", answer="reward_model.ground_truth")
+    assert (problem.answer, problem.info["more"]) == ("4", {"index": 1})
+
+
+def test_parquet_columns_that_stand_twice_and_numbers_of_32_bits(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    def write(names, *columns):
+        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+
+    texts = pyarrow.array(["q"])
+    with pytest.raises(ConfigError, match=r"a\.parquet: .*answer") as error:
+        read(write(["prompt", "answer", "answer"], texts, texts, texts))
+    assert "\n" not in str(error.value)
+    for number, kind in [(0.1, pyarrow.float32()), (0.5, pyarrow.float16()), (1e-05, pyarrow.float64())]:
+        array = pyarrow.array([np.dtype(kind.to_pandas_dtype()).type(number)], kind)
+        (problem,) = read(write(["prompt", "answer"], texts, array))
+        assert problem.answer == number
+        assert ExactMatch()(problem, f"{Decimal(str(number)):f}").correct
+
+
+def test_notations():
+    assert parsed("{'a': [1, None, True, (2,)]}") == {"a": [1, None, True, (2,)]}
+    assert parsed('{"a": [1, null, true]}') == {"a": [1, None, True]}
+    assert loads("[1]") == [1]
+    for text in (
+        "f()",
+        "a.b",
+        "[1",
+        "['a' 'b']",
+        "lambda: 1",
+        "1 if 1 else 2",
+        "-" * 100_000 + "1",
+        "(" * 5_000,
+        "\x00",
+    ):
+        assert parsed(text) == text
