@@ -41,9 +41,18 @@ class TeacherRefresh(Callback):
             raise ConfigError(f"teacher_refresh.{error}") from None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tells the teacher whether it needs a copy, before the weights are loaded."""
+        """Tells the teacher whether it needs a copy, before the weights are loaded.
+
+        Raises:
+            ConfigError: If the engine scores for a teacher whose weights it does not have.
+        """
         module = cast("RLRTModule", pl_module)
-        module.teacher.schedule = self.chosen or module.method.needs.teacher
+        schedule = module.teacher.schedule = self.chosen or module.method.needs.teacher
+        if stage == "fit" and module.teacher.scored_by == "engine" and schedule.kind != "policy":
+            raise ConfigError(
+                f"model.teacher.scored_by is engine, which has the policy's weights, but the teacher has {schedule}: "
+                "set teacher_refresh.every_n_epochs=1, or model.teacher.scored_by=trainer"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refreshes the teacher before the next epoch's rollouts are scored, and before this epoch is saved."""

@@ -656,10 +656,6 @@ class RolloutDataModule(LightningDataModule):
         wrong = None
         if not isinstance(self.engine, ScoringEngine):
             wrong = f"{type(self.engine).__name__} does not score; take a vLLM engine"
-        elif self._module.teacher.weights != "policy":
-            wrong = (
-                "the engine has the policy's weights, and this teacher its own: set teacher_refresh.every_n_epochs=1"
-            )
         elif self._module.method.needs.entropy or self._module.method.needs.top_k != 0:
             wrong = f"{type(self._module.method).__name__} needs the teacher's whole distribution"
         elif self.sampling.temperature != 1:

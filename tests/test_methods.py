@@ -220,6 +220,15 @@ def test_another_methods_teacher_is_no_continuation(tmp_path: Path, capsys: pyte
     assert "set model.policy, model.method and teacher_refresh as in the run that made it" in line
 
 
+def test_an_engine_does_not_score_for_a_teacher_with_weights_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = ["--data.engine=VllmServerEngine", "--data.engine.urls=[http://127.0.0.1:9]"]
+    asked = ["--model.method=RLSD", "--model.teacher.scored_by=engine"]
+    assert command("fit", tmp_path, *server, *asked) == 2
+    assert "but the teacher has the initial weights: set teacher_refresh.every_n_epochs=1" in capsys.readouterr().err
+
+
 def test_a_divergence_over_the_whole_vocabulary(tmp_path: Path) -> None:
     """28 tokens: comparing them all, or 100 at most, is the same."""
     for top_k in ("null", "100"):

@@ -212,7 +212,7 @@ def test_the_teacher_is_the_methods_unless_the_users_callback_says_otherwise(tmp
     ):
         model = module()
         model.method = method
-        trainer(tmp_path, fast_dev_run=True, callbacks=list(callbacks)).fit(model, data())
+        trainer(tmp_path, fast_dev_run=True, enable_checkpointing=False, callbacks=list(callbacks)).fit(model, data())
         assert model.teacher.weights == expected, (method, callbacks)
         assert ("model" in model.teacher._modules) == (expected != "policy")
 
