@@ -54,8 +54,7 @@ class ReversedSignalLogger(Callback):
         module = cast("RLRTModule", pl_module)
         if epoch is None or module.method.context == "none":
             return
-        eps_w = getattr(module.method, "eps_w", None)
-        module.log_epoch(mean_over_ranks(trainer, signal_statistics(epoch, eps_w)))
+        module.log_epoch(mean_over_ranks(trainer, signal_statistics(epoch)))
         folder = own(trainer, "signal")
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
@@ -82,12 +81,11 @@ class ReversedSignalLogger(Callback):
             board.add_image("signal/rollouts", draw(title, scored), trainer.global_step, dataformats="HWC")
 
 
-def signal_statistics(epoch: EpochBatch, eps_w: float | None) -> dict[str, float]:
+def signal_statistics(epoch: EpochBatch) -> dict[str, float]:
     """D_t and the weights of an epoch in figures, by tag. Shares of tokens are shares of the scored ones.
 
     Args:
-        epoch: The epoch's roll-outs with their credit.
-        eps_w: Where the method clips its weights; None if it does not.
+        epoch: The epoch's rollouts with their credit.
     """
     credit, context, correct = epoch.credit, epoch.has_context, epoch.correct
     solved = int(correct.sum())
@@ -113,8 +111,8 @@ def signal_statistics(epoch: EpochBatch, eps_w: float | None) -> dict[str, float
             stats["signal/effective_advantage"] = Mean(
                 float(credit.advantages[scored].abs().mean() / advantages), float(advantages) * len(weights)
             )
-        if eps_w is not None:
-            clipped = weights.clamp(1 - eps_w, 1 + eps_w)
+        if credit.weight_bounds is not None:
+            clipped = weights.clamp(*credit.weight_bounds)
             stats["signal/weight_mean"] = Mean(float(clipped.mean()), len(weights))
             stats["signal/clipped"] = Mean(float((clipped != weights).float().mean()), len(weights))
     return stats

@@ -1,52 +1,62 @@
-"""When the teacher takes the policy's weights."""
+"""Whose weights the teacher has, and when it is refreshed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from lightning import Callback, LightningModule, Trainer
 
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.objective import TeacherWeights
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
 
 
 class TeacherRefresh(Callback):
-    """Decides whose weights the teacher has.
+    """Decides whose weights the teacher has: those that the method declares (`Needs.teacher`), unless one of these
+    settings is given.
 
-    Refreshed each epoch (the default), the teacher is the policy that made the epoch's roll-outs: it scores them before
-    the first update and needs no weights of its own. In every other case it keeps a copy, which checkpoints hold too.
+    Refreshed after every epoch without a moving average, the teacher is the policy that drew the epoch's rollouts: it
+    scores them before the first update and needs no weights of its own. In every other case it keeps a copy, which
+    checkpoints hold too.
 
     Args:
         every_n_epochs: Refresh after every so many epochs; null never does, so the teacher keeps the initial weights.
+            "method" leaves it to the method, or is 1 where only ema_decay is given.
         ema_decay: At a refresh the teacher becomes ema_decay * teacher + (1 - ema_decay) * policy; 0 copies the policy.
+            Null leaves it to the method, or is 0 where only every_n_epochs is given.
     """
 
-    def __init__(self, every_n_epochs: int | None = 1, ema_decay: float = 0.0) -> None:
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise ConfigError(f"teacher_refresh.every_n_epochs is {every_n_epochs}; it has to be at least 1, or null")
-        if not 0 <= ema_decay < 1:
-            raise ConfigError(f"teacher_refresh.ema_decay is {ema_decay}; it has to be from 0 to below 1")
-        if every_n_epochs is None and ema_decay > 0:
-            raise ConfigError(
-                f"teacher_refresh.ema_decay is {ema_decay}, but every_n_epochs is null, which never refreshes the "
-                "teacher; set ema_decay to 0, or every_n_epochs to a number"
-            )
-        self.every_n_epochs = every_n_epochs
-        self.ema_decay = ema_decay
+    def __init__(
+        self, every_n_epochs: int | Literal["method"] | None = "method", ema_decay: float | None = None
+    ) -> None:
+        self.chosen: TeacherWeights | None = None
+        """What the settings say; None leaves it to the method."""
+        if every_n_epochs == "method" and ema_decay is None:
+            return
+        try:
+            self.chosen = TeacherWeights(1 if every_n_epochs == "method" else every_n_epochs, ema_decay or 0.0)
+        except ValueError as error:
+            raise ConfigError(f"teacher_refresh.{error}") from None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tells the teacher whether it needs a copy, before the weights are loaded."""
+        """Tells the teacher whether it needs a copy, before the weights are loaded.
+
+        Raises:
+            ConfigError: If the engine scores for a teacher whose weights it does not have.
+        """
         module = cast("RLRTModule", pl_module)
-        if self.every_n_epochs is None:
-            module.teacher.weights = "initial"
-        else:
-            module.teacher.weights = "policy" if self.every_n_epochs == 1 and self.ema_decay == 0 else "own"
+        schedule = module.teacher.schedule = self.chosen or module.method.needs.teacher
+        if stage == "fit" and module.teacher.scored_by == "engine" and schedule.kind != "policy":
+            raise ConfigError(
+                f"model.teacher.scored_by is engine, which has the policy's weights, but the teacher has {schedule}: "
+                "set teacher_refresh.every_n_epochs=1, or model.teacher.scored_by=trainer"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refreshes the teacher before the next epoch's roll-outs are scored, and before this epoch is saved."""
+        """Refreshes the teacher before the next epoch's rollouts are scored, and before this epoch is saved."""
         module = cast("RLRTModule", pl_module)
-        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if module.teacher.weights == "own" and due:
-            module.teacher.refresh(module.policy, self.ema_decay)
+        schedule = module.teacher.schedule
+        if schedule.kind == "own" and schedule.due(trainer.current_epoch):
+            module.teacher.refresh(module.policy, schedule.ema_decay)

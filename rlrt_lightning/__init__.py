@@ -6,64 +6,15 @@ Everything public can be imported from here; nothing is loaded before it is used
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 __version__ = "0.1.0"
-
-_HOME = {
-    "rlrt_lightning.objective": [
-        "Credit",
-        "DIVER",
-        "Distilling",
-        "EntropyBonus",
-        "GRPO",
-        "Method",
-        "RLRT",
-        "RLSD",
-        "SDPO",
-        "SRPO",
-        "clipped_surrogate",
-        "distillation_loss",
-        "divergence",
-        "dynamic_weights",
-        "group_advantages",
-        "importance_weights",
-        "pass_at_k",
-    ],
-    "rlrt_lightning.metrics": ["AvgAtK", "PassAtK"],
-    "rlrt_lightning.lora": ["LoRA"],
-    "rlrt_lightning.policy": ["Policy"],
-    "rlrt_lightning.sharding": ["FSDP2Strategy"],
-    "rlrt_lightning.teacher": ["Teacher"],
-    "rlrt_lightning.rollouts": [
-        "Rollout",
-        "RolloutEngine",
-        "Sampling",
-        "TransformersEngine",
-        "VllmColocateEngine",
-        "VllmServerEngine",
-    ],
-    "rlrt_lightning.tasks": [
-        "DatasetTask",
-        "ExactMatch",
-        "MathReward",
-        "Problem",
-        "ReasoningGym",
-        "StrategySum",
-        "Task",
-        "Verdict",
-    ],
-    "rlrt_lightning.datamodule": ["Benchmark", "RolloutDataModule"],
-    "rlrt_lightning.module": ["RLRTModule"],
-    "rlrt_lightning.errors": ["ConfigError"],
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import Benchmark, RolloutDataModule
@@ -79,9 +30,12 @@ if TYPE_CHECKING:
         SDPO,
         SRPO,
         Credit,
-        Distilling,
+        DivergenceSettings,
         EntropyBonus,
         Method,
+        Needs,
+        Signals,
+        TeacherWeights,
         clipped_surrogate,
         distillation_loss,
         divergence,
@@ -113,10 +67,23 @@ if TYPE_CHECKING:
     from rlrt_lightning.teacher import Teacher
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _modules_of_names() -> dict[str, str]:
+    """The module of each public name, read from the imports above, which only type checkers execute."""
+    source = cast(Any, __spec__).loader.get_source(__name__)
+    block = next(node for node in ast.parse(source).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {name.name: str(node.module) for node in imports for name in node.names}
+
+
+_MODULE_OF = _modules_of_names()
+__all__ = sorted(_MODULE_OF)
+
+if not TYPE_CHECKING:  # a type checker would take any name for a public one
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULE_OF:
+            return getattr(import_module(_MODULE_OF[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

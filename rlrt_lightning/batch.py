@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning import padding
-from rlrt_lightning.objective import Aggregation, Credit
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.objective import Aggregation, Credit, DivergenceSettings
 from rlrt_lightning.padding import Shared, at_mask, balance, blocks, pad_sequences, worth_sharing
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks.base import Problem
@@ -88,6 +89,8 @@ class MicroBatch:
         importance: Weight of each token that corrects for the sampler's arithmetic, [B, T].
         advantages: Token advantages, [B, T].
         distillation: Weight of the divergence to the teacher at each token, [B, T]; None where the method has none.
+        alpha: Which divergence, as in `DivergenceSettings`; read only where there is one.
+        distillation_cap: Upper limit of P_new / P_old in the divergence's weight; read only where there is one.
         top_tokens: The k tokens that are compared at each of the R response tokens, in reading order, int32 [R, k].
         top_logp: Their log-probs under the teacher, nats, [R, k].
         entropy_bonus: Coefficient of the entropy at each token, [B, T]; None where the method has none.
@@ -107,6 +110,8 @@ class MicroBatch:
         importance: Tensor,
         advantages: Tensor,
         distillation: Tensor | None,
+        alpha: float,
+        distillation_cap: float,
         top_tokens: Tensor | None,
         top_logp: Tensor | None,
         entropy_bonus: Tensor | None,
@@ -122,6 +127,8 @@ class MicroBatch:
         self.importance = importance
         self.advantages = advantages
         self.distillation = distillation
+        self.alpha = alpha
+        self.distillation_cap = distillation_cap
         self.top_tokens = top_tokens
         self.top_logp = top_logp
         self.entropy_bonus = entropy_bonus
@@ -289,6 +296,7 @@ def _collate(
         return at_mask(values[rows][epoch.mask[rows]].float(), response)
 
     credit = epoch.credit
+    divergence = credit.divergence or DivergenceSettings(0.0, 1.0)
     top_tokens = top_logp = None
     if credit.distillation is not None:
         top_tokens, top_logp = _compared([epoch.teacher[i] for i in rows.tolist()], chosen)
@@ -302,6 +310,8 @@ def _collate(
         importance=spread(epoch.importance),
         advantages=spread(credit.advantages),
         distillation=None if credit.distillation is None else spread(credit.distillation),
+        alpha=divergence.alpha,
+        distillation_cap=divergence.importance_cap,
         top_tokens=top_tokens,
         top_logp=top_logp,
         entropy_bonus=None if credit.entropy_bonus is None else spread(credit.entropy_bonus),
@@ -314,6 +324,11 @@ def _compared(scores: Sequence[TeacherScore | None], rollouts: Sequence[Rollout]
     """What the teacher said of the tokens that are compared, [R, k] each; where it said nothing, the divergence has
     weight 0 and any tokens do."""
     k = max((score.top_tokens.shape[1] for score in scores if score is not None), default=1)
+    if k == 0:
+        raise ConfigError(
+            "model.method gives credit with a divergence to the teacher, but asks for no tokens to compare: set top_k "
+            "in its needs"
+        )
     tokens, logp = [], []
     for score, rollout in zip(scores, rollouts, strict=True):
         length = len(rollout.response_ids)

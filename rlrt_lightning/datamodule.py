@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
 from rlrt_lightning.epoch_figures import Clock, log_probs, mismatch, non_finite_log_probs, not_finite, statistics
 from rlrt_lightning.errors import ConfigError, check_ranges
-from rlrt_lightning.objective import Distilling, group_advantages, importance_weights
+from rlrt_lightning.objective import Signals, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.policy import Scored
 from rlrt_lightning.prompts import PromptReader, read_problems
@@ -275,7 +274,7 @@ class RolloutDataModule(LightningDataModule):
                     contexts,
                     self.sampling.temperature,
                     method.context,
-                    top_k=(method.top_k or sys.maxsize) if isinstance(method, Distilling) else 0,
+                    top_k=method.needs.top_k,
                     engine=self._scoring_engine(),
                 )
                 self.engine.release()
@@ -290,13 +289,11 @@ class RolloutDataModule(LightningDataModule):
         has_context = torch.tensor([c is not None for c in contexts])
         # Both sides of D_t from the same arithmetic.
         logp_student = logp_sampler if module.teacher.scored_by == "engine" else logp_old
-        figures = advantages, rewards, logp_student, logp_teacher, mask, has_context
-        if isinstance(method, Distilling):
+        teacher_entropy = None
+        if method.needs.entropy:
             teacher_entropy = pad_rows([s.entropy if s else None for s in teacher], width=mask.shape[1])
-            credit = method(*figures, teacher_entropy, self._sum_over_ranks)
-        else:
-            credit = method(*figures)
-        credit = credit.without(unusable)
+        figures = advantages, rewards, logp_student, logp_teacher, mask, has_context
+        credit = method.credit(Signals(*figures, teacher_entropy, self._sum_over_ranks)).without(unusable)
         if self.rescore and (credit.trains & ~trainable).any():
             raise ConfigError(
                 f"model.method: {type(method).__name__} trains on rollouts that its may_train leaves out, which "
@@ -703,11 +700,7 @@ class RolloutDataModule(LightningDataModule):
         wrong = None
         if not isinstance(self.engine, ScoringEngine):
             wrong = f"{type(self.engine).__name__} does not score; take a vLLM engine"
-        elif self._module.teacher.weights != "policy":
-            wrong = (
-                "the engine has the policy's weights, and this teacher its own: set teacher_refresh.every_n_epochs=1"
-            )
-        elif isinstance(self._module.method, Distilling):
+        elif self._module.method.needs.entropy or self._module.method.needs.top_k != 0:
             wrong = f"{type(self._module.method).__name__} needs the teacher's whole distribution"
         elif self.sampling.temperature != 1:
             wrong = "vLLM scores at temperature 1 only"

@@ -21,7 +21,6 @@ from rlrt_lightning.log_probs import log_probs_at
 from rlrt_lightning.objective import (
     RLRT,
     Aggregation,
-    Distilling,
     Importance,
     Method,
     clipped_surrogate,
@@ -137,7 +136,6 @@ class RLRTModule(LightningModule):
             "train/kl": (_kl(logp.detach(), batch), tokens),
         }
         if divergence is not None:
-            assert isinstance(self.method, Distilling)
             assert batch.distillation is not None
             loss = loss + distillation_loss(
                 divergence,
@@ -145,7 +143,7 @@ class RLRTModule(LightningModule):
                 batch.logp_old,
                 batch.distillation,
                 batch.response_mask,
-                self.method.importance_cap,
+                batch.distillation_cap,
                 self.aggregation,
                 batch.importance,
             )
@@ -170,8 +168,7 @@ class RLRTModule(LightningModule):
         sequences = batch.input_ids, batch.attention_mask, batch.response_mask, batch.temperature
         if batch.top_tokens is None or batch.top_logp is None:
             return *self.policy.log_probs(*sequences, blocks=batch.blocks, shared=batch.shared), None
-        assert isinstance(self.method, Distilling)
-        alpha = self.method.alpha
+        alpha = batch.alpha
 
         def compute(logits: Tensor, targets: Tensor, top_tokens: Tensor, top_logp: Tensor) -> tuple[Tensor, ...]:
             student, entropy = log_probs_at(logits, torch.cat([targets[:, None], top_tokens], -1))
@@ -193,8 +190,9 @@ class RLRTModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Says with what settings the method goes to work."""
-        rank_zero_info("method: %s", self.method)
+        """Logs the settings of the method, and whose weights its teacher has."""
+        teacher = f"; the teacher has {self.teacher.schedule}" if self.method.context != "none" else ""
+        rank_zero_info("method: %s%s", self.method, teacher)
 
     def on_train_epoch_start(self) -> None:
         """Notes what the roll-outs of the epoch were like."""
@@ -348,8 +346,8 @@ class RLRTModule(LightningModule):
             raise ConfigError(
                 f"ckpt_path: the checkpoint holds another model: {len(differ)} weights differ, such as {first}, "
                 f"{list(theirs[first]) if first in theirs else 'not there'} in the checkpoint and "
-                f"{list(ours[first]) if first in ours else 'not there'} in this run; set model.policy and "
-                "teacher_refresh as in the run that made it"
+                f"{list(ours[first]) if first in ours else 'not there'} in this run; set model.policy, "
+                "model.method and teacher_refresh as in the run that made it"
             )
 
     @classmethod

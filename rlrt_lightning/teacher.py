@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.log_probs import log_probs_at
 from rlrt_lightning.lora import TeacherAdapters
-from rlrt_lightning.objective.methods import Context
+from rlrt_lightning.objective.methods import Context, TeacherWeights
 from rlrt_lightning.rollouts.base import Rollout, ScoringEngine
 from rlrt_lightning.seeding import generator
 from rlrt_lightning.sharding import local, move_weights
@@ -103,12 +103,16 @@ class Teacher(nn.Module):
         self.strip_think = strip_think
         self.scored_by = scored_by
         self.rest_on_cpu = rest_on_cpu
-        self.weights: Literal["policy", "initial", "own"] = "policy"
-        """Whose weights it has: the policy's, those that the policy began with, or its own, which follow the policy's;
-        set before they are loaded, by `TeacherRefresh`."""
+        self.schedule = TeacherWeights()
+        """Whose weights it has; `TeacherRefresh` sets it before they are loaded."""
         self.adapters: TeacherAdapters | None = None
 
     # -- whose weights ---------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> Literal["policy", "initial", "own"]:
+        """See `TeacherWeights.kind`."""
+        return self.schedule.kind
 
     def load(self, policy: Policy) -> None:
         """Takes a copy of the policy's weights where the teacher needs its own: of the adapters alone where the policy
@@ -289,7 +293,7 @@ class Teacher(nn.Module):
         contexts: Sequence[str | None],
         temperature: float = 1.0,
         kind: Context = "sibling",
-        top_k: int = 0,
+        top_k: int | None = 0,
         engine: ScoringEngine | None = None,
     ) -> tuple[list[TeacherScore | None], int]:
         """What the teacher says of each roll-out that has a context, its tokens exactly as they were sampled.
@@ -301,7 +305,8 @@ class Teacher(nn.Module):
             contexts: Their contexts, [N].
             temperature: Divides the logits, as it did when the tokens were sampled.
             kind: What the contexts are.
-            top_k: Compare the student's so many likeliest tokens too; costs a forward pass of the student.
+            top_k: Compare so many of the student's likeliest tokens too, None for all: another forward pass of the
+                student. 0 for none.
             engine: What scores in place of the policy's forward pass.
 
         Returns:
@@ -330,7 +335,7 @@ class Teacher(nn.Module):
             return scores, truncated
 
         chosen = [rollouts[i] for i in which]
-        if top_k:
+        if top_k != 0:
             asked = [(r.prompt_ids, r.response_ids) for r in chosen]
             top = [tokens for (tokens,) in policy.score_by(partial(_likeliest, top_k), asked, temperature)]
         else:
@@ -373,8 +378,9 @@ def _assign(
     return assigned
 
 
-def _likeliest(k: int, logits: Tensor) -> tuple[Tensor]:
-    return (logits.topk(min(k, logits.shape[-1]), -1).indices.int(),)
+def _likeliest(k: int | None, logits: Tensor) -> tuple[Tensor]:
+    vocabulary = logits.shape[-1]
+    return (logits.topk(vocabulary if k is None else min(k, vocabulary), -1).indices.int(),)
 
 
 def _teacher_figures(logits: Tensor, targets: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:

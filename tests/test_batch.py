@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import HalfPrecision
 
 from rlrt_lightning.batch import EpochBatch, micro_batches, mini_batch_sizes
 from rlrt_lightning.module import RLRTModule
-from rlrt_lightning.objective import RLRT, SDPO, SRPO, clipped_surrogate, group_advantages
+from rlrt_lightning.objective import RLRT, SDPO, SRPO, Credit, clipped_surrogate, group_advantages
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.policy import Policy
 from rlrt_lightning.rollouts import Rollout
@@ -108,9 +108,8 @@ def distilled(data: EpochBatch, made: Policy, k: int) -> EpochBatch:
     ]
     entropies = pad_rows([s.entropy if s else None for s in data.teacher], data.mask.shape[1])
     has_context = torch.tensor([s is not None for s in data.teacher])
-    data.credit = SRPO()(
-        data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context, entropies
-    )
+    figures = data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context
+    data.credit = SRPO()(*figures, teacher_entropy=entropies)
     return data
 
 
@@ -176,7 +175,7 @@ def test_ranks_share_one_mean() -> None:
             [data.teacher[i] for i in rows],
             data.logp_student[rows],
             data.logp_teacher[rows],
-            type(data.credit)(*(x[rows] for x in vars(data.credit).values() if x is not None)),
+            Credit(data.credit.advantages[rows], data.credit.weights[rows], data.credit.asymmetry[rows]),
         )
         cut = micro_batches(part, 1, 2, "token-mean", world_size=2, totals=totals)
         parts.append(gradient(made, list(cut), "token-mean", 2).clone())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -31,12 +32,11 @@ def test_avg_and_pass_at_k_add_up_over_batches() -> None:
 def test_signal_statistics_are_those_of_the_scored_tokens() -> None:
     data = epoch()
     data.contexts = [None if i % 2 else "x" for i in range(12)]
-    data.credit = type(data.credit)(
-        data.credit.advantages, data.credit.weights, data.credit.asymmetry * data.has_context[:, None]
-    )
+    asymmetry = data.credit.asymmetry * data.has_context[:, None]
+    data.credit = replace(data.credit, asymmetry=asymmetry, weight_bounds=(0.8, 1.2))
     for i, rollout in enumerate(data.rollouts):
         rollout.verdict = Verdict(float(data.rewards[i]), bool(data.rewards[i]))
-    stats = signal_statistics(data, eps_w=0.2)
+    stats = signal_statistics(data)
     scored = [(i, t) for i in range(0, 12, 2) for t in range(len(data.rollouts[i].response_ids))]
     weights = [float(data.credit.weights[i, t]) for i, t in scored]
     assert stats["signal/context"] == 0.5
@@ -50,7 +50,7 @@ def test_signal_statistics_are_those_of_the_scored_tokens() -> None:
 def test_a_batch_without_context_has_no_nan() -> None:
     data = epoch()
     data.contexts = [None] * 12
-    assert set(signal_statistics(data, 0.2)) == {"signal/context", "signal/context_of_correct"}
+    assert set(signal_statistics(data)) == {"signal/context", "signal/context_of_correct"}
 
 
 def rollout(text: str = "x", tokens: int = 3) -> Scored:

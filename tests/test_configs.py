@@ -86,19 +86,9 @@ def cli() -> RLRTCli:
     return Settings(["fit"])
 
 
-LIVE = {"every_n_epochs": 1, "ema_decay": 0.0}
-TEACHERS = {
-    "sdpo": {"every_n_epochs": 1, "ema_decay": 0.95},  # an EMA with rate 0.05, once an epoch
-    "rlsd": {"every_n_epochs": None, "ema_decay": 0.0},  # frozen
-}
-
-
-def test_a_config_that_names_a_method_states_its_teacher() -> None:
-    """That of its reference; one that said nothing would get the teacher of a method's config that comes before it."""
+def test_no_config_takes_the_teacher_of_a_method_out_of_its_hands() -> None:
     for path in (ROOT / "configs").glob("**/*.yaml"):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "method" in settings.get("model", {}):
-            assert settings.get("teacher_refresh") == TEACHERS.get(path.stem, LIVE), path
+        assert "teacher_refresh" not in yaml.safe_load(path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize(
@@ -116,7 +106,9 @@ def test_nothing_of_a_method_config_is_left_where_another_comes_after_it(first: 
     before, after = (f"--config={ROOT / 'configs' / 'methods' / name}.yaml" for name in (first, last))
     layered, alone = (cli.parser.parse_args(["fit", RLRT_YAML, *flags]).fit for flags in ((before, after), (after,)))
     assert layered.model.method == alone.model.method
-    assert vars(layered.teacher_refresh) == vars(alone.teacher_refresh) == TEACHERS.get(last, LIVE)
+    assert (
+        vars(layered.teacher_refresh) == vars(alone.teacher_refresh) == {"every_n_epochs": "method", "ema_decay": None}
+    )
 
 
 @pytest.mark.parametrize("name", ["paper", "local"])

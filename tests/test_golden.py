@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning import objective
+from rlrt_lightning.log_probs import token_log_probs
 from rlrt_lightning.objective import (
     GRPO,
     RLRT,
@@ -20,7 +21,6 @@ from rlrt_lightning.objective import (
     clipped_surrogate,
     divergence,
     dynamic_weights,
-    entropy,
     group_advantages,
     pass_at_k,
 )
@@ -86,8 +86,9 @@ def check_divergence(case: dict[str, Any]) -> None:
     student, teacher = (torch.tensor(case[f"{who}_logits"], dtype=torch.float64) for who in ("student", "teacher"))
     p, expect = case["params"], case["expect"]
     close(divergence(student, teacher, p["alpha"], p["top_k"]), expect["divergence"])
-    close(entropy(teacher), expect["teacher_entropy"])
-    close(dynamic_weights(entropy(teacher), torch.ones(len(teacher)), p["beta"]), expect["dynamic_weight"])
+    _, entropy = token_log_probs(teacher, torch.zeros(len(teacher), dtype=torch.long))
+    close(entropy, expect["teacher_entropy"])
+    close(dynamic_weights(entropy, torch.ones(len(teacher)), p["beta"]), expect["dynamic_weight"])
 
 
 def check_pass_at_k(case: dict[str, Any]) -> None:

@@ -53,12 +53,11 @@ def batch_of(method: Method, made: Any) -> MicroBatch:
     rewards = method.shape_rewards(data.rewards, groups, [f"a {i} b {i % 2}" for i in range(len(groups))])
     data.advantages = group_advantages(rewards, groups, method.normalize_std)
     has_context = torch.tensor([score is not None for score in data.teacher])
-    if isinstance(method, RLRT):
+    if method == RLRT():
         has_context = data.rewards > 0
     figures: list[Tensor] = [data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context]
-    if isinstance(method, (SDPO, SRPO)):
-        figures.append(pad_rows([s.entropy if s else None for s in data.teacher], data.mask.shape[1]))
-    data.credit = method(*figures)
+    entropy = pad_rows([s.entropy if s else None for s in data.teacher], data.mask.shape[1])
+    data.credit = method(*figures, teacher_entropy=entropy)
     (batch,) = micro_batches(data, 1, 1, "token-mean")
     sequences = batch.input_ids, batch.attention_mask, batch.response_mask
     logp, _ = made.log_probs(*sequences, blocks=batch.blocks, shared=batch.shared)

@@ -17,7 +17,11 @@ from rlrt_lightning.objective import (
     RLSD,
     SDPO,
     SRPO,
+    Credit,
     EntropyBonus,
+    Needs,
+    Signals,
+    TeacherWeights,
     clipped_surrogate,
     distillation_loss,
     divergence,
@@ -44,7 +48,7 @@ class Batch:
         v = {**vars(self), **changes}
         a = group_advantages(v["rewards"], v["groups"], method.normalize_std)
         figures = a, v["rewards"], v["logp_student"], v["logp_teacher"], v["mask"], v["has_context"]
-        return method(*figures, v["teacher_entropy"]) if isinstance(method, (SDPO, SRPO)) else method(*figures)
+        return method(*figures, teacher_entropy=v["teacher_entropy"])
 
 
 seeds = st.integers(0, 2**31)
@@ -54,7 +58,7 @@ METHODS = [GRPO(), EntropyBonus(), SDPO(), SRPO(), *WEIGHTED]
 
 
 def tensors(credit: Any) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(credit).items() if value is not None}
+    return {name: value for name, value in vars(credit).items() if isinstance(value, Tensor)}
 
 
 @given(seeds)
@@ -325,3 +329,63 @@ def test_settings_of_the_other_methods_are_refused_by_name(method: Any, bad: dic
 def test_pass_at_k_refuses_nonsense(bad: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"pass@|correct"):
         pass_at_k(*bad)
+
+
+def test_what_a_method_makes_of_signals_is_what_it_makes_of_the_tensors() -> None:
+    batch = Batch(8)
+    for method in METHODS:
+        a = group_advantages(batch.rewards, batch.groups, method.normalize_std)
+        log_probs = a, batch.rewards, batch.logp_student, batch.logp_teacher
+        more = {"teacher_entropy": batch.teacher_entropy}
+        direct = method.credit(Signals(*log_probs, batch.mask, batch.has_context, **more))
+        called = tensors(method(*log_probs, batch.mask.double(), batch.has_context.int(), **more))
+        for name, value in tensors(direct).items():
+            assert torch.equal(value, called[name])
+            assert value.dtype in (torch.float64, torch.bool), name
+
+
+def test_srpos_weights_have_a_mean_of_1_over_the_tokens_of_all_ranks() -> None:
+    """Two ranks with half of the rollouts each."""
+    batch, sums = Batch(9), []
+    whole = batch.credit(SRPO()).distillation
+    a = group_advantages(batch.rewards, batch.groups, False)
+    all_ = a, batch.rewards, batch.logp_student, batch.logp_teacher, batch.mask, batch.has_context
+
+    def part(half: slice, sum_over_ranks: Any) -> Tensor:
+        more = {"teacher_entropy": batch.teacher_entropy[half], "sum_over_ranks": sum_over_ranks}
+        return SRPO()(*(values[half] for values in all_), **more).distillation
+
+    halves = slice(0, 6), slice(6, 12)
+    for half in halves:
+        part(half, lambda values: sums.append(values) or values)
+    for half in halves:
+        torch.testing.assert_close(part(half, lambda values: sum(sums)), whole[half])
+
+
+def test_what_a_method_needs_and_does_not_get_is_an_error() -> None:
+    with pytest.raises(ValueError, match="SRPO needs teacher_entropy"):
+        Batch(10).credit(SRPO(), teacher_entropy=None)
+    ones = torch.ones(2, 3)
+    with pytest.raises(TypeError, match="teacher_entropi"):
+        GRPO()(ones[:, 0], ones[:, 0], ones, ones, ones, ones[:, 0], teacher_entropi=ones)
+    with pytest.raises(ValueError, match="given together"):
+        Credit(ones, ones, ones, distillation=ones)
+
+
+def test_methods_say_what_they_need() -> None:
+    for method in (GRPO(), EntropyBonus(), DIVER(), RLRT(), RLRT(gated=False), RLSD(gated=True, context="sibling")):
+        assert method.needs == Needs(entropy=False, top_k=0, teacher=TeacherWeights(every_n_epochs=1, ema_decay=0.0))
+    assert RLSD().needs == Needs(teacher=TeacherWeights(every_n_epochs=None))
+    assert SDPO(top_k=7).needs == Needs(top_k=7, teacher=TeacherWeights(every_n_epochs=1, ema_decay=0.95))
+    assert SRPO(top_k=None).needs == Needs(entropy=True, top_k=None)
+
+
+def test_a_teacher_is_refreshed_after_every_n_epochs() -> None:
+    assert [TeacherWeights(3).due(epoch) for epoch in range(6)] == [False, False, True] * 2
+    assert not any(TeacherWeights(None).due(epoch) for epoch in range(6))
+
+
+@pytest.mark.parametrize("bad", [{"every_n_epochs": 0}, {"ema_decay": 1.0}, {"every_n_epochs": None, "ema_decay": 0.5}])
+def test_teachers_that_make_no_sense_are_refused_by_name(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{list(bad)[-1]} is"):
+        TeacherWeights(**bad)

@@ -60,6 +60,7 @@ def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (package / "user.py").write_text(
         "from rlrt_lightning.callbacks import TeacherRefresh\nTeacherRefresh(1)\nTeacherRefresh('daily')\n"
+        "from rlrt_lightning import Nonsense, Policy\n"
     )
     with (tmp_path / "callbacks" / "teacher_refresh.py").open("a") as file:
         file.write('\ndef broken() -> int:\n    return ""\n')
@@ -67,6 +68,8 @@ def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
     flags = ["--config-file", str(tmp_path / "pyproject.toml"), "--follow-imports=skip", "--cache-dir", os.devnull]
     lines = mypy.run([*flags, *places])[0].splitlines()
     assert [line for line in lines if "user.py:3:" in line and "[arg-type]" in line], lines
+    (line,) = [line for line in lines if "user.py:4:" in line]
+    assert line.endswith('error: Module "rlrt_lightning" has no attribute "Nonsense"  [attr-defined]')
     assert [line for line in lines if "teacher_refresh.py" in line and "[return-value]" in line], lines
     assert not [line for line in lines if "user.py:2" in line or 'rlrt_lightning.callbacks"' in line], lines
 
@@ -106,6 +109,9 @@ site.addsitedir({str(tmp_path / "site")!r})  # reads the .pth file, as pip's fol
 
 
 def test_all_public_names_are_there_and_documented() -> None:
+    some = {"RLRTModule", "RolloutDataModule", "Policy", "RLRT", "Signals", "Task", "clipped_surrogate", "ConfigError"}
+    assert some <= set(rlrt_lightning.__all__)
+    assert set(dir(rlrt_lightning)) >= set(rlrt_lightning.__all__)
     for name in rlrt_lightning.__all__:
         assert getattr(rlrt_lightning, name).__doc__, name
     with pytest.raises(AttributeError, match="nonsense"):

@@ -12,6 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rlrt_lightning import (
+    RLRT,
+    RLSD,
+    SDPO,
     Benchmark,
     ConfigError,
     Policy,
@@ -195,6 +198,23 @@ def test_a_trained_module_is_evaluated_and_trained_on(by_command: Path, tmp_path
     again.fit(model, data())
     assert ours(again) == OURS
     assert not set(map(id, again.callbacks)) & set(map(id, made.callbacks))
+
+
+def test_the_teacher_is_the_methods_unless_the_users_callback_says_otherwise(tmp_path: Path) -> None:
+    for method, callbacks, expected in (
+        (SDPO(), [], "own"),
+        (RLSD(), [], "initial"),
+        (RLSD(), [TeacherRefresh()], "initial"),
+        (RLSD(), [TeacherRefresh(1)], "policy"),
+        (SDPO(), [TeacherRefresh(None)], "initial"),
+        (RLRT(), [TeacherRefresh(ema_decay=0.5)], "own"),
+        (RLRT(), [], "policy"),
+    ):
+        model = module()
+        model.method = method
+        trainer(tmp_path, fast_dev_run=True, enable_checkpointing=False, callbacks=list(callbacks)).fit(model, data())
+        assert model.teacher.weights == expected, (method, callbacks)
+        assert ("model" in model.teacher._modules) == (expected != "policy")
 
 
 def test_a_teachers_copy_does_not_outlive_the_run_that_needed_it(tmp_path: Path) -> None:

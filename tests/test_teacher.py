@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlrt_lightning import ConfigError, Policy, Problem, Rollout, Teacher, Verdict
+from rlrt_lightning import ConfigError, Policy, Problem, Rollout, Teacher, TeacherWeights, Verdict
 from tests.tiny import policy
 
 TEMPLATE = "{prompt}<sol>{context}"
@@ -137,7 +137,7 @@ def test_refreshed_each_epoch_the_teacher_has_no_weights_of_its_own() -> None:
 
 def test_own_weights_stay_until_refreshed_and_the_policys_are_put_back() -> None:
     made, teacher = policy(), Teacher(TEMPLATE)
-    teacher.weights = "own"
+    teacher.schedule = TeacherWeights(ema_decay=0.75)
     teacher.load(made)
     assert not any(p.requires_grad for p in teacher.parameters())
     rollouts = [rollout(0, 0), rollout(0, 1)]

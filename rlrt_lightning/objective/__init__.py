@@ -1,15 +1,14 @@
 """The mathematics, as pure tensor functions: no model, no Lightning, no I/O.
 
 From rewards to the gradient: `advantages` (group advantage A), `methods` (token credit: Eqs. 6 and 7 of
-arXiv:2605.10781), `divergences` (what SDPO and SRPO minimise), `surrogate` (the losses). `ratios` bounds every ratio of
-probabilities, `estimators` holds pass@k. All keep the dtype they are given, but half precision, whose ratios and losses
-are float32.
+arXiv:2605.10781), `divergences` (what SDPO and SRPO minimize), `surrogate` (the losses). `ratios` bounds every ratio of
+probabilities, `estimators` holds pass@k. Dtypes are kept, except half precision, whose ratios and losses are float32.
 
-Shapes: N roll-outs, T the longest response of the batch; a mask [N, T] is true at response tokens.
+Shapes: N rollouts, T the longest response of the batch; a mask [N, T] is true at response tokens.
 """
 
 from rlrt_lightning.objective.advantages import group_advantages
-from rlrt_lightning.objective.divergences import divergence, divergence_on_support, dynamic_weights, entropy
+from rlrt_lightning.objective.divergences import divergence, divergence_on_support, dynamic_weights
 from rlrt_lightning.objective.estimators import pass_at_k
 from rlrt_lightning.objective.methods import (
     DIVER,
@@ -18,10 +17,14 @@ from rlrt_lightning.objective.methods import (
     RLSD,
     SDPO,
     SRPO,
+    Context,
     Credit,
-    Distilling,
+    DivergenceSettings,
     EntropyBonus,
     Method,
+    Needs,
+    Signals,
+    TeacherWeights,
 )
 from rlrt_lightning.objective.surrogate import (
     Aggregation,
@@ -41,18 +44,21 @@ __all__ = [
     "SDPO",
     "SRPO",
     "Aggregation",
+    "Context",
     "Credit",
-    "Distilling",
+    "DivergenceSettings",
     "EntropyBonus",
     "Importance",
     "Method",
+    "Needs",
+    "Signals",
     "Surrogate",
+    "TeacherWeights",
     "clipped_surrogate",
     "distillation_loss",
     "divergence",
     "divergence_on_support",
     "dynamic_weights",
-    "entropy",
     "group_advantages",
     "importance_weights",
     "pass_at_k",

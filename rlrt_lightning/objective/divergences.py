@@ -71,12 +71,6 @@ def _tail(logp: Tensor) -> Tensor:
     return torch.log(-torch.expm1(total))
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the distribution that logits [..., V] stand for, nats, [...]."""
-    logp = logits.log_softmax(-1).clamp(min=LOG_ZERO)
-    return -(logp.exp() * logp).sum(-1)
-
-
 def dynamic_weights(
     teacher_entropy: Tensor,
     mask: Tensor,

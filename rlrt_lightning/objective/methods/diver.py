@@ -1,4 +1,4 @@
-"""DIVER: correct roll-outs are paid for being unlike their siblings."""
+"""DIVER: correct rollouts are rewarded for being unlike their siblings."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _FORMULA = re.compile(r"\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|\$(.*?)\$", re
 @dataclass(frozen=True)
 class DIVER(GRPO):
     """Diversity-incentivised exploration (arXiv:2509.26209): GRPO on rewards that gain scale * min(diversity, cap)
-    where the roll-out is correct, before the advantages are computed; wrong roll-outs are left alone.
+    where the rollout is correct, before the advantages are computed; wrong rollouts are left alone.
 
     Args:
         scale: What a diversity of 1 is worth.
-        cap: More diversity than this is not paid.
+        cap: Upper limit of the diversity that is rewarded.
         diversity: "bleu", 1 - the mean BLEU of the response against each sibling, or "formulas", the share of its
             formulas (between $ $, \\( \\) or \\[ \\]) that no sibling has.
         tokenize: How BLEU cuts texts into words (sacrebleu's names): "13a" for words, "char" for characters, "zh", ...
-        steps: Pay for the first so many optimiser steps; null pays always.
-        success_threshold: A reward of at least this is a correct roll-out.
+        steps: Reward diversity in the first so many optimizer steps; null for all steps.
+        success_threshold: A reward of at least this is a correct rollout.
         normalize_std: Divide advantages by the group's standard deviation.
     """
 

@@ -1,0 +1,36 @@
+"""GRPO with a bonus for entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from rlrt_lightning.objective.methods.base import Credit, Signals
+from rlrt_lightning.objective.methods.grpo import GRPO
+
+
+@dataclass(frozen=True)
+class EntropyBonus(GRPO):
+    """GRPO with a bonus for entropy: every token's loss is lowered by coef times the policy's entropy there
+    (arXiv:2605.10781, Sec. 6.4). Rollouts without an advantage are trained on too.
+
+    Args:
+        coef: Coefficient of the entropy in nats.
+        normalize_std: Divide advantages by the group's standard deviation.
+    """
+
+    coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.coef < 0:
+            raise ValueError(f"EntropyBonus.coef is {self.coef}; it has to be 0 or more")
+
+    def credit(self, signals: Signals) -> Credit:
+        """See `Method.credit`."""
+        plain = super().credit(signals)
+        return replace(plain, entropy_bonus=self.coef * plain.weights)
+
+    def may_train(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """See `Method.may_train`."""
+        return (advantages != 0) | (self.coef > 0)

@@ -1,0 +1,57 @@
+"""SDPO: every rollout that has a context is pulled towards the teacher's distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlrt_lightning.objective.methods.base import Context, Credit, Needs, Signals, TeacherWeights
+from rlrt_lightning.objective.methods.distillation import Distilling
+
+
+@dataclass(frozen=True)
+class SDPO(Distilling):
+    """Self-distillation policy optimization (arXiv:2601.20802): no surrogate; every rollout that has a context is
+    pulled towards the teacher's distribution. The mean is taken over the tokens of these rollouts.
+
+    The teacher's weights are a moving average of the policy's, with decay 0.95 an epoch.
+
+    Args:
+        alpha: Which divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalised
+            Jensen-Shannon divergence.
+        top_k: Compare the student's k likeliest tokens, and the rest as one bucket; null compares the whole vocabulary,
+            whose log-probs are then kept for each token.
+        importance_cap: Upper limit of each token's importance weight P_new / P_old.
+        context: What the teacher sees besides the prompt: "sibling", another successful rollout of the group,
+            "solution", "answer" or "feedback".
+        success_threshold: A reward of at least this counts as success: only such a rollout can be shown to a sibling.
+    """
+
+    alpha: float = 0.5
+    top_k: int | None = 100
+    importance_cap: float = 2.0
+    context: Context = "sibling"
+    success_threshold: float = 0.5
+    normalize_std = False
+
+    @property
+    def needs(self) -> Needs:
+        """See `Method.needs`."""
+        return Needs(top_k=self.top_k, teacher=TeacherWeights(ema_decay=0.95))
+
+    def credit(self, signals: Signals) -> Credit:
+        """See `Method.credit`."""
+        plain = Credit.plain(signals)
+        return replace(
+            plain,
+            advantages=torch.zeros_like(plain.weights),
+            distillation=plain.weights * signals.has_context[:, None],
+            divergence=self.divergence,
+            counted=signals.has_context,
+        )
+
+    def uses_teacher(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """See `Method.uses_teacher`."""
+        return torch.ones_like(rewards, dtype=torch.bool)
