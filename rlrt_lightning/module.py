@@ -23,6 +23,7 @@ from rlrt_lightning.objective import (
     Aggregation,
     Importance,
     Method,
+    TeacherWeights,
     clipped_surrogate,
     distillation_loss,
     divergence_on_support,
@@ -335,7 +336,8 @@ class RLRTModule(LightningModule):
         if self._attached:
             resume.compare(self.trainer, self, checkpoint)
         elif found is not None and any(name.startswith("teacher.") for name in found):
-            self.teacher.weights = "own"
+            # Any teacher with a copy: when it was refreshed matters to a run alone.
+            self.teacher.schedule = TeacherWeights(every_n_epochs=2)
             self.teacher.load(self.policy)
         if found is None:
             return

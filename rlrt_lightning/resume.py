@@ -127,7 +127,7 @@ def settings(trainer: Trainer, module: RLRTModule, data: RolloutDataModule | Non
     found["trainer.logger"] = [type(logger).__name__ for logger in trainer.loggers]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if type(callback).__name__ == "TeacherRefresh":
-            found |= of_object(callback, "teacher_refresh")
+            found |= of_object(callback.chosen or module.method.needs.teacher, "teacher_refresh")
         elif isinstance(callback, ModelCheckpoint):
             found |= {f"checkpoint.{name}": getattr(callback, name) for name in OF_CHECKPOINT}
     return found
