@@ -38,6 +38,7 @@ from rlrt_lightning.run_files import own_metrics
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
+from rlrt_lightning.tasks.sending import pickled
 from rlrt_lightning.tasks.verifier import Verifier
 from rlrt_lightning.trainer_checks import check_trainer
 from rlrt_lightning.trainer_limits import check_limits
@@ -587,8 +588,8 @@ class RolloutDataModule(LightningDataModule):
                 Stops.of(policy, spec.sampling, f"{where}.sampling")
             self._eval_problems[name] = problems
         for task in (self.task, *(spec.task for spec in self.benchmarks.values())):
-            if task is not None:
-                self.verifier(task)  # refuses one that cannot be sent to its processes before any rollout is drawn
+            if task is not None and task.isolated:
+                pickled(task)  # one that cannot be sent to the verifier's processes is refused before any rollout
 
     def teardown(self, stage: str) -> None:
         """Ends the engine and the verifier's worker processes."""

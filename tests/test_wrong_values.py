@@ -332,7 +332,7 @@ def test_what_lightning_finds_out_late(
     stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nowhere"]
     assert main(["fit", *QUICK, *SMALL, *stopping]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: trainer.callbacks: Early stopping conditioned on metric `nowhere` which is not")
+    assert line.startswith("error: EarlyStopping.monitor is nowhere, which is not logged")
 
     monkeypatch.setattr("lightning.pytorch.callbacks.device_stats_monitor._PSUTIL_AVAILABLE", False)
     monkeypatch.setattr("rlrt_lightning.refusals.find_spec", lambda name: None)
