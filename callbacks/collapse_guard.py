@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -56,9 +57,9 @@ class CollapseGuard(Callback):
     ) -> None:
         if window < 1:
             raise ConfigError(f"collapse_guard.window is {window}; it has to be at least 1")
-        if entropy_rise is not None and entropy_rise <= 1:
+        if entropy_rise is not None and not 1 < entropy_rise < math.inf:
             raise ConfigError(f"collapse_guard.entropy_rise is {entropy_rise}; it has to be above 1, or null")
-        if entropy_floor is not None and entropy_floor <= 0:
+        if entropy_floor is not None and not 0 < entropy_floor < math.inf:
             raise ConfigError(f"collapse_guard.entropy_floor is {entropy_floor}; it has to be above 0, or null")
         for name, share in (("length", length), ("truncated", truncated)):
             if share is not None and not 0 < share < 1:

@@ -17,8 +17,9 @@ from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.metrics import AvgAtK, PassAtK
 from rlrt_lightning.ranks import gather
 from rlrt_lightning.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
+from rlrt_lightning.run_files import own
 
-from .boards import run_folder, tensorboards
+from .boards import tensorboards
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -53,7 +54,9 @@ class Evaluation(Callback):
         self._results: dict[str, Results] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are enough samples for each k."""
+        """Checks that there are enough samples for each k, and that no other results are in the way."""
+        if stage != "fit":
+            self._folder(trainer)
         for name, spec in _data(trainer).benchmarks.items():
             too_large = [k for k in self.ks or [] if k > spec.samples]
             if too_large:
@@ -126,7 +129,7 @@ class Evaluation(Callback):
                 write_tables(folder, tables)
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.results) if self.results else run_folder(trainer) / "evaluation"
+        return Path(self.results) if self.results else own(trainer, "evaluation")
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _collect  # type: ignore[assignment]

@@ -9,8 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rlrt_lightning.errors import ConfigError
-
-from .boards import run_folder
+from rlrt_lightning.run_files import occupied, own
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -20,7 +19,7 @@ class HFExport(Callback):
     """Writes the policy and its tokenizer, when training ends, into a folder that transformers and vLLM load.
 
     Args:
-        path: The folder; null is `export` in the run's folder. What it holds of an earlier export is overwritten.
+        path: The folder; null is `export` in the run's folder. It has to be new or empty when training begins.
         adapter: Write the adapters of `model.policy.lora` alone, as a folder for peft and vLLM; off merges them into
             the weights.
     """
@@ -28,15 +27,22 @@ class HFExport(Callback):
     def __init__(self, path: str | None = None, adapter: bool = False) -> None:
         self.path = path
         self.adapter = adapter
+        self._written = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are adapters to write, before training."""
+        """Checks that there are adapters to write, and that nothing is overwritten, before training."""
         if self.adapter and cast("RLRTModule", pl_module).policy.lora is None:
             raise ConfigError("HFExport.adapter is true, but model.policy.lora is not set: there are no adapters")
+        if stage == "fit":
+            folder = self._folder(trainer)
+            if self.path and trainer.is_global_zero and occupied(folder) and not self._written:
+                raise ConfigError(f"HFExport.path: {folder} is there already and would be overwritten; name another")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder."""
-        folder = Path(self.path) if self.path else run_folder(trainer) / "export"
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = self._folder(trainer)
         policy = cast("RLRTModule", pl_module).policy
         write = trainer.is_global_zero
         if self.adapter and policy.lora is not None:
@@ -53,3 +59,7 @@ class HFExport(Callback):
         if write:
             policy.tokenizer.save_pretrained(folder)
             rank_zero_info(f"exported the policy to {folder}")
+        self._written = True
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.path) if self.path else own(trainer, "export")

@@ -14,9 +14,8 @@ from lightning import Callback, LightningModule, Trainer
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import gather
+from rlrt_lightning.run_files import own
 from rlrt_lightning.sharding import local
-
-from .boards import run_folder
 
 if TYPE_CHECKING:
     from rlrt_lightning.batch import MicroBatch
@@ -56,6 +55,11 @@ class NumberGuard(Callback):
         self.patience = patience
         self._in_a_row = 0
         self._losses: list[Any] = []  # of the micro-batches since the last optimiser step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that no other run's files are in the way."""
+        if stage == "fit":
+            own(trainer, "bad_numbers")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the epoch's roll-outs that have bad log-probs.
@@ -172,7 +176,7 @@ class NumberGuard(Callback):
 
     def _write(self, trainer: Trainer, name: str, rows: list[Row]) -> Path:
         """Writes what all ranks have; all have to call."""
-        folder = run_folder(trainer) / "bad_numbers"
+        folder = own(trainer, "bad_numbers")
         path = folder / f"{name}.jsonl"
         every = [row for of_rank in gather(trainer, rows) for row in of_rank]
         if trainer.is_global_zero:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -45,7 +46,7 @@ class RankGuard(Callback):
     """
 
     def __init__(self, timeout_s: float | None = 120.0) -> None:
-        if timeout_s is not None and timeout_s < 5:
+        if timeout_s is not None and not 5 <= timeout_s < math.inf:
             raise ConfigError(f"rank_guard.timeout_s is {timeout_s}; it has to be at least 5, or null")
         self.timeout_s = timeout_s
         self._watch: _Watch | None = None

@@ -11,8 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.ranks import Mean, mean_over_ranks
+from rlrt_lightning.run_files import own
 
-from .boards import run_folder, tensorboards
+from .boards import tensorboards
 from .signal_picture import Scored, Token, draw, html_page
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class ReversedSignalLogger(Callback):
         self.picture_every_n_epochs = picture_every_n_epochs
         self.rollouts = rollouts
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that no other run's pictures are in the way."""
+        if stage == "fit":
+            own(trainer, "signal")
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's signal before it is trained on."""
         epoch = cast("RolloutDataModule", cast(Any, trainer).datamodule).epoch
@@ -49,7 +55,7 @@ class ReversedSignalLogger(Callback):
         if epoch is None or module.method.context == "none":
             return
         module.log_epoch(mean_over_ranks(trainer, signal_statistics(epoch)))
-        folder = run_folder(trainer) / "signal"
+        folder = own(trainer, "signal")
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
         scored = epoch.mask & epoch.has_context[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,9 +14,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rlrt_lightning.checkpoints import PART, WholeCheckpointIO, check_writable, remove
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.run_files import run_folder
 from rlrt_lightning.stopping import Stop
 
-from .boards import run_folder
+from .run_checkpoint import adopt
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -41,13 +43,16 @@ class SafeStop(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listens, and checks that checkpoints can be written and resumed exactly."""
         self._listen(trainer)
+        adopt(trainer.callbacks)  # type: ignore[attr-defined]
+        folder = run_folder(trainer)
         if stage != "fit":
             return
         strategy: Any = trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
             strategy.checkpoint_io = WholeCheckpointIO()
-        folder = run_folder(trainer)
         for callback in _checkpoints(trainer):
+            if callback.dirpath is None and trainer.logger is None:
+                callback.dirpath = str(folder / "checkpoints")
             inexact = {
                 "every_n_train_steps": callback._every_n_train_steps,
                 "train_time_interval": callback._train_time_interval,
@@ -123,15 +128,21 @@ class SafeStop(Callback):
         if step == self._saved:
             return f"all {step} optimiser steps are saved; {RESUME}" if step else "nothing was trained yet"
         callbacks = _checkpoints(trainer)
-        if not callbacks:
+        if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return f"nothing is saved of {step} optimiser steps, as checkpoints are turned off"
-        path = callbacks[0].last_model_path or str(Path(callbacks[0].dirpath or "") / "last.ckpt")
+        path = callbacks[0].last_model_path or trainer.strategy.broadcast(_free(Path(callbacks[0].dirpath or "")))
         trainer.save_checkpoint(path, weights_only=False)
         return f"saved after {step} optimiser steps as {path}; {RESUME}"
 
 
 def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _free(folder: Path) -> str:
+    """A name for last.ckpt that no other run has taken, as Lightning would choose it."""
+    names = (f"last-v{n}.ckpt" if n else "last.ckpt" for n in count())
+    return str(next(folder / name for name in names if not (folder / name).exists()))
 
 
 def _data(trainer: Trainer) -> RolloutDataModule:

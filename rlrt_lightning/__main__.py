@@ -48,7 +48,8 @@ def main(args: list[str] | None = None) -> int:
         return 0
 
     def command_line() -> int:
-        from rlrt_lightning.cli import RLRTCli, run
+        from rlrt_lightning.cli import RLRTCli
+        from rlrt_lightning.refusals import run
 
         return run(lambda: RLRTCli(words))
 

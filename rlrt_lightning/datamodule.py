@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from rlrt_lightning.batch import Batches, EpochBatch, MicroBatch, micro_batches, mini_batch_sizes
 from rlrt_lightning.epoch_figures import Clock, log_probs, mismatch, non_finite_log_probs, not_finite, statistics
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, check_ranges
 from rlrt_lightning.objective import Signals, group_advantages, importance_weights
 from rlrt_lightning.padding import pad_rows
 from rlrt_lightning.policy import Scored
@@ -33,10 +33,14 @@ from rlrt_lightning.prompts import PromptReader, read_problems
 from rlrt_lightning.ranks import Mean, gather
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, ScoringEngine, TransformersEngine
 from rlrt_lightning.rollouts.ahead import Ahead, Drawn
+from rlrt_lightning.rollouts.base import Stops
+from rlrt_lightning.run_files import own_metrics
 from rlrt_lightning.seeding import derive_seed, generator
 from rlrt_lightning.stopping import StopSignal
 from rlrt_lightning.tasks import Problem, StrategySum, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
+from rlrt_lightning.trainer_checks import check_trainer
+from rlrt_lightning.trainer_limits import check_limits
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -143,6 +147,17 @@ class RolloutDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.prompts_per_epoch ({prompts_per_epoch}) has to be a multiple of data.minibatches ({minibatches})"
             )
+        check_ranges(
+            "data",
+            {
+                "eval_prompts": (eval_prompts, eval_prompts >= 1, "1 or more"),
+                "max_prompt_tokens": (max_prompt_tokens, max_prompt_tokens >= 1, "1 or more"),
+                "verifier_workers": (verifier_workers, verifier_workers >= 1, "1 or more"),
+                "verifier_timeout_s": (verifier_timeout_s, 0 < verifier_timeout_s < math.inf, "above 0"),
+                "verifier_memory_gb": (verifier_memory_gb, 0 < verifier_memory_gb < math.inf, "above 0"),
+                "max_fault_share": (max_fault_share, 0 <= max_fault_share <= 1, "from 0 to 1"),
+            },
+        )
         if sampling.temperature == 0:
             raise ConfigError("data.sampling.temperature is 0: K equal roll-outs teach nothing; take 1 for training")
         self.task: Task = task or StrategySum()
@@ -178,6 +193,7 @@ class RolloutDataModule(LightningDataModule):
         self._epochs = 0
         self._cursor = 0
         self._overlong = 0
+        self._longest = max_prompt_tokens  # as far as the model has positions
         self._problems: Sequence[Problem] = ()
         self._order: tuple[int, Tensor] | None = None
         self._eval_problems: dict[str, Sequence[Problem]] = {}
@@ -335,7 +351,7 @@ class RolloutDataModule(LightningDataModule):
         while len(problems) < self.prompts_per_epoch:
             if missed >= min(len(self._problems), MOST_MISSES):
                 raise ConfigError(
-                    f"data.max_prompt_tokens is {self.max_prompt_tokens}: each of {missed} prompts in a row was longer"
+                    f"data.max_prompt_tokens is {self._longest}: each of {missed} prompts in a row was longer"
                 )
             problem = self._problems[self._row(self._cursor)]
             self._cursor += 1
@@ -512,21 +528,30 @@ class RolloutDataModule(LightningDataModule):
             drawn = self._roll_out(task, problems, prompts, n, sampling, seeds)
         return self._collect_verdicts(problems, drawn)
 
+    @property
+    def training_problems(self) -> Sequence[Problem]:
+        """The problems that are trained on, over all ranks; known after `setup` for training."""
+        return self._problems
+
     def benchmark_problems(self, name: str) -> Sequence[Problem]:
         """The problems of a benchmark, over all ranks; known after `setup`."""
         return self._eval_problems[name]
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
+    def prepare_data(self) -> None:
+        """Lightning's first hook, before the loggers write anything."""
+        if self._trainer.is_global_zero:
+            own_metrics(self._trainer)
+
     def setup(self, stage: str) -> None:
         """Reads the data and checks what can be checked before the weights are loaded."""
         self._synced = self._made = self._begun = self._order = None
         policy = self._module.policy
-        _ = policy.tokenizer, policy.end_tokens
+        _ = policy.tokenizer, policy.end_tokens, Stops.of(policy, self.sampling)
         self._reader = PromptReader(policy, self.overlong_prompts)
         limit = policy.max_positions
-        if limit is not None and self.max_prompt_tokens >= limit:
-            self.max_prompt_tokens = limit - 1
+        self._longest = self.max_prompt_tokens if limit is None else min(self.max_prompt_tokens, limit - 1)
         if stage == "fit":
             self._set_up_trainer()
             if self._trainer.current_epoch == 0:  # a run that is resumed loads its place after this
@@ -535,16 +560,20 @@ class RolloutDataModule(LightningDataModule):
             if not len(self._problems):
                 raise ConfigError("data.task: there are no problems to train on")
             self._check_context()
+            self._check_embeddings()
             self._check_cuts()
             self._check_ahead()
             self._scoring_engine()
             self._reader.check_lengths(
-                "data.task", self._problems, "data.max_prompt_tokens", self.max_prompt_tokens, "they are left out"
+                "data.task", self._problems, "data.max_prompt_tokens", self._longest, "they are left out"
             )
         for name, spec in self.benchmarks.items():
-            if spec.samples < 1:
-                raise ConfigError(f"data.benchmarks.{name}.samples is {spec.samples}; it has to be at least 1")
             where = f"data.benchmarks.{name}"
+            ranges = {
+                "samples": (spec.samples, spec.samples >= 1, "at least 1"),
+                "limit": (spec.limit, spec.limit is None or spec.limit >= 1, "at least 1, or null"),
+            }
+            check_ranges(where, ranges)
             problems = read_problems(spec.task or self.task, "heldout", where)
             if not len(problems):
                 raise ConfigError(f"{where}: there are no problems to evaluate on")
@@ -553,7 +582,13 @@ class RolloutDataModule(LightningDataModule):
                 self._reader.check_lengths(
                     where, problems, "the longest prompt of the model", limit - 1, "they count like the others"
                 )
+            self._reader.check_embeddings(problems)
+            if spec.sampling is not None:
+                Stops.of(policy, spec.sampling, f"{where}.sampling")
             self._eval_problems[name] = problems
+        for task in (self.task, *(spec.task for spec in self.benchmarks.values())):
+            if task is not None:
+                self.verifier(task)  # refuses one that cannot be sent to its processes before any rollout is drawn
 
     def teardown(self, stage: str) -> None:
         """Ends the engine and the verifier's worker processes."""
@@ -637,6 +672,15 @@ class RolloutDataModule(LightningDataModule):
                 changed.append(f"{name}={-1 if ours == math.inf else ours}")
         if changed:
             rank_zero_info("trainer: %s, in place of Lightning's defaults", ", ".join(changed))
+        check_trainer(trainer, self)
+        check_limits(trainer)
+        steps = self.minibatches * trainer.accumulate_grad_batches
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and interval > steps and trainer.check_val_every_n_epoch is not None:
+            raise ConfigError(
+                f"trainer.val_check_interval is {interval}; an epoch has {steps} batches, data.minibatches times "
+                "trainer.accumulate_grad_batches"
+            )
         if trainer.reload_dataloaders_every_n_epochs != 1:
             raise ConfigError(RELOAD)
         if self.prompts_per_epoch % (self.minibatches * trainer.world_size):
@@ -701,6 +745,18 @@ class RolloutDataModule(LightningDataModule):
                 f"the data's column in data.task.{kind}, or take another context"
             )
 
+    def _check_embeddings(self) -> None:
+        """Finds prompts of the policy and the teacher that hold tokens which the model has no embedding for."""
+        module, kind = self._module, self._module.method.context
+
+        def teachers(problem: Problem) -> None:
+            if kind != "none":
+                context = getattr(problem, kind, None) if kind in ("solution", "answer") else None
+                module.teacher.prompt(module.policy, problem, "1" if context is None else str(context), kind)
+
+        teachers(Problem("template", "?"))
+        self._reader.check_embeddings(self._problems, teachers)
+
     def example(self, stage: str) -> Problem | None:
         """The first problem of a stage whose prompt is not too long, to be shown; None where there is none."""
         problems = chain.from_iterable(self._eval_problems.values())
@@ -719,13 +775,13 @@ class RolloutDataModule(LightningDataModule):
 
     def _encode(self, problem: Problem) -> list[int] | None:
         """Tokens of a prompt, or None where it is too long and dropped."""
-        tokens, ids = self._reader.measured(problem, self.max_prompt_tokens)
-        if tokens <= self.max_prompt_tokens:
+        tokens, ids = self._reader.measured(problem, self._longest)
+        if tokens <= self._longest:
             return ids
         if self.overlong_prompts == "error":
             raise ConfigError(
                 f"problem {problem.id}: its prompt has {tokens} tokens, more than data.max_prompt_tokens or the "
-                f"model allow ({self.max_prompt_tokens}); shorten it or set data.overlong_prompts to drop"
+                f"model allow ({self._longest}); shorten it or set data.overlong_prompts to drop"
             )
         return None
 

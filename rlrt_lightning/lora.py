@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.errors import ConfigError, check_ranges, first_line
 from rlrt_lightning.sharding import local, whole
 
 if TYPE_CHECKING:
@@ -34,6 +35,14 @@ class LoRA:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "rank": (self.rank, self.rank >= 1, "at least 1"),
+            "alpha": (self.alpha, 0 < self.alpha < math.inf, "above 0"),
+            "dropout": (self.dropout, 0 <= self.dropout < 1, "from 0 to below 1"),
+        }
+        check_ranges("model.policy.lora", ranges)
 
     @property
     def config(self) -> LoraConfig:

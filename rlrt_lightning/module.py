@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
+from rlrt_lightning import resume
 from rlrt_lightning.batch import MicroBatch
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, check_ranges
 from rlrt_lightning.log_probs import log_probs_at
 from rlrt_lightning.objective import (
     RLRT,
@@ -29,17 +29,17 @@ from rlrt_lightning.objective import (
     token_mean,
 )
 from rlrt_lightning.objective.ratios import kl_estimate, log_ratio
+from rlrt_lightning.optimizers import OptimizerFactory, WarmUp, keep_settings
 from rlrt_lightning.padding import at_mask
 from rlrt_lightning.policy import Policy
 from rlrt_lightning.ranks import Mean, mean_over_ranks
 from rlrt_lightning.seeding import derive_seed
 from rlrt_lightning.sharding import FSDP2Strategy, check_strategy, whole
+from rlrt_lightning.stopping import WholeEpochs
 from rlrt_lightning.teacher import Teacher
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
-
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
 class RLRTModule(LightningModule):
@@ -61,6 +61,9 @@ class RLRTModule(LightningModule):
         importance_cap: Upper limit of that weight; the paper has 2.
         optimizer: Class path and settings of the optimiser; the paper has AdamW with lr 1e-6.
         warmup_steps: Optimiser steps over which the learning rate rises linearly to its constant value.
+        allow_changes: Settings that may differ from those of the checkpoint when a run is resumed (`--ckpt_path`), such
+            as [data.seed, model.method]; each stands for all settings below it. Settings of the optimiser (not its
+            class), trainer, engine, checkpoints and evaluation may always change.
     """
 
     def __init__(
@@ -76,18 +79,19 @@ class RLRTModule(LightningModule):
         importance_cap: float = 2.0,
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
         warmup_steps: int = 10,
+        allow_changes: list[str] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= clip_low < 1 or clip_high < 0:
-            raise ConfigError(
-                f"model.clip_low is {clip_low} and clip_high {clip_high}; 0 <= clip_low < 1, clip_high >= 0"
-            )
-        if dual_clip is not None and dual_clip <= 1:
-            raise ConfigError(f"model.dual_clip is {dual_clip}; it has to be above 1, or null")
-        if warmup_steps < 0:
-            raise ConfigError(f"model.warmup_steps is {warmup_steps}; it has to be 0 or more")
-        if importance_cap < 1:
-            raise ConfigError(f"model.importance_cap is {importance_cap}; it has to be at least 1")
+        check_ranges(
+            "model",
+            {
+                "clip_low": (clip_low, 0 <= clip_low < 1, "from 0 to below 1"),
+                "clip_high": (clip_high, clip_high >= 0, "0 or more"),
+                "dual_clip": (dual_clip, dual_clip is None or 1 < dual_clip < math.inf, "above 1, or null"),
+                "warmup_steps": (warmup_steps, warmup_steps >= 0, "0 or more"),
+                "importance_cap": (importance_cap, importance_cap >= 1, "at least 1"),
+            },
+        )
         self.policy = policy
         self.method = method
         self.teacher = teacher
@@ -97,12 +101,14 @@ class RLRTModule(LightningModule):
         self.importance_cap = importance_cap
         self.optimizer_factory = optimizer
         self.warmup_steps = warmup_steps
+        self.allow_changes = allow_changes
         self._epoch_start = 0.0
         self._tokens: Tensor | int = 0  # of the epoch's micro-batches
         self._places = 0  # of these, padding included
         self._figures: dict[str, list[tuple[Tensor | float, int]]] = {}
         self._of_rollouts: dict[str, float] = {}
         self._steps = {"faults/skipped_steps": 0, "train/empty_steps": 0}  # of the epoch
+        self._whole_epochs = WholeEpochs()
         self.skipped = False
         """Whether the newest optimiser step was skipped, because its gradient was not finite."""
 
@@ -179,7 +185,8 @@ class RLRTModule(LightningModule):
         """The optimiser over the policy's weights, constant after a linear warm-up."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = self.optimizer_factory(trained)
-        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, self.warmup_steps)))
+        schedule = WarmUp(optimizer, self.warmup_steps)
+        keep_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -195,6 +202,11 @@ class RLRTModule(LightningModule):
         self._tokens, self._places = 0, 0
         self._steps = dict.fromkeys(self._steps, 0)
         self._epoch_start = time.perf_counter()
+        self._whole_epochs.begin(self.trainer)
+
+    def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
+        """Puts off the end that any callback asks for to the end of the epoch; comes after all of theirs."""
+        self._whole_epochs.hold(self.trainer, batch_idx)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         """Seeds dropout, where a model has any: the same in a resumed run."""
@@ -286,6 +298,8 @@ class RLRTModule(LightningModule):
     def on_validation_end(self) -> None:
         """Lets the engine give back its memory."""
         self._data.engine.release()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._whole_epochs.hold(self.trainer)
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
@@ -307,13 +321,22 @@ class RLRTModule(LightningModule):
         adopt_checkpoints(trainer.callbacks)
         return default_callbacks(trainer.callbacks, checkpoints=bool(trainer.checkpoint_callbacks))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the settings of the run."""
+        checkpoint[resume.KEY] = resume.record(self.trainer, self)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compares the checkpoint's weights with the model's before any is loaded.
+        """Compares the checkpoint's settings and weights with the run's before any weight is loaded.
 
         Raises:
-            ConfigError: If it holds another model.
+            ConfigError: If it holds another model, or comes from a run with other settings.
         """
         found = checkpoint.get("state_dict")  # not there where shards have been loaded already
+        if self._attached:
+            resume.compare(self.trainer, self, checkpoint)
+        elif found is not None:
+            self.teacher.schedule = resume.teacher_weights(checkpoint) or self.method.needs.teacher
+            self.teacher.load(self.policy)
         if found is None:
             return
         theirs = {name: tuple(value.shape) for name, value in found.items()}
@@ -327,10 +350,30 @@ class RLRTModule(LightningModule):
                 "model.method and teacher_refresh as in the run that made it"
             )
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override] # Lightning's is a descriptor of its own
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **parts: Any
+    ) -> RLRTModule:
+        """A module with a checkpoint's weights, for use without a trainer. No code of the file is run.
+
+        Args:
+            checkpoint_path: The checkpoint, as one file.
+            map_location: Device to load to, as `torch.load` takes it.
+            parts: Arguments of the class, such as `policy=Policy(path=...)`; those left out are as in the run.
+
+        Raises:
+            ConfigError: If the checkpoint cannot be read, or a part of it has to be given and is not.
+        """
+        found = resume.parts_of(Path(checkpoint_path), set(parts))
+        load = cast(Any, super().load_from_checkpoint)
+        module = load(checkpoint_path, map_location=map_location, weights_only=True, **{**found, **parts})
+        return cast(RLRTModule, module)
+
     def configure_model(self) -> None:
         """Loads the weights, after everything that can be checked without them has been, and shards them."""
-        strategy = self.trainer.strategy
-        check_strategy(strategy)
+        strategy = self.trainer.strategy if self._attached else None
+        if strategy is not None:
+            check_strategy(strategy)
         self.policy.load()
         self.teacher.load(self.policy)
         if isinstance(strategy, FSDP2Strategy):
@@ -344,6 +387,13 @@ class RLRTModule(LightningModule):
                 strategy.shard(cast(Any, own.model))
         if self.teacher.adapters is not None:
             self.teacher.adapters.copy(self.policy.model)  # in the same shards
+
+    @property
+    def _attached(self) -> bool:
+        try:
+            return self.trainer is not None
+        except RuntimeError:  # Lightning's answer where there is none
+            return False
 
     @property
     def _data(self) -> RolloutDataModule:

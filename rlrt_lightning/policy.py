@@ -177,9 +177,16 @@ class Policy(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for; None where it does not say."""
-        text = self.config.get_text_config()
-        return getattr(text, "max_position_embeddings", None)
+        """Longest sequence that the model has positions for; None where it does not say. With longrope (Phi-3), only
+        those before a longer sequence in the batch would change the frequencies of all others."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return positions if positions is None else min([positions, *self._positions_before_longrope])
+
+    @property
+    def _positions_before_longrope(self) -> list[int]:
+        rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+        kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+        return [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
 
     @property
     def chats(self) -> bool:
@@ -302,14 +309,19 @@ class Policy(nn.Module):
             enable({"use_reentrant": False})
         if self.lora is not None:
             self.lora.add_to(model)
+        if self._positions_before_longrope:
+            log.warning(
+                "model.policy.path: sequences are limited to %d tokens, where the model's position frequencies change "
+                "(longrope): beyond, the rows of a batch would change each other's log-probs",
+                self.max_positions,
+            )
         self.adopt(model)
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Takes a loaded model as the policy's weights."""
         self.model = model.train()
         self._head_is_known = self._chunks_match_the_model()
-        self._continues_prompts = self._cache_matches_the_model(in_steps=False)
-        self.decodes_rows = self._cache_matches_the_model(in_steps=True)
+        self._continues_prompts, self.decodes_rows = self._cache_matches_the_model()
 
     def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
         """A whole model of the same kind without adapters, whose weights are yet to be filled in, for inference."""
@@ -659,11 +671,12 @@ class Policy(nn.Module):
         silent difference would be a wrong gradient."""
         self._head_is_known = True
         ids = torch.arange(4, device=self.device)[None]
+        near = 1e-4 if self.dtype == "float32" else 1e-2  # a soft cap far above small logits changes them by little
         with self.evaluating():
             expected = self.model(input_ids=ids, use_cache=False).logits
             try:
                 states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-                same = torch.allclose(self._logits(states).float(), expected.float(), rtol=1e-2, atol=1e-2)
+                same = torch.allclose(self._logits(states).float(), expected.float(), rtol=near, atol=near)
             except (AttributeError, TypeError):
                 same = False
         if not same:
@@ -674,35 +687,34 @@ class Policy(nn.Module):
             )
         return same
 
-    def _cache_matches_the_model(self, in_steps: bool) -> bool:
-        """Whether responses that follow cached prompts of different lengths have the states of whole sequences. Some
-        recurrent architectures read the padding, or begin anew where more than one token follows; most do neither.
-
-        Args:
-            in_steps: The responses follow token by token, as they are sampled, or else all tokens at once.
-        """
+    def _cache_matches_the_model(self) -> tuple[bool, bool]:
+        """Whether responses that follow cached prompts of different lengths have the states of whole sequences, where
+        all of their tokens follow at once, and one by one. Some recurrent architectures read the padding, or begin anew
+        where several tokens follow."""
         sequences = [([0, 1, 2], [3, 2, 1]), ([3], [0, 1, 2]), ([0, 1, 2], [2, 3, 0])]
+        near = 1e-2 if self.dtype == "float32" else 0.3
         with self.evaluating():
             expected = self._states(*pad_sequences(sequences, self.device)).float()
             try:
-                got = self._states_by_cache(sequences, in_steps).float()
+                at_once, in_steps = (
+                    float((states.flatten(0, 1).float() - expected).norm()) <= near * float(expected.norm())
+                    for states in self._states_by_cache(sequences)
+                )
             except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-                return False  # a cache of its own kind, in older releases of transformers
-        return float((got - expected).norm()) <= (1e-2 if self.dtype == "float32" else 0.3) * float(expected.norm())
+                return False, False  # a cache of its own kind, in older releases of transformers
+        return at_once, in_steps
 
-    def _states_by_cache(self, sequences: Sequence[tuple[list[int], list[int]]], in_steps: bool) -> Tensor:
-        """`_states` of sequences with responses of one length, after prompts that are read once."""
+    def _states_by_cache(self, sequences: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        """`_states` of responses of one length after prompts read once, in one pass and token by token, [B, T, H]."""
         prompts, mask, after = share_prompts([prompt for prompt, _ in sequences], self.device)
         told, _, asked = pad_sequences([([], response) for _, response in sequences], self.device)
         read = self._read_prompts(prompts, mask)
-        if not in_steps:
-            self._states_told(read, mask, after, told, asked)  # leaves what was read as it is
-            return self._states_told(read, mask, after, told, asked).flatten(0, 1)
+        at_once = self._states_told(read, mask, after, told, asked)
         cache, seen, states = copy_rows(read[0], after), mask[after], [read[1][after][:, None]]
         for step in range(told.shape[1] - 1):
             seen = torch.cat([seen, asked[:, step : step + 1].long()], 1)
             states.append(self._read_on(cache, told[:, step : step + 1], seen))
-        return torch.cat(states, 1).flatten(0, 1)
+        return at_once, torch.cat(states, 1)
 
 
 def _deal(

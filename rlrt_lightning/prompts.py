@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -100,6 +100,22 @@ class PromptReader:
         if self.overlong == "error":
             raise ConfigError(f"{text}; shorten them or set data.overlong_prompts to drop")
         rank_zero_warn(f"{text}; {fate}")
+
+    def check_embeddings(self, problems: Sequence[Problem], *others: Callable[[Problem], object]) -> None:
+        """Reads all prompts where the tokenizer has tokens that the model lacks; other models can do without.
+
+        Args:
+            problems: The problems; what is made on demand is checked as it is drawn.
+            others: What else is made of a problem.
+
+        Raises:
+            ConfigError: If a prompt has such a token.
+        """
+        if not self.policy.lacks_embeddings or len(problems) > EAGER_ROWS or isinstance(problems, OnDemand):
+            return
+        for problem in problems:
+            for read in (self.tokens, *others):
+                read(problem)
 
 
 def read_problems(task: Task, split: Split, where: str) -> Sequence[Problem]:

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+CURVES = "pass_at_k.csv"
+"""The curves of all benchmarks in a folder."""
+
+FIELDS = ["benchmark", "k", "pass", "low", "high"]
+"""Its columns."""
+
 
 def rows_of(done: Evaluated) -> list[list[Row]]:
     """A row for each completion, by problem and sample."""
@@ -121,6 +127,10 @@ class Results:
         if not resume:
             for file in (path, *self._files()):
                 file.unlink(missing_ok=True)
+        if resume and not path.exists() and (foreign := [*self._files(), *self._tables()]):
+            raise ConfigError(
+                f"evaluation.results: {foreign[0]} is there already, and no evaluation of ours; name another folder"
+            )
         if path.exists():
             earlier = _parsed(path.read_text(encoding="utf-8"), {"weights"}) or {}
             differs = [key for key, value in described.items() if earlier.get(key) != value]
@@ -159,6 +169,12 @@ class Results:
         others = self.folder.glob(f"{self.benchmark}-rank*.jsonl")
         return [file for file in (self.folder / f"{self.benchmark}.jsonl", *sorted(others)) if file.exists()]
 
+    def _tables(self) -> list[Path]:
+        """Tables that no evaluation of ours has written."""
+        curves, table = self.folder / CURVES, self.folder / f"{self.benchmark}.parquet"
+        foreign = [curves] if curves.exists() and _lines(curves)[:1] != [",".join(FIELDS) + "\r\n"] else []
+        return [*foreign, *([table] if table.exists() else [])]
+
     @staticmethod
     def _complete(lines: Iterable[str], samples: int) -> set[str]:
         found: dict[str, set[int]] = {}
@@ -183,7 +199,7 @@ def summary(rows: Sequence[Row]) -> Row:
 
 def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
     """Writes `<benchmark>.parquet` with a row for each problem, and `pass_at_k.csv` with pass@k and its 95 % confidence
-    interval over problems (`low`, `high`) for k = 1, 2, 4, ... and n.
+    interval over problems (`low`, `high`) for k = 1, 2, 4, ... and n. Other benchmarks' curves that are there stay.
 
     Args:
         folder: Where to.
@@ -192,12 +208,15 @@ def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    curves = []
+    curves: list[Row] = []
+    if (folder / CURVES).exists():
+        with (folder / CURVES).open(newline="", encoding="utf-8") as file:
+            curves = [row for row in csv.DictReader(file) if row["benchmark"] not in tables]
     for benchmark, table in tables.items():
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / f"{benchmark}.parquet")
         curves += [{"benchmark": benchmark, **point} for point in pass_curve(table)]
-    with (folder / "pass_at_k.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["benchmark", "k", "pass", "low", "high"])
+    with (folder / CURVES).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(curves)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -51,6 +52,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout_s: float = 3600.0,
     ) -> None:
+        if not 0 < timeout_s < math.inf:
+            raise ConfigError(f"FSDP2Strategy.timeout_s is {timeout_s}; it has to be above 0")
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,

@@ -51,3 +51,31 @@ class StopSignal:
         finally:
             self._at_once = False
         self.check(trainer)
+
+
+class WholeEpochs:
+    """Has a run that a callback wants to end (`trainer.should_stop`: a time limit, early stopping, ...) finish its
+    epoch first. Lightning would end between two optimiser steps, and leave out the others without a word."""
+
+    def __init__(self) -> None:
+        self._wanted = False
+        self._last = False
+
+    def begin(self, trainer: Trainer) -> None:
+        """An epoch begins."""
+        self._last = False
+        self.hold(trainer)
+
+    def hold(self, trainer: Trainer, batch_idx: int | None = None) -> None:
+        """Puts the end off until the epoch's last micro-batch; to be called after the callbacks' hooks.
+
+        Args:
+            trainer: The trainer.
+            batch_idx: Number of the micro-batch that was trained on.
+        """
+        if batch_idx is not None:
+            self._last = batch_idx + 1 >= trainer.num_training_batches
+        self._wanted |= trainer.should_stop
+        trainer.should_stop = self._wanted and self._last
+        if self._last:
+            self._wanted = False

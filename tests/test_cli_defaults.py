@@ -11,8 +11,9 @@ import pytest
 from jsonargparse import Namespace
 
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.cli import RLRTCli, run
+from rlrt_lightning.cli import RLRTCli
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.refusals import run
 
 Parse = Callable[..., Namespace]
 
@@ -175,16 +176,16 @@ def test_the_parts_of_defaults_are_set_without_naming_the_class(parse: Parse) ->
         ("--model.metod=RLRT", "there is no setting --model.metod (did you mean --model.method?)"),
         ("model: {metod: RLRT}", "there is no setting model.metod (did you mean model.method?)"),
         ("--trainer.max_epoch=3", "there is no setting --trainer.max_epoch (did you mean --trainer.max_epochs?)"),
-        ("--model.method.epsw=1", "model.method: RLRT has no setting epsw (did you mean eps_w?)"),
-        ("model: {method: {class_path: GRPO, init_args: {eps_w: 1}}}", "model.method: GRPO has no setting eps_w"),
+        ("--model.method.epsw=1", "model.method.epsw: RLRT has no setting epsw (did you mean eps_w?)"),
+        ("model: {method: {class_path: GRPO, init_args: {eps_w: 1}}}", "model.method.eps_w: GRPO has no setting eps_w"),
         ("--data.task.digts=[1, 2]", "data.task.digts: StrategySum has no setting digts (did you mean digits?)"),
         ("--data.benchmarks.a.tsk=x", "data.benchmarks.a.tsk: Benchmark has no setting tsk (did you mean task?)"),
-        ("--data.task=ReasoningGym", "data.task: ReasoningGym needs a value for name"),
+        ("--data.task=ReasoningGym", "data.task.name: ReasoningGym needs a value for name"),
         ("--model.method.eps_w=abc", "model.method.eps_w: it has to be float; it is abc"),
-        ("--trainer.max_epochs=x", "trainer.max_epochs: it has to be int; it is x"),
+        ("--trainer.max_epochs=x", "trainer.max_epochs: it has to be int or null; it is x"),
         (
             "--model.policy.dtype=float64",
-            "model.policy.dtype: it has to be one of 'float32', 'bfloat16', 'float16'; it is float64",
+            "model.policy.dtype: it has to be one of float32, bfloat16, float16; it is float64",
         ),
     ],
 )

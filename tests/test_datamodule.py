@@ -212,6 +212,17 @@ def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) 
     assert epoch.stats["time/rescore"] > 0
 
 
+def test_a_task_that_cannot_be_sent_to_the_verifier_is_refused_before_any_rollout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RolloutDataModule, "draw", None)
+    monkeypatch.setattr(RolloutDataModule, "_make_epoch", None)
+    task = Counted(lambda text: True)
+    task.isolated = True
+    with pytest.raises(ConfigError, match="the task Counted cannot be pickled"):
+        fit(tmp_path, task)
+
+
 @pytest.mark.parametrize("method", [SDPO(), EntropyBonus()], ids=["SDPO", "EntropyBonus"])
 def test_a_sampler_that_disagrees_is_corrected_for_without_an_advantage_too(method: Method, tmp_path: Path) -> None:
     """Here all roll-outs are right, which these methods train on too."""

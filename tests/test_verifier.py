@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -367,3 +369,132 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     )
     assert done.returncode != 0
     assert '__name__ == "__main__"' in done.stderr.splitlines()[-1]
+
+
+def judge_by_length(problem, completion):
+    return Verdict(float(len(completion) > 3), len(completion) > 3)
+
+
+class ByFunction(Task):
+    """A task whose verdicts come from something that it is given."""
+
+    def __init__(self, judge):
+        self.judge = judge
+
+    def problems(self, split):
+        return [PROBLEM]
+
+    def verify(self, problem, completion):
+        return self.judge(problem, completion)
+
+
+class Judge:
+    def by_length(self, problem, completion):
+        return judge_by_length(problem, completion)
+
+
+def local_function():
+    def judge(problem, completion):
+        return judge_by_length(problem, completion)
+
+    return judge
+
+
+def local_class():
+    class Local(Unruly): ...
+
+    return Local()
+
+
+@pytest.mark.parametrize(
+    ("task", "what"),
+    [
+        (lambda: ByFunction(lambda problem, completion: None), "ByFunction"),
+        (lambda: ByFunction(local_function()), "ByFunction"),
+        (lambda: ByFunction(functools.partial(local_function())), "ByFunction"),
+        (lambda: ByFunction(threading.Lock()), "ByFunction"),
+        (lambda: ByFunction(x for x in ()), "ByFunction"),
+        (local_class, "Local"),
+    ],
+)
+def test_what_cannot_be_pickled_is_refused_at_the_start(task, what):
+    with pytest.raises(
+        ConfigError, match=f"the task {what} cannot be pickled .*; put rewards and tasks at the top level"
+    ):
+        Verifier(task())
+
+
+@pytest.mark.parametrize("judge", [judge_by_length, functools.partial(judge_by_length), Judge().by_length])
+def test_functions_partials_and_bound_methods_of_a_file_are_sent(judge):
+    with Verifier(ByFunction(judge), workers=1) as verifier:
+        assert verifier.submit(PROBLEM, "long").result(timeout=60).correct
+
+
+def as_in_a_notebook(monkeypatch, code):
+    """Runs code as a cell: in a main module that is no file."""
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    exec(code, vars(main))
+    return main
+
+
+CELL = """
+from rlrt_lightning.tasks import Task, Verdict, DatasetTask, ExactMatch
+
+def judge(problem, completion):
+    return Verdict(1.0, True)
+
+class Mine(ExactMatch): ...
+
+class Puzzles(Task):
+    def problems(self, split): return []
+    def verify(self, problem, completion): return judge(problem, completion)
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda main: main.Puzzles(), "Puzzles"),
+        (lambda main: main.DatasetTask(train="a.jsonl", reward=main.Mine(pattern="(.*)")), "Mine"),
+        (lambda main: ByFunction(main.judge), "judge"),
+        (lambda main: ByFunction(functools.partial(main.judge)), "judge"),
+        (lambda main: ByFunction(main.Puzzles().verify), "Puzzles"),
+        (lambda main: ByFunction({"by": [main.judge]}), "judge"),
+    ],
+)
+def test_a_reward_of_a_notebooks_cell_is_refused_at_the_start(monkeypatch, make, what):
+    main = as_in_a_notebook(monkeypatch, CELL)
+    with pytest.raises(ConfigError, match=f"uses {what}, which is defined in a notebook, .*; put rewards and tasks at"):
+        Verifier(make(main))
+
+
+def test_a_notebook_may_use_the_rewards_of_files(monkeypatch):
+    as_in_a_notebook(monkeypatch, CELL)
+    with Verifier(ByFunction(judge_by_length), workers=1) as verifier:
+        assert verifier.submit(PROBLEM, "long").result(timeout=60).correct
+
+
+def test_a_script_on_standard_input_may_use_the_rewards_of_files():
+    code = """
+import sys
+from rlrt_lightning.tasks import Problem
+from rlrt_lightning.tasks.verifier import Verifier
+from tests.test_verifier import Unruly
+with Verifier(Unruly(), workers=2) as verifier:
+    verdicts = [verifier.submit(Problem("p", "q"), "abc") for _ in range(4)]
+    print([v.result(timeout=60).answer for v in verdicts], sys.modules["__main__"].__file__)
+"""
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.split() == [*"['unruly 3', 'unruly 3', 'unruly 3', 'unruly 3'] <stdin>".split()], done.stderr
+
+
+def test_a_script_may_have_its_own_reward(tmp_path):
+    (tmp_path / "script.py").write_text(
+        CELL + "from rlrt_lightning.tasks.verifier import Verifier\n"
+        "if __name__ == '__main__':\n"
+        "    with Verifier(Puzzles(), workers=1) as verifier:\n"
+        "        print(verifier.submit(None, 'abc').result(timeout=60).correct)\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr

@@ -343,7 +343,7 @@ def test_all_engines_end_the_same_rollouts_in_the_same_place(
                 p.copy_(0.2 * torch.randn(p.shape, generator=g))
     for engine in engines.values():
         engine.sync(made)
-    for stop in ([], ["<pad>"], ["#<pad>"], ["20", "D2"], ["<sol>", "#", "90"], ["<pad>2", "sol>"]):
+    for stop in ([], ["<pad>"], ["#<pad>"], ["20", "D2"], ["<sol>", "#", "90"], ["<pad>2", "bb"]):
         sampling = Sampling(max_new_tokens=40, temperature=0.0, stop=stop)
         drawn = {kind: draw(engine, made, 1, sampling) for kind, engine in engines.items()}
         ended = [any(made.decode(r.response_ids, True).endswith(s) for s in stop) for r in drawn["transformers"]]

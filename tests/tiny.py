@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlrt_lightning.policy import Policy
 
@@ -30,15 +33,49 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "mistral": {"sliding_window": 6},
 }
+MORE: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "phi3": {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+}
+"""Sliding windows in some layers, learned positions, positions that a long row changes for all, and caches of other
+kinds than keys and values."""
 
 
-def policy(architecture: str = "qwen3", **settings: Any) -> Policy:
-    """The embedded tokenizer with a random model."""
+def policy(architecture: str = "qwen3", of_model: dict[str, Any] | None = None, **settings: Any) -> Policy:
+    """The embedded tokenizer with a random model.
+
+    Args:
+        architecture: Its kind.
+        of_model: What its configuration has besides.
+        settings: Of the policy.
+    """
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **{**SMALL, **ARCHITECTURES[architecture]})
+    config = AutoConfig.for_model(
+        architecture, **{**SMALL, **{**ARCHITECTURES, **MORE}[architecture], **(of_model or {})}
+    )
     made = Policy(**settings)
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager" if architecture == "gemma2" else "sdpa"
+        config, attn_implementation="eager" if architecture in ("gemma2", "recurrent_gemma") else "sdpa"
     )
     with torch.no_grad():
         for p in model.parameters():  # a default initialisation is so flat that nothing could go wrong
@@ -47,3 +84,23 @@ def policy(architecture: str = "qwen3", **settings: Any) -> Policy:
     made.config = config
     made.adopt(model)
     return made
+
+
+def byte_level(folder: Path, special: Sequence[str] = ("<|im_end|>",), rows: int | None = None) -> str:
+    """Writes a random model with a byte-level tokenizer to a folder.
+
+    Args:
+        folder: The folder.
+        special: Its special tokens besides the end token.
+        rows: Tokens that the model has embeddings for; None: all.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    own = {"vocab_size": rows or len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **{**SMALL, **own})).save_pretrained(folder)
+    return str(folder)

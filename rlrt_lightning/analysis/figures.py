@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlrt_lightning.errors import ConfigError
+
 
 class Style(NamedTuple):
     """How one of several things that are compared is drawn."""
@@ -67,6 +69,22 @@ def legend(figure: Any, axis: Any) -> None:
     """Puts the names of what an axis shows below all panels."""
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), fontsize=8, frameon=False)
+
+
+def fresh(out: Path, name: str) -> Path:
+    """Makes a folder ready for figures and tables whose names begin with a name.
+
+    Args:
+        out: The folder.
+        name: The name.
+
+    Raises:
+        ConfigError: If it has some already, which would be overwritten.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if there := sorted(path for pattern in (f"{name}.*", f"{name}_summary.*") for path in out.glob(pattern)):
+        raise ConfigError(f"out: {there[0]} is there already and would be overwritten; name another folder by --out")
+    return out
 
 
 def save(figure: Any, out: Path, name: str) -> list[Path]:

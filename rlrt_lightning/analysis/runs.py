@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rlrt_lightning.analysis.figures import legend, panels, save, style
+from rlrt_lightning.analysis.figures import fresh, legend, panels, save, style
 from rlrt_lightning.errors import ConfigError
 
 TAGS = {
@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> None:
     )
     args = parser.parse_args(words)
     folders = _named(args.folders)
-    args.out.mkdir(parents=True, exist_ok=True)
+    fresh(args.out, args.command)
     paths = curves(folders, args.out, args.tags) if args.command == "curves" else pass_at_k(folders, args.out)
     print("wrote", *paths)
 

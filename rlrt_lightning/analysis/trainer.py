@@ -12,6 +12,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
+from rlrt_lightning.analysis.figures import fresh
 from rlrt_lightning.analysis.reflection import Reflection
 from rlrt_lightning.analysis.shift import Shift
 from rlrt_lightning.datamodule import RolloutDataModule
@@ -147,8 +148,7 @@ class InstrumentTrainer(Trainer):
     ) -> None:
         if benchmark not in data.benchmarks:
             raise ConfigError(f"there is no benchmark {benchmark}; there are {', '.join(data.benchmarks)}")
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = fresh(Path(out), type(instrument).__name__.lower())
         try:
             for path in instrument(module, data, benchmark, limit, folder):
                 print("wrote", path)

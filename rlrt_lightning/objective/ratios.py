@@ -23,20 +23,26 @@ def log_ratio(logp: Tensor, other: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Nats, [N, T], 0 outside the mask; half precision becomes float32. Gradient flows through both.
     """
-    p, q = (widened(values).clamp(min=LOG_ZERO) for values in (logp, other))
+    # Not clamp, whose gradient is 0 where a log-prob is NaN.
+    p, q = (torch.where(w < LOG_ZERO, LOG_ZERO, w) for w in (widened(logp), widened(other)))
     return torch.where(mask.bool(), p - q, 0.0)
 
 
 def bounded_ratio(log_ratio: Tensor) -> Tensor:
     """P / Q from log P - log Q, which is bounded to +-20 nats. There is no gradient beyond the bound."""
-    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    return _bounded(log_ratio).exp()
 
 
 def kl_estimate(log_ratio: Tensor) -> Tensor:
     """KL(Q || P) estimated at tokens that Q sampled: (rho - 1) - log rho with rho = P / Q, which is never negative
     ("k3", http://joschu.net/blog/kl-approx.html). Nats, in the shape of log P - log Q, which is bounded to +-20."""
-    bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    bounded = _bounded(log_ratio)
     return bounded.exp() - 1 - bounded
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    """NaN stays NaN in the gradient too, where `clamp` alone would give 0: a step that saw one has to be skipped."""
+    return torch.where(log_ratio.isnan(), log_ratio, log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
 
 
 def widened(values: Tensor) -> Tensor:

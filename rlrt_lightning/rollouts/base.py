@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.errors import ConfigError, check_ranges
 from rlrt_lightning.tasks.base import Verdict
 
 if TYPE_CHECKING:
@@ -43,16 +44,14 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     def __post_init__(self) -> None:
-        limits = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "0 or more"),
-            "min_p": (0 <= self.min_p < 1, "from 0 to below 1"),
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            "top_p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k, self.top_k >= 0, "0 or more"),
+            "min_p": (self.min_p, 0 <= self.min_p < 1, "from 0 to below 1"),
         }
-        for name, (good, range_) in limits.items():
-            if not good:
-                raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it has to be {range_}")
+        check_ranges("sampling", ranges)
         if isinstance(self.stop, str) or not all(isinstance(stop, str) for stop in self.stop):
             raise ConfigError(f"sampling.stop is {self.stop!r}; it has to be a list of strings")
         for stop in self.stop:

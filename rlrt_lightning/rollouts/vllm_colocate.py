@@ -211,7 +211,8 @@ class VllmColocateEngine(VllmEngine):
             if asked[key] < 0:
                 continue
             prompt, response = sequences[asked[key]]
-            found = len(prompt + response) if done.num_cached_tokens is None else done.num_cached_tokens
+            unknown = len(prompt + response)  # where vLLM does not say what it found, nothing is taken for computed
+            found = (unknown if done.num_cached_tokens is None else done.num_cached_tokens) if read_cache else 0
             # The first place after what was found predicts the token behind it.
             first = max(len(prompt), min(found + 1, len(prompt + response)))
             told = zip(done.prompt_logprobs[first:], response[first - len(prompt) :], strict=True)

@@ -27,11 +27,7 @@ def truths(value: Any) -> list[Truth]:
     Raises:
         ValueError: If it holds anything else; says what, as the rest of a sentence that begins with "the answer".
     """
-    found = []
-    for entry in entries(value):
-        if (truth := _truth(entry)) is not None:
-            found.append(truth)
-    return found
+    return [truth for entry in entries(value) if (truth := _truth(entry)) is not None]
 
 
 def entries(value: Any) -> list[Any]:
@@ -247,5 +243,7 @@ def blank(answer: str) -> bool:
 def same_text(truth: str, answer: str) -> bool:
     """Whether two canonical texts are the same, a word in upper or lower case."""
     truth, answer = plain(truth), plain(answer)
-    words = _WORD.fullmatch(truth), _WORD.fullmatch(answer)
-    return truth == answer or (words[0] and words[1] and words[0][1].casefold() == words[1][1].casefold()) is True
+    if truth == answer:
+        return True
+    words = [word[1].casefold() for word in map(_WORD.fullmatch, (truth, answer)) if word]
+    return len(words) == 2 and words[0] == words[1]

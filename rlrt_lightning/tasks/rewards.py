@@ -109,23 +109,25 @@ class MathReward(Reward):
             return _no_truth(str(error))
         if not golds:
             return _no_truth("is empty")
-        answer = last_boxed(completion)
-        if answer is not None:
-            answer = answer.strip()
-            if len(answer) > _LONGEST + max(map(len, golds)):
-                return Verdict(0.0, False, answer, "wrong: far longer than the answer")
-            meanings = readings(canonical(answer))
-            read = [(meaning, rf"\boxed{{{meaning}}}") for meaning in meanings if not blank(meaning)]
-        elif self.fallback:
-            text = respelled(completion[-_TAIL:])
-            answer = _found(text)
-            read = [(canonical(answer), text)] if answer else []
-        else:
-            return Verdict(0.0, False, message=r"no \boxed{}")
-        if not read:
-            return Verdict(0.0, False, message="no answer found")
-        right = any(_equal(truth, *meaning) for gold in golds for truth in _meanings(gold) for meaning in read)
+        box = last_boxed(completion)
+        if box is not None and len(box) > _LONGEST + max(map(len, golds)):
+            return Verdict(0.0, False, box.strip(), "wrong: far longer than the answer")
+        answer, meanings = self._read(completion, box)
+        if answer is None or not meanings:
+            return Verdict(
+                0.0, False, message="no answer found" if self.fallback or box is not None else r"no \boxed{}"
+            )
+        right = any(_equal(truth, *meaning) for gold in golds for truth in _meanings(gold) for meaning in meanings)
         return Verdict(float(right), right, answer, "right" if right else f"wrong: the answer is {' or '.join(golds)}")
+
+    def _read(self, completion: str, box: str | None) -> tuple[str | None, list[tuple[str, str]]]:
+        """The answer of a completion, and for each meaning that it may have its canonical spelling and the text in
+        which math-verify finds it."""
+        if box is not None:
+            return box.strip(), [(text, rf"\boxed{{{text}}}") for text in readings(canonical(box)) if not blank(text)]
+        text = respelled(completion[-_TAIL:])
+        answer = _found(text) if self.fallback else None
+        return answer, [(canonical(answer), text)] if answer else []
 
 
 class ExactMatch(Reward):
@@ -274,10 +276,10 @@ def _affirmed(*texts: str) -> tuple[str, ...]:
 def _found(text: str) -> str | None:
     """The answer that math-verify finds in a text without a box, as text. None too where it left out what the answer
     is a part of: the other of two numbers side by side, or a sign that it does not equal."""
-    parsed = _parse(text)
-    if not parsed:
+    expressions = _parse(text)
+    if not expressions:
         return None
-    found = str(parsed[-1])
+    found = str(expressions[-1])
     before, _, after = text.rpartition(found)
     return None if re.search(r"(?:\\ne|[0-9]) $", before) or re.match(r" \.?[0-9]", after) else found
 
@@ -292,10 +294,10 @@ def _same(gold: str, text: str) -> bool:
 
 def _far(golds: list[Any], answers: list[Any]) -> bool:
     """Whether two numbers differ that math-verify, which rounds to six decimals, holds for the same: 1e-7 and 2e-7."""
-    from sympy import UnevaluatedExpr
+    from sympy import Expr, UnevaluatedExpr
 
-    if golds[0].has(UnevaluatedExpr) or answers[0].has(UnevaluatedExpr):
-        return False  # a percentage, which is worth both 10 and 0.1
+    if not all(isinstance(found[0], Expr) and not found[0].has(UnevaluatedExpr) for found in (golds, answers)):
+        return False  # no numbers; or a percentage, which is worth both 10 and 0.1
     try:
         return not math.isclose(float(golds[0]), float(answers[0]), rel_tol=1e-4)
     except (TypeError, ValueError, OverflowError):  # no real numbers

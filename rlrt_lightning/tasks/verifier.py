@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.tasks.base import Problem, Task, Verdict
+from rlrt_lightning.tasks.sending import main_as_it_is, pickled
 
 _START_S = 300.0  # until a worker must have loaded a task; imports can be slow on a shared file system
 _MESSAGE_CHARS = 300
@@ -71,12 +72,7 @@ class Verifier:
     def _set_task(self, task: Task) -> None:
         self.task = task
         self._key = next(_keys)
-        self._pickled = b""
-        if task.isolated:
-            try:
-                self._pickled = pickle.dumps(task)
-            except Exception as error:
-                raise ConfigError(f"the task {type(task).__name__} cannot be pickled: {_text(error)}") from error
+        self._pickled = pickled(task) if task.isolated else b""
 
     def submit(self, problem: Problem, completion: str) -> Future[Verdict]:
         """Has one completion judged. Completions are taken up in the order of submission.
@@ -298,7 +294,8 @@ class _Worker:
             self._process = context.Process(
                 target=_work, args=(theirs, self._memory), name="rlrt-verifier", daemon=True
             )
-            self._process.start()
+            with main_as_it_is():
+                self._process.start()
             theirs.close()  # with no copy here, the death of the process ends the stream
             self._loaded = set()
 

@@ -1,0 +1,445 @@
+"""The settings of a run as its checkpoints hold them, and which of them a resumed run may change."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rlrt_lightning.checkpoints import problem
+from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.objective import TeacherWeights
+from rlrt_lightning.optimizers import probe
+from rlrt_lightning.policy import EMBEDDED
+
+if TYPE_CHECKING:
+    from rlrt_lightning.datamodule import RolloutDataModule
+    from rlrt_lightning.module import RLRTModule
+    from rlrt_lightning.tasks import Problem
+
+log = logging.getLogger(__name__)
+
+KEY = "rlrt_lightning"
+"""Where a checkpoint holds the record."""
+
+FORMAT = 1
+"""Of the record and of what else we put into a checkpoint; a release that reads it differently counts up."""
+
+FREE = (
+    "trainer",
+    "checkpoint",
+    "model.optimizer",
+    "model.warmup_steps",
+    "model.policy.attention",
+    "model.policy.gradient_checkpointing",
+    "model.policy.logits_chunk",
+    "model.policy.score_tokens",
+    "model.teacher.scored_by",
+    "model.teacher.rest_on_cpu",
+    "data.engine",
+    "data.rescore",
+    "data.ahead",
+    "data.benchmarks",
+    "data.eval_prompts",
+    "data.verifier_workers",
+    "data.verifier_timeout_s",
+    "data.verifier_memory_gb",
+    "data.max_fault_share",
+)
+"""Settings that a resumed run may change; each other one decides what is learnt from what."""
+
+MODEL = ("model.policy.path", "model.policy.lora")
+"""What has to be the same for the weights to mean the same: all that an evaluation compares."""
+
+TEACHER = "teacher_refresh"
+"""Settings of the teacher's weights: the method's own where the user has given none."""
+
+PROBLEMS, STATE = "data.task.problems", "model.optimizer.state"
+"""Entries of the record that are no settings: a digest of the problems, and what the optimiser keeps per weight."""
+
+OF_TRAINER = (
+    "max_epochs",
+    "min_epochs",
+    "accumulate_grad_batches",
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "num_devices",
+    "num_nodes",
+    "check_val_every_n_epoch",
+    "val_check_interval",
+    "limit_val_batches",
+    "log_every_n_steps",
+)
+OF_CHECKPOINT = ("monitor", "mode", "save_top_k", "save_last", "save_weights_only", "every_n_epochs")
+
+ALIASES = {"seed_everything": "data.seed"}
+"""What the command line calls a setting."""
+
+Settings = dict[str, Any]
+
+
+class Changes(NamedTuple):
+    """What a resumed run has changed, in words: by leave of `model.allow_changes`, and of what is free."""
+
+    allowed: list[str]
+    free: list[str]
+
+
+# -- the record ----------------------------------------------------------------------------------------------------
+
+
+def record(trainer: Trainer, module: RLRTModule) -> dict[str, Any]:
+    """What a checkpoint holds of the run: plain values."""
+    data = getattr(trainer, "datamodule", None)
+    return {"format": FORMAT, "settings": settings(trainer, module, data)}
+
+
+def settings(trainer: Trainer, module: RLRTModule, data: RolloutDataModule | None) -> Settings:
+    """The settings of a run by their names on the command line.
+
+    Args:
+        trainer: The trainer.
+        module: The module; its weights need not be loaded.
+        data: The data module; a digest of the problems is there once these have been read.
+    """
+    found = of_object(module, "model", leave_out=("allow_changes", "optimizer"))
+    found |= _optimizer(module)
+    path = str(module.policy.path)
+    if path == str(EMBEDDED):
+        found["model.policy.path"] = "embedded"
+    elif Path(path).exists():
+        found["model.policy.path"] = str(Path(path).resolve())
+    if data is not None:
+        found |= of_object(data, "data")
+        if len(data.training_problems):
+            found[PROBLEMS] = digest(data.training_problems)
+    found |= {f"trainer.{name}": _plain(getattr(trainer, name, None)) for name in OF_TRAINER}
+    found["trainer.strategy"] = type(trainer.strategy).__name__
+    found["trainer.logger"] = [type(logger).__name__ for logger in trainer.loggers]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__name__ == "TeacherRefresh":
+            found |= of_object(callback.schedule(module), TEACHER)
+        elif isinstance(callback, ModelCheckpoint):
+            found |= {f"checkpoint.{name}": getattr(callback, name) for name in OF_CHECKPOINT}
+    return found
+
+
+def of_object(value: Any, name: str, leave_out: Sequence[str] = ()) -> Settings:
+    """The settings that an object was made with, as far as it keeps them under their names: its class under its own
+    name, and below it whatever its constructor takes.
+
+    Args:
+        value: The object.
+        name: Its setting.
+        leave_out: Parameters that are none of the record's.
+    """
+    found: Settings = {name: _class_name(type(value))}
+    try:
+        parameters = list(inspect.signature(type(value)).parameters)
+    except (ValueError, TypeError):  # some classes written in C
+        return found
+    for parameter in parameters:
+        if parameter in leave_out:
+            continue
+        inner = _kept(value, parameter)
+        if inner is inspect.Parameter.empty:
+            continue
+        plain = _plain(inner)
+        if plain is not inspect.Parameter.empty:
+            found[f"{name}.{parameter}"] = plain
+        elif inspect.isroutine(inner):
+            found[f"{name}.{parameter}"] = _class_name(inner)
+        elif hasattr(inner, "__dict__"):
+            found |= of_object(inner, f"{name}.{parameter}")
+    return found
+
+
+def _kept(value: Any, parameter: str) -> Any:
+    """An attribute without running a property's code; modules of torch keep theirs apart."""
+    of = {**vars(value), **vars(value).get("_modules", {})}
+    return of.get(parameter, of.get(f"_{parameter}", inspect.Parameter.empty))
+
+
+def _plain(value: Any) -> Any:
+    """A value as a checkpoint holds it; `Parameter.empty` for what is an object."""
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
+        return value
+    kinds: dict[type, Callable[[Any], Any]] = {int: int, float: float, str: str, Path: str}
+    for kind, made in kinds.items():  # subclasses, such as numpy's numbers, would be objects in a checkpoint
+        if isinstance(value, kind):
+            return made(value)
+    items = list(value.values()) if isinstance(value, Mapping) else value
+    if not isinstance(items, (list, tuple, set, frozenset)):
+        return inspect.Parameter.empty
+    plain = [_plain(item) for item in items]
+    if inspect.Parameter.empty in plain:  # such as benchmarks, which have tasks of their own
+        plain = [of_object(item, "") if hasattr(item, "__dict__") else repr(item) for item in items]
+    return dict(zip(map(str, value), plain, strict=True)) if isinstance(value, Mapping) else plain
+
+
+def _class_name(value: Any) -> str:
+    """A class or function; ours without the module, which may move between releases."""
+    module = str(getattr(value, "__module__", ""))
+    return value.__qualname__ if module.split(".")[0] == KEY else f"{module}.{value.__qualname__}"
+
+
+def _optimizer(module: RLRTModule) -> Settings:
+    found = probe(module.optimizer_factory)
+    if found is None:
+        return {}
+    optimizer, state = found
+    defaults = {f"model.optimizer.{name}": _plain(value) for name, value in optimizer.defaults.items()}
+    known = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
+    return {"model.optimizer": _class_name(type(optimizer)), STATE: state, **known}
+
+
+def digest(problems: Sequence[Problem], samples: int = 100) -> str:
+    """A name for a set of problems: how many, and a digest of some that are spread over it."""
+    hashed = blake2b(digest_size=8)
+    for i in range(0, len(problems), max(1, len(problems) // samples)):
+        p = problems[i]
+        text = "\x1f".join(map(str, (p.id, p.prompt, p.answer, p.solution)))
+        hashed.update(text.encode("utf-8", "replace") + b"\x1e")
+    return f"{len(problems)} problems, digest {hashed.hexdigest()}"
+
+
+def rebuilt(found: Settings, name: str) -> Any:
+    """An object of one of our public classes, as `of_object` has recorded it; nothing else is ever made.
+
+    Args:
+        found: The record's settings.
+        name: The object's setting.
+
+    Raises:
+        ConfigError: If it is of another class.
+    """
+    import rlrt_lightning
+
+    class_name = found.get(name)
+    if not isinstance(class_name, str) or class_name not in rlrt_lightning.__all__:
+        raise ConfigError(f"{name} is {class_name} in the checkpoint, no class of rlrt_lightning: pass it yourself")
+    cls = getattr(rlrt_lightning, class_name)
+    given: dict[str, Any] = {}
+    for parameter in inspect.signature(cls).parameters:
+        inner = f"{name}.{parameter}"
+        if any(other.startswith(f"{inner}.") for other in found):
+            given[parameter] = rebuilt(found, inner)
+        elif inner in found:
+            given[parameter] = found[inner]
+    return cls(**given)
+
+
+def parts_of(path: Path, given: set[str]) -> dict[str, Any]:
+    """The arguments that a checkpoint's module was made with.
+
+    Args:
+        path: The checkpoint.
+        given: Those that are known already.
+
+    Raises:
+        ConfigError: If it cannot be read, or does not say what is needed.
+    """
+    if not path.exists():
+        raise ConfigError(f"there is no checkpoint at {path}")
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a folder of shards; resume it with FSDP2Strategy(save_distributed_checkpoint=False), which "
+            "writes one file"
+        )
+    if wrong := problem(path, resume=False):
+        raise ConfigError(f"{path} {wrong}")
+    found = saved_settings(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
+    if found is None:
+        if missing := {"policy", "teacher"} - given:
+            raise ConfigError(f"{path} does not hold the settings of its run: pass {' and '.join(sorted(missing))}")
+        return {}
+    whole = {name: rebuilt(found, f"model.{name}") for name in ("policy", "teacher", "method") if name not in given}
+    plain = {
+        name.removeprefix("model."): value
+        for name, value in found.items()
+        if re.fullmatch(r"model\.\w+", name) and name not in ("model.policy", "model.teacher", "model.method")
+    }
+    return {**{name: value for name, value in plain.items() if name != "optimizer"}, **whole}
+
+
+def teacher_weights(checkpoint: Mapping[str, Any]) -> TeacherWeights | None:
+    """Whose weights the teacher had in a checkpoint's run; None where the checkpoint does not say.
+
+    Raises:
+        ConfigError: If it has another format.
+    """
+    found = saved_settings(checkpoint, "the checkpoint")
+    return rebuilt(found, TEACHER) if found is not None and TEACHER in found else None
+
+
+# -- the comparison ------------------------------------------------------------------------------------------------
+
+
+def saved_settings(checkpoint: Mapping[str, Any], path: str | Path) -> Settings | None:
+    """The settings that a checkpoint holds; None if an earlier release made it, which saved none.
+
+    Raises:
+        ConfigError: If it has another format.
+    """
+    found = checkpoint.get(KEY)
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or found.get("format") != FORMAT:
+        theirs = found.get("format") if isinstance(found, Mapping) else None
+        raise ConfigError(
+            f"ckpt_path: {path} has format {theirs} of rlrt_lightning's checkpoints, and this release reads format "
+            f"{FORMAT}; use the release that made it"
+        )
+    return dict(found["settings"])
+
+
+def check(checkpoint: Mapping[str, Any], path: str | Path, now: Settings, allow: Sequence[str], fit: bool) -> Changes:
+    """Compares the settings of a checkpoint's run with those of this one.
+
+    Args:
+        checkpoint: The checkpoint.
+        path: Its path.
+        now: `settings` of this run; what is not known yet is left out of the comparison.
+        allow: `model.allow_changes`.
+        fit: Whether training goes on; an evaluation has to have the same model only.
+
+    Returns:
+        What has changed.
+
+    Raises:
+        ConfigError: If something has that may not.
+    """
+    before = saved_settings(checkpoint, path)
+    if before is None:
+        if fit:
+            log.warning("%s does not hold the settings of its run: check yourself that they are the same", path)
+        return Changes([], [])
+    allowed = _known(allow, {**before, **now})
+    changed = _changed(before, now)
+    if not fit:
+        changed = {name: said for name, said in changed.items() if _under(name, MODEL)}
+    else:
+        _check_optimizer(before, now, path)
+    decisive = [name for name in changed if not _under(name, FREE)]
+    if refused := [name for name in decisive if not _under(name, allowed)]:
+        raise ConfigError(
+            f"ckpt_path: {path} comes from a run with other settings: {'; '.join(changed[n] for n in refused)}; set "
+            f"them as they were, or add --model.allow_changes=[{','.join([*allow, *refused])}]"
+        )
+    return Changes([changed[n] for n in decisive], [said for name, said in changed.items() if name not in decisive])
+
+
+def check_file(path: Path, trainer: Trainer, module: RLRTModule, data: RolloutDataModule, fit: bool) -> None:
+    """`check` before models and data are loaded, as far as it can be said by then."""
+    file = path / "meta.pt" if path.is_dir() else path
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if fit:
+        check_end(trainer)
+    if KEY in checkpoint:  # of others, the module says it
+        check(checkpoint, path, settings(trainer, module, data), module.allow_changes or [], fit)
+
+
+def compare(trainer: Trainer, module: RLRTModule, checkpoint: Mapping[str, Any]) -> None:
+    """`check` with all that is known, and one line that says what is resumed and what has changed."""
+    fit = trainer.state.fn == "fit"
+    path, data = str(trainer.ckpt_path), getattr(trainer, "datamodule", None)
+    if fit:
+        check_end(trainer)
+    changes = check(checkpoint, path, settings(trainer, module, data), module.allow_changes or [], fit)
+    if not trainer.is_global_zero:
+        return
+    if changes.allowed:
+        said = "; ".join(changes.allowed)
+        log.warning("not as in the run that %s comes from, which model.allow_changes allows: %s", path, said)
+    if fit:
+        what = f"{type(module.method).__name__}, epoch {checkpoint.get('epoch')}"
+        since = f"; changed since: {'; '.join(changes.free)}" if changes.free else ""
+        steps = checkpoint.get("global_step")
+        print(f"resuming {path}: {what}, after {steps} optimiser steps{since}", file=sys.stderr, flush=True)
+
+
+def check_end(trainer: Trainer) -> None:
+    """Lightning takes the end of an epoch for its middle where a run is counted in steps.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if trainer.max_steps != -1:
+        raise ConfigError(
+            "trainer.max_steps: a run is resumed exactly only where its end is counted in epochs; set "
+            "trainer.max_epochs instead (an epoch has data.minibatches steps)"
+        )
+
+
+def _changed(before: Settings, now: Settings) -> dict[str, str]:
+    """What differs, in words by name; of an object of another class the class alone."""
+    changed: dict[str, str] = {}
+    for name in sorted(before.keys() & now.keys() - {STATE}):
+        if _comparable(before[name]) != _comparable(now[name]) and not _under(name, list(changed)):
+            changed[name] = f"{name} was {_shown(before[name])} and is {_shown(now[name])}"
+    return changed
+
+
+def _comparable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_optimizer(before: Settings, now: Settings, path: str | Path) -> None:
+    name = "model.optimizer"
+    if name not in before or name not in now:
+        return
+    if before[name] != now[name]:
+        raise ConfigError(
+            f"ckpt_path: {path} holds the state of {name} {before[name]}, which {now[name]} cannot go on with; set "
+            f"{name}={before[name]}"
+        )
+    if missing := sorted({*now[STATE]} - {*before[STATE]}):
+        raise ConfigError(
+            f"ckpt_path: {path} does not hold {', '.join(missing)}, which {name} keeps with these settings; set "
+            f"{name} as in the run that made it"
+        )
+
+
+def _known(allow: Sequence[str], known: Settings) -> list[str]:
+    """The settings that may change, by our names.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    names = [ALIASES.get(name, name) for name in allow]
+    for name in names:
+        if not _under(name, known, other_way=True):
+            close = difflib.get_close_matches(name, list(known), n=1)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(f"model.allow_changes names {name}, which is no setting of this run{meant}")
+    return names
+
+
+def _under(name: str, prefixes: Iterable[str], other_way: bool = False) -> bool:
+    """Whether a name is, or is below, one of some others; or, the other way, any of them below it."""
+
+    def below(a: str, b: str) -> bool:
+        return a == b or a.startswith(f"{b}.")
+
+    return any(below(prefix, name) if other_way else below(name, prefix) for prefix in prefixes)
+
+
+def _shown(value: Any) -> str:
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return value if isinstance(value, str) and 0 < len(value) <= 80 else short.repr(value)

@@ -1,0 +1,66 @@
+"""Ranges of the trainer's settings that Lightning itself does not check, or only once rollouts have been drawn."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+
+from rlrt_lightning.errors import ConfigError, check_ranges
+
+FEW_PROCESSES = 8
+"""So many processes run on CPUs however few there are: for trying things out."""
+
+
+def check_limits(trainer: Any) -> None:
+    """Refuses what would end in an error within Lightning, in no training, or in hundreds of processes.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    clip, every, interval = trainer.gradient_clip_val, trainer.check_val_every_n_epoch, trainer.val_check_interval
+    most = max(FEW_PROCESSES, os.cpu_count() or 1)
+    devices = trainer.num_devices if isinstance(trainer.accelerator, CPUAccelerator) else 1
+    batches = trainer.accumulate_grad_batches
+    check_ranges(
+        "trainer",
+        {
+            "accumulate_grad_batches": (batches, batches >= 1, "1 or more"),
+            "gradient_clip_val": (clip, clip is None or 0 <= clip < math.inf, "0 or more, or null"),
+            "check_val_every_n_epoch": (every, every is None or every >= 1, "1 or more, or null"),
+            "val_check_interval": (interval, not isinstance(interval, (int, float)) or interval > 0, "above 0"),
+            "min_epochs": (trainer.min_epochs, (trainer.min_epochs or 0) >= 0, "0 or more, or null"),
+            "min_steps": (trainer.min_steps, (trainer.min_steps or 0) >= 0, "0 or more, or null"),
+            "log_every_n_steps": (trainer.log_every_n_steps, trainer.log_every_n_steps >= 0, "0 or more"),
+            "num_sanity_val_steps": (trainer.num_sanity_val_steps, trainer.num_sanity_val_steps >= 0, "-1 or more"),
+            "devices": (devices, devices <= most, f"at most {most} on the CPUs of this machine"),
+        },
+    )
+
+
+def check_folders(trainer: Trainer) -> None:
+    """Refuses folders for the loggers' files that cannot be made or written to.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    for logger in trainer.loggers:
+        folder = logger.save_dir
+        if folder is None or "://" in str(folder):
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"trainer.logger.save_dir: {folder} cannot be written to: {error.strerror}") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"trainer.logger.save_dir: {folder} cannot be written to")

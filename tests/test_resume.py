@@ -1,0 +1,294 @@
+"""What a resumed run may change of the run that it goes on with, and checkpoints without a trainer."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+
+from rlrt_lightning import (
+    GRPO,
+    ConfigError,
+    DatasetTask,
+    ExactMatch,
+    LoRA,
+    Policy,
+    ReasoningGym,
+    RLRTModule,
+    RolloutDataModule,
+    Teacher,
+    VllmServerEngine,
+)
+from rlrt_lightning.optimizers import WarmUp, keep_settings, probe
+from rlrt_lightning.resume import FORMAT, KEY, check, digest, of_object, rebuilt, settings
+from rlrt_lightning.tasks import Problem
+from tests.test_fit import command, weights
+
+
+@pytest.fixture(scope="module")
+def run2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs, four optimiser steps."""
+    folder = tmp_path_factory.mktemp("run")
+    assert command("fit", folder, "--trainer.max_epochs=2") == 0
+    return folder
+
+
+def last(folder: Path, version: int = 0) -> Path:
+    return folder / "rlrt" / f"version_{version}" / "checkpoints" / "last.ckpt"
+
+
+def error(capfd: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    return line
+
+
+def test_settings_of_the_optimiser_and_the_trainer_are_honoured_and_named(
+    run2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = {
+        "model.optimizer.lr": "1e-6",
+        "model.optimizer.weight_decay": "0.1",
+        "model.optimizer.betas": "[0.8,0.9]",
+        "model.warmup_steps": "20",
+        "trainer.accumulate_grad_batches": "2",
+        "trainer.max_epochs": "3",
+        "data.engine.max_rows": "40",
+        "checkpoint.save_top_k": "-1",
+    }
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    assert command("fit", tmp_path, f"--ckpt_path={last(run2)}", *words) == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "resuming" in line]
+    assert f"{last(run2)}: RLRT, epoch 1, after 4 optimiser steps; changed since: " in line
+    for name in flags:
+        assert f"{name} was " in line
+    saved = torch.load(last(tmp_path), weights_only=True)
+    (group,) = saved["optimizer_states"][0]["param_groups"]
+    rate = 1e-6 * 7 / 20  # of the step after the sixth
+    assert (group["initial_lr"], group["weight_decay"], group["betas"]) == (1e-6, 0.1, (0.8, 0.9))
+    assert group["lr"] == pytest.approx(rate)
+    assert saved["lr_schedulers"][0]["base_lrs"] == [1e-6]
+    moved = max(float((w - weights(run2)[name]).abs().max()) for name, w in weights(tmp_path).items())
+    assert 0 < moved < 3e-6, "two steps of Adam at the new rate; at the old one it would be a hundred times as far"
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--model.method=RLSD"], ["model.method"]),
+        (["--model.method.lam=0.4"], ["model.method.lam"]),
+        (["--seed_everything=1"], ["data.seed"]),
+        (["--data.task.trap=false"], ["data.task.trap"]),
+        (["--data.rollouts_per_prompt=4", "--data.sampling.temperature=0.9"], None),
+        (["--data.prompts_per_epoch=16", "--data.minibatches=4"], None),
+        (["--model.clip_high=0.3", "--model.teacher.strip_think=false"], None),
+        (["--teacher_refresh.every_n_epochs=2"], ["teacher_refresh.every_n_epochs"]),
+        (["--model.method=SDPO"], ["model.method", "teacher_refresh.ema_decay"]),
+        (["--model.policy.chat_kwargs={enable_thinking: false}"], ["model.policy.chat_kwargs"]),
+    ],
+    ids=str,
+)
+def test_what_decides_what_is_learnt_is_refused_in_one_line(
+    flags: list[str], names: list[str] | None, run2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command("fit", tmp_path, *flags, f"--ckpt_path={last(run2)}", "--trainer.max_epochs=3") == 2
+    line = error(capfd)
+    for name in names or [flag.removeprefix("--").split("=")[0] for flag in flags]:
+        assert f"{name} was " in line
+        assert name in line.split("--model.allow_changes=[")[1]
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_what_is_allowed_is_honoured_and_warned_of(
+    run2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--model.method=GRPO", "--seed_everything=1", "--trainer.max_epochs=3", f"--ckpt_path={last(run2)}"]
+    assert command("fit", tmp_path, *flags, "--model.allow_changes=[model.method]") == 2
+    assert "add --model.allow_changes=[model.method,data.seed]" in error(capfd)
+    assert command("fit", tmp_path, *flags, "--model.allow_changes=[model.metod]") == 2
+    assert "model.metod, which is no setting of this run (did you mean model.method?)" in error(capfd)
+    assert command("fit", tmp_path, *flags, "--model.allow_changes=[model.method,seed_everything]") == 0
+    (warning,) = [r for r in caplog.records if r.name == "rlrt_lightning.resume" and r.levelname == "WARNING"]
+    assert "data.seed was 0 and is 1; model.method was RLRT and is GRPO" in warning.getMessage()
+    assert "GRPO, epoch 1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.optimizer=SGD", "--model.allow_changes=[model]"], "which torch.optim.sgd.SGD cannot go on with"),
+        (["--model.optimizer.amsgrad=true"], "does not hold max_exp_avg_sq, which model.optimizer keeps"),
+    ],
+)
+def test_an_optimiser_without_its_state_is_always_refused(
+    flags: list[str], said: str, run2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command("fit", tmp_path, *flags, f"--ckpt_path={last(run2)}", "--trainer.max_epochs=3") == 2
+    assert said in error(capfd)
+
+
+def test_an_evaluation_has_to_have_the_same_model_only(
+    run2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = ["--model.method=GRPO", "--seed_everything=1", f"--ckpt_path={last(run2)}"]
+    assert command("validate", tmp_path, *other) == 0
+    capfd.readouterr()
+    assert command("validate", tmp_path, *other, "--model.policy.lora.rank=2") == 2
+    assert "model.policy.lora was None and is LoRA" in error(capfd)
+
+
+def test_other_data_under_the_same_name_is_noticed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sums.jsonl"
+    rows = [f'{{"prompt": "a{i}", "reward_model": {{"ground_truth": "{i}"}}}}\n' for i in range(8)]
+    file.write_text("".join(rows))
+    words = ["--data.task=DatasetTask", f"--data.task.train={file}", f"--data.task.heldout={file}"]
+    words += ["--data.task.reward=ExactMatch", "--data.benchmarks.longer.task=DatasetTask"]
+    words += [f"--data.benchmarks.longer.task.heldout={file}"]
+    assert command("fit", tmp_path, *words, "--trainer.max_epochs=1") == 0
+    file.write_text("".join(rows).replace('"7"', '"8"'))
+    capfd.readouterr()
+    assert command("fit", tmp_path, *words, "--trainer.max_epochs=2", "--ckpt_path=last") == 2
+    assert "data.task.problems was 8 problems, digest " in error(capfd)
+
+
+def test_a_resume_from_python_is_compared_too(run2: Path, tmp_path: Path) -> None:
+    module = RLRTModule(Policy(), Teacher(template="{prompt}<sol>{context}"), GRPO(), warmup_steps=0)
+    data = RolloutDataModule(prompts_per_epoch=8)
+    trainer = Trainer(
+        max_epochs=3,
+        reload_dataloaders_every_n_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(ConfigError, match=r"model\.method was RLRT and is GRPO"):
+        trainer.fit(module, datamodule=data, ckpt_path=last(run2))
+
+
+# -- the record ----------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_that_is_not_free_by_intent_is_in_the_record(tmp_path: Path) -> None:
+    """Each parameter of our own constructors is kept under its name, or a change of it would go unnoticed."""
+    data = RolloutDataModule(
+        task=DatasetTask(train="a.jsonl", reward=ExactMatch()), engine=VllmServerEngine(["http://u"])
+    )
+    module = RLRTModule(Policy(lora=LoRA()), Teacher(), GRPO())
+    found = settings(Trainer(logger=False, default_root_dir=tmp_path), module, data)
+    made = {"model": module, "data": data, "data.task": data.task, "data.engine": data.engine}
+    made |= {"data.task.reward": ExactMatch(), "model.policy": module.policy, "model.policy.lora": LoRA()}
+    made |= {"model.teacher": module.teacher, "model.method": module.method, "data.sampling": data.sampling}
+    for name, value in made.items():
+        for parameter in inspect.signature(type(value)).parameters:
+            if parameter != "allow_changes":
+                assert f"{name}.{parameter}" in found, f"{name}.{parameter}"
+    gym = of_object(ReasoningGym("chain_sum", config={"min_terms": 2}), "data.task")
+    assert gym["data.task.config"] == {"min_terms": 2}
+    torch.save(found, tmp_path / "plain")
+    assert torch.load(tmp_path / "plain", weights_only=True) == found
+
+
+def test_another_format_is_refused_and_an_older_release_said(caplog: pytest.LogCaptureFixture) -> None:
+    now: dict[str, Any] = {"data.seed": 0}
+    with pytest.raises(ConfigError, match=rf"has format 99 .* reads format {FORMAT}"):
+        check({KEY: {"format": 99}}, "x.ckpt", now, [], fit=True)
+    assert check({}, "x.ckpt", now, [], fit=True) == ([], [])
+    assert "x.ckpt does not hold the settings of its run" in caplog.text
+
+
+def test_values_compare_as_yaml_and_python_have_them() -> None:
+    before = {KEY: {"format": FORMAT, "settings": {"model.x": [0.9, 1], "model.y": 1, "model.only_then": 3}}}
+    assert check(before, "x", {"model.x": (0.9, 1.0), "model.y": 1.0, "model.only_now": 2}, [], fit=True) == ([], [])
+
+
+def test_the_digest_is_of_all_that_a_problem_says() -> None:
+    def of(**changed: Any) -> str:
+        return digest(
+            [Problem(**{"id": str(i), "prompt": "p", "answer": "a", "solution": "s", **changed}) for i in range(3)]
+        )
+
+    names = {of(), of(prompt="q"), of(answer="b"), of(solution=None), of(id="0")}
+    assert len(names) == 5
+
+
+def test_objects_of_other_classes_are_not_made_from_a_record() -> None:
+    with pytest.raises(ConfigError, match=r"model.method is os.path.Method in the checkpoint, no class of"):
+        rebuilt({"model.method": "os.path.Method"}, "model.method")
+
+
+def test_a_state_is_taken_over_without_its_settings() -> None:
+    def made(lr: float, steps: int, **more: Any) -> tuple[torch.optim.Optimizer, WarmUp]:
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.AdamW([weight], lr=lr, **more)
+        schedule = WarmUp(optimizer, steps)
+        keep_settings(optimizer)
+        return optimizer, schedule
+
+    before, schedule = made(0.1, 4)
+    for _ in range(2):
+        before.param_groups[0]["params"][0].grad = torch.ones(2)
+        before.step()
+        schedule.step()
+    after, resumed = made(0.5, 6, weight_decay=0.3)
+    after.load_state_dict(before.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    group = after.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.5 * 3 / 6, 0.3)
+    assert after.state[group["params"][0]]["step"] == 2
+    after.step()
+    resumed.step()
+    assert group["lr"] == 0.5 * 4 / 6
+
+
+def test_an_optimiser_that_a_probe_cannot_make_is_not_compared() -> None:
+    assert probe(lambda weights: torch.optim.AdamW([{"params": list(weights), "lr": None}])) is None
+    found = probe(lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9))
+    assert found is not None
+    assert found[1] == ["momentum_buffer"]
+
+
+# -- without a trainer ---------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_loads_without_a_trainer(run2: Path) -> None:
+    for parts in ({}, {"policy": Policy(), "teacher": Teacher(), "method": GRPO()}):
+        module = RLRTModule.load_from_checkpoint(last(run2), **parts)
+        state = weights(run2)
+        assert {name: float(w.sum()) for name, w in module.state_dict().items()} == {
+            name: float(w.sum()) for name, w in state.items()
+        }
+        assert type(module.method).__name__ == ("GRPO" if parts else "RLRT")
+    assert RLRTModule.load_from_checkpoint(last(run2)).teacher.template == "{prompt}<sol>{context}"
+    prompt = module.policy.tokenizer("12+34", return_tensors="pt", add_special_tokens=False)
+    assert module.policy.model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_a_teacher_of_its_own_and_adapters_load_without_a_trainer(tmp_path: Path) -> None:
+    runs = [["--model.policy.lora.rank=4", "--teacher_refresh.every_n_epochs=2"], ["--model.method=RLSD"]]
+    for version, (flags, kind) in enumerate(zip(runs, ("own", "initial"), strict=True)):
+        assert command("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
+        module = RLRTModule.load_from_checkpoint(tmp_path / f"rlrt/version_{version}/checkpoints/last.ckpt")
+        assert module.teacher.weights == kind
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, weights(tmp_path, version)[name]), name
+
+
+def test_a_teacher_that_the_method_declares_is_the_same_as_one_that_is_set(tmp_path: Path) -> None:
+    flags = ["--model.method=RLSD", "--data.prompts_per_epoch=4"]
+    assert command("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
+    said = ["--teacher_refresh.every_n_epochs=null", "--ckpt_path=last"]
+    assert command("fit", tmp_path, *flags, *said, "--trainer.max_epochs=2") == 0
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no checkpoint at"):
+        RLRTModule.load_from_checkpoint(tmp_path / "none.ckpt")
+    (tmp_path / "bad.ckpt").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"bad.ckpt is truncated, or not a checkpoint at all"):
+        RLRTModule.load_from_checkpoint(tmp_path / "bad.ckpt")
