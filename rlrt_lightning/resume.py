@@ -115,6 +115,8 @@ def settings(trainer: Trainer, module: RLRTModule, data: RolloutDataModule | Non
         module: The module; its weights need not be loaded.
         data: The data module; a digest of the problems is there once these have been read.
     """
+    from rlrt_lightning.callbacks import TeacherRefresh
+
     found = of_object(module, "model", leave_out=("allow_changes", "optimizer"))
     found |= _optimizer(module)
     path = str(module.policy.path)
@@ -130,7 +132,7 @@ def settings(trainer: Trainer, module: RLRTModule, data: RolloutDataModule | Non
     found["trainer.strategy"] = type(trainer.strategy).__name__
     found["trainer.logger"] = [type(logger).__name__ for logger in trainer.loggers]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if type(callback).__name__ == "TeacherRefresh":
+        if isinstance(callback, TeacherRefresh):
             found |= of_object(callback.schedule(module), TEACHER)
         elif isinstance(callback, ModelCheckpoint):
             found |= {f"checkpoint.{name}": getattr(callback, name) for name in OF_CHECKPOINT}
