@@ -40,6 +40,10 @@ class TeacherRefresh(Callback):
         except ValueError as error:
             raise ConfigError(f"teacher_refresh.{error}") from None
 
+    def schedule(self, module: RLRTModule) -> TeacherWeights:
+        """Whose weights the teacher of a module has: what the settings say, or else what its method declares."""
+        return self.chosen or module.method.needs.teacher
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tells the teacher whether it needs a copy, before the weights are loaded.
 
@@ -47,7 +51,7 @@ class TeacherRefresh(Callback):
             ConfigError: If the engine scores for a teacher whose weights it does not have.
         """
         module = cast("RLRTModule", pl_module)
-        schedule = module.teacher.schedule = self.chosen or module.method.needs.teacher
+        schedule = module.teacher.schedule = self.schedule(module)
         if stage == "fit" and module.teacher.scored_by == "engine" and schedule.kind != "policy":
             raise ConfigError(
                 f"model.teacher.scored_by is engine, which has the policy's weights, but the teacher has {schedule}: "

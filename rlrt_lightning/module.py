@@ -23,7 +23,6 @@ from rlrt_lightning.objective import (
     Aggregation,
     Importance,
     Method,
-    TeacherWeights,
     clipped_surrogate,
     distillation_loss,
     divergence_on_support,
@@ -335,9 +334,8 @@ class RLRTModule(LightningModule):
         found = checkpoint.get("state_dict")  # not there where shards have been loaded already
         if self._attached:
             resume.compare(self.trainer, self, checkpoint)
-        elif found is not None and any(name.startswith("teacher.") for name in found):
-            # Any teacher with a copy: when it was refreshed matters to a run alone.
-            self.teacher.schedule = TeacherWeights(every_n_epochs=2)
+        elif found is not None:
+            self.teacher.schedule = resume.teacher_weights(checkpoint) or self.method.needs.teacher
             self.teacher.load(self.policy)
         if found is None:
             return

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlrt_lightning.checkpoints import problem
 from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.objective import TeacherWeights
 from rlrt_lightning.optimizers import probe
 from rlrt_lightning.policy import EMBEDDED
 
@@ -61,6 +62,9 @@ FREE = (
 
 MODEL = ("model.policy.path", "model.policy.lora")
 """What has to be the same for the weights to mean the same: all that an evaluation compares."""
+
+TEACHER = "teacher_refresh"
+"""Settings of the teacher's weights: the method's own where the user has given none."""
 
 PROBLEMS, STATE = "data.task.problems", "model.optimizer.state"
 """Entries of the record that are no settings: a digest of the problems, and what the optimiser keeps per weight."""
@@ -111,6 +115,8 @@ def settings(trainer: Trainer, module: RLRTModule, data: RolloutDataModule | Non
         module: The module; its weights need not be loaded.
         data: The data module; a digest of the problems is there once these have been read.
     """
+    from rlrt_lightning.callbacks import TeacherRefresh
+
     found = of_object(module, "model", leave_out=("allow_changes", "optimizer"))
     found |= _optimizer(module)
     path = str(module.policy.path)
@@ -126,8 +132,8 @@ def settings(trainer: Trainer, module: RLRTModule, data: RolloutDataModule | Non
     found["trainer.strategy"] = type(trainer.strategy).__name__
     found["trainer.logger"] = [type(logger).__name__ for logger in trainer.loggers]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if type(callback).__name__ == "TeacherRefresh":
-            found |= of_object(callback.chosen or module.method.needs.teacher, "teacher_refresh")
+        if isinstance(callback, TeacherRefresh):
+            found |= of_object(callback.schedule(module), TEACHER)
         elif isinstance(callback, ModelCheckpoint):
             found |= {f"checkpoint.{name}": getattr(callback, name) for name in OF_CHECKPOINT}
     return found
@@ -271,6 +277,16 @@ def parts_of(path: Path, given: set[str]) -> dict[str, Any]:
         if re.fullmatch(r"model\.\w+", name) and name not in ("model.policy", "model.teacher", "model.method")
     }
     return {**{name: value for name, value in plain.items() if name != "optimizer"}, **whole}
+
+
+def teacher_weights(checkpoint: Mapping[str, Any]) -> TeacherWeights | None:
+    """Whose weights the teacher had in a checkpoint's run; None where the checkpoint does not say.
+
+    Raises:
+        ConfigError: If it has another format.
+    """
+    found = saved_settings(checkpoint, "the checkpoint")
+    return rebuilt(found, TEACHER) if found is not None and TEACHER in found else None
 
 
 # -- the comparison ------------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def test_settings_of_the_optimiser_and_the_trainer_are_honoured_and_named(
         (["--data.prompts_per_epoch=16", "--data.minibatches=4"], None),
         (["--model.clip_high=0.3", "--model.teacher.strip_think=false"], None),
         (["--teacher_refresh.every_n_epochs=2"], ["teacher_refresh.every_n_epochs"]),
+        (["--model.method=SDPO"], ["model.method", "teacher_refresh.ema_decay"]),
         (["--model.policy.chat_kwargs={enable_thinking: false}"], ["model.policy.chat_kwargs"]),
     ],
     ids=str,
@@ -269,11 +270,20 @@ def test_a_checkpoint_loads_without_a_trainer(run2: Path) -> None:
 
 
 def test_a_teacher_of_its_own_and_adapters_load_without_a_trainer(tmp_path: Path) -> None:
-    flags = ["--model.policy.lora.rank=4", "--teacher_refresh.every_n_epochs=2", "--trainer.max_epochs=1"]
-    assert command("fit", tmp_path, *flags) == 0
-    module = RLRTModule.load_from_checkpoint(last(tmp_path))
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, weights(tmp_path)[name]), name
+    runs = [["--model.policy.lora.rank=4", "--teacher_refresh.every_n_epochs=2"], ["--model.method=RLSD"]]
+    for version, (flags, kind) in enumerate(zip(runs, ("own", "initial"), strict=True)):
+        assert command("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
+        module = RLRTModule.load_from_checkpoint(tmp_path / f"rlrt/version_{version}/checkpoints/last.ckpt")
+        assert module.teacher.weights == kind
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, weights(tmp_path, version)[name]), name
+
+
+def test_a_teacher_that_the_method_declares_is_the_same_as_one_that_is_set(tmp_path: Path) -> None:
+    flags = ["--model.method=RLSD", "--data.prompts_per_epoch=4"]
+    assert command("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
+    said = ["--teacher_refresh.every_n_epochs=null", "--ckpt_path=last"]
+    assert command("fit", tmp_path, *flags, *said, "--trainer.max_epochs=2") == 0
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
