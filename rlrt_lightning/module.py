@@ -29,7 +29,7 @@ from rlrt_lightning.objective import (
     token_mean,
 )
 from rlrt_lightning.objective.ratios import kl_estimate, log_ratio
-from rlrt_lightning.optimizers import OptimizerFactory, WarmUp, keep_settings
+from rlrt_lightning.optimizers import OptimizerFactory, SharedFactory, WarmUp, keep_settings
 from rlrt_lightning.padding import at_mask
 from rlrt_lightning.policy import Policy
 from rlrt_lightning.ranks import Mean, mean_over_ranks
@@ -99,7 +99,7 @@ class RLRTModule(LightningModule):
         self.aggregation: Aggregation = aggregation
         self.importance: Importance = importance
         self.importance_cap = importance_cap
-        self.optimizer_factory = optimizer
+        self.optimizer_factory = SharedFactory(optimizer)
         self.warmup_steps = warmup_steps
         self.allow_changes = allow_changes
         self._epoch_start = 0.0

@@ -14,6 +14,25 @@ from rlrt_lightning.errors import ConfigError
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
+class SharedFactory:
+    """An optimiser factory that copies of a module share, such as `EMAWeightAveraging` makes: that of the command line
+    holds its parser, which cannot be copied.
+
+    Args:
+        make: Makes an optimiser of parameters.
+    """
+
+    def __init__(self, make: OptimizerFactory) -> None:
+        self.make = make
+
+    def __call__(self, parameters: Iterable[Any]) -> Optimizer:
+        """Makes the optimiser."""
+        return self.make(parameters)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedFactory:
+        return self
+
+
 def probe(factory: OptimizerFactory) -> tuple[Optimizer, list[str]] | None:
     """An optimiser of one weight and the names of what it keeps for it after a step; None where the factory makes none
     of such a weight.

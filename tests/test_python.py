@@ -327,7 +327,8 @@ def test_the_command_line_takes_a_logger_without_a_folder(name: str, tmp_path: P
     }
     assert not (tmp_path / "other").exists()
     if name == "fit":
-        assert command("validate", tmp_path, *flags, "--ckpt_path=last") == 0
+        assert command("validate", tmp_path, *flags, "--ckpt_path=last") == 2, "the folder is that of `fit`"
+        assert command("validate", tmp_path, *flags, "--trainer.logger.version=other", "--ckpt_path=last") == 0
 
 
 @pytest.mark.filterwarnings("default")  # MLflow's and SQLAlchemy's own
