@@ -44,21 +44,21 @@ def epochs_of_ours(
     learning_rate: float = 1e-6,
     precision: str = "32-true",
 ) -> list[Figures]:
-    """Epochs of one optimiser step each with their seconds, the phases that every run logs, and the speeds. The first
+    """Epochs of one optimizer step each with their seconds, the phases that every run logs, and the speeds. The first
     one, in which everything is slow, is left out.
 
     Args:
         model: Folder or id; `embedded`.
         method: The method.
         prompts: Problems of an epoch.
-        rollouts: Roll-outs of each.
+        rollouts: Rollouts of each.
         tokens: Longest response.
         epochs: How many are measured.
         dtype: Type of the weights.
-        micro_batches: Of the optimiser step.
+        micro_batches: Of the optimizer step.
         forced: No token ends a response.
-        learning_rate: 0 gives the same roll-outs to all methods.
-        precision: Of the trainer; with bf16-mixed a bfloat16 copy draws the roll-outs, and the trainer rescores them.
+        learning_rate: 0 gives the same rollouts to all methods.
+        precision: Of the trainer; with bf16-mixed a bfloat16 copy draws the rollouts, and the trainer rescores them.
     """
     from lightning import Callback, Trainer
 

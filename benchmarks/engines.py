@@ -1,4 +1,4 @@
-"""Roll-out tokens per second of the three engines: `python benchmarks/engines.py --model models/smollm2-135m-instruct`.
+"""Rollout tokens per second of the three engines: `python benchmarks/engines.py --model models/smollm2-135m-instruct`.
 
 Each engine runs in a process of its own with the same prompts, in turns (A B C A B C ...), and draws once before the
 clock runs. Prints the median over the turns with the range, and the ratio to the transformers engine. The server is
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or id of the model")
     parser.add_argument("--dtype", default="float32", help="type of the weights (bfloat16 where the processor has it)")
-    parser.add_argument("--rollouts", type=int, default=8, help=f"roll-outs of each of the {len(QUESTIONS)} prompts")
+    parser.add_argument("--rollouts", type=int, default=8, help=f"rollouts of each of the {len(QUESTIONS)} prompts")
     parser.add_argument("--tokens", type=int, default=64, help="longest response")
     parser.add_argument("--turns", type=int, default=3, help="how often each engine is measured")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)

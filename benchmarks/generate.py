@@ -1,4 +1,4 @@
-"""Our roll-outs against transformers' `generate`: `python benchmarks/generate.py --model models/smollm2-135m-instruct`.
+"""Our rollouts against transformers' `generate`: `python benchmarks/generate.py --model models/smollm2-135m-instruct`.
 
 The same weights, prompts and length limit, natural stopping, in turns (A B A B ...) in one process; `generate` has the
 K copies of each prompt in one batch and gives back the log-probs that training needs. Prints tokens per second, the
@@ -71,7 +71,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or id of the model")
-    parser.add_argument("--rollouts", type=int, default=8, help="roll-outs of each of 8 prompts")
+    parser.add_argument("--rollouts", type=int, default=8, help="rollouts of each of 8 prompts")
     parser.add_argument("--tokens", type=int, default=128, help="longest response")
     parser.add_argument("--turns", type=int, default=3, help="how often each is measured")
     args = parser.parse_args()

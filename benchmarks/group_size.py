@@ -1,6 +1,6 @@
 """Speed and padding by size of the group: `python benchmarks/group_size.py --model models/smollm2-135m-instruct`.
 
-Epochs of RLRT with the same number of roll-outs, in groups of K = 4, 8, 16 and 32, with natural lengths and the
+Epochs of RLRT with the same number of rollouts, in groups of K = 4, 8, 16 and 32, with natural lengths and the
 learning rate 0. Each K runs in a process of its own, in turns; the first epoch of each is not counted.
 """
 
@@ -32,9 +32,9 @@ def measure(args: argparse.Namespace) -> list[Figures]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="folder or id of the model; embedded")
-    parser.add_argument("--rollouts", type=int, default=64, help="roll-outs of an epoch")
+    parser.add_argument("--rollouts", type=int, default=64, help="rollouts of an epoch")
     parser.add_argument("--tokens", type=int, default=64, help="longest response")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of the epoch's optimiser step")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of the epoch's optimizer step")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of each turn that are counted")
     parser.add_argument("--turns", type=int, default=3, help="how often each size is measured")
     parser.add_argument("--out", help="file for all figures, as JSON")

@@ -2,7 +2,7 @@
 
 Trains the embedded task once undisturbed, and once with SIGKILL at random moments of all phases and a resume by
 `--ckpt_path last` after each. Prints where the kills came, and compares everything that both have logged (all but times
-and speeds), what they sampled, and weights and optimiser at the end, bit for bit. Exit code 1 where they differ.
+and speeds), what they sampled, and weights and optimizer at the end, bit for bit. Exit code 1 where they differ.
 
 The teacher is a moving average, and lam decays. Each run is a fork of this process, since importing takes longer than
 these epochs.
@@ -48,14 +48,15 @@ PHASES = ["rollout", "verify", "teacher", "update", "checkpoint", "validation", 
 def announce(write: Callable[[str], Any]) -> None:
     """Has the functions that a phase goes through say when it begins and ends."""
     from rlrt_lightning import RLRTModule, RolloutDataModule, TransformersEngine
-    from rlrt_lightning.checkpoints import WholeCheckpointIO
+    from rlrt_lightning.epoch import make
+    from rlrt_lightning.runtime.checkpoints import WholeCheckpointIO
     from rlrt_lightning.teacher import Teacher
 
     inside: list[str] = []
 
     @contextmanager
     def in_phase(phase: str) -> Iterator[None]:
-        if inside:  # the roll-outs of a validation
+        if inside:  # the rollouts of a validation
             yield
             return
         inside.append(phase)
@@ -84,10 +85,10 @@ def announce(write: Callable[[str], Any]) -> None:
             yield from generate(self, *args)
 
     TransformersEngine.generate = generates  # type: ignore[method-assign]
-    wrap(RolloutDataModule, "_collect_verdicts", "verify")
+    wrap(make, "collect_verdicts", "verify")
     wrap(Teacher, "score", "teacher")
     wrap(RLRTModule, "training_step", "update")
-    wrap(RLRTModule, "validation_step", "validation")
+    wrap(RolloutDataModule, "_evaluate", "validation")
     wrap(WholeCheckpointIO, "save_checkpoint", "checkpoint")
 
 
@@ -181,7 +182,7 @@ def final(folder: Path) -> dict[str, Any]:
     """Every tensor of the newest checkpoint that training depends on, by name."""
     import torch
 
-    from rlrt_lightning.checkpoints import newest
+    from rlrt_lightning.runtime.checkpoints import newest
 
     checkpoint = torch.load(str(newest([folder], [], resume=True)), weights_only=True)
     tensors = dict(checkpoint["state_dict"])
@@ -217,7 +218,7 @@ def main() -> int:
     out = args.out or Path(tempfile.mkdtemp(prefix="rlrt-kill-"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    import rlrt_lightning.cli  # noqa: F401 - once, for all forks
+    import rlrt_lightning.cli.commands  # noqa: F401 - once, for all forks
 
     def words(folder: Path, *more: str) -> list[str]:
         own = [f"--trainer.logger.save_dir={folder}", f"--trainer.max_epochs={args.epochs}"]

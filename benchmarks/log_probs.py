@@ -36,8 +36,8 @@ def plain(states: Tensor, head: Tensor, targets: Tensor, top: Tensor, teacher: T
 
 
 def chunks(states: Tensor, head: Tensor, targets: Tensor, top: Tensor, teacher: Tensor, distil: bool) -> Tensor:
-    from rlrt_lightning.log_probs import in_chunks, log_probs_at
     from rlrt_lightning.objective.divergences import divergence_on_support
+    from rlrt_lightning.policy.log_probs import in_chunks, log_probs_at
 
     def compute(logits: Tensor, targets: Tensor, top: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         asked = torch.cat([targets[:, None], top], -1) if distil else targets[:, None]
@@ -56,7 +56,7 @@ def measure(way: Callable[..., Tensor]) -> None:
     targets = torch.randint(args.vocabulary, (args.tokens,))
     top = torch.randint(args.vocabulary, (args.tokens, K))
     teacher = torch.randn(args.tokens, K).log_softmax(-1) - 0.1
-    head.grad, states.grad = torch.zeros_like(head), torch.zeros_like(states)  # the optimiser's, in either way
+    head.grad, states.grad = torch.zeros_like(head), torch.zeros_like(states)  # the optimizer's, in either way
     way(states[:2], head, targets[:2], top[:2], teacher[:2], args.distil).backward()
     states.grad.zero_()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -47,7 +47,7 @@ class Model:
         """Counts the weights of a configuration."""
         from transformers import AutoModelForCausalLM
 
-        from rlrt_lightning.sharding import decoder_layers
+        from rlrt_lightning.policy.sharding import decoder_layers
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -121,9 +121,9 @@ def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
 
     from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling
     from rlrt_lightning.callbacks import TeacherRefresh
-    from rlrt_lightning.lora import LoRA
-    from rlrt_lightning.policy import Policy
-    from rlrt_lightning.sharding import FSDP2Strategy
+    from rlrt_lightning.policy.lora import LoRA
+    from rlrt_lightning.policy.model import Policy
+    from rlrt_lightning.policy.sharding import FSDP2Strategy
     from rlrt_lightning.teacher import Teacher
 
     seen: dict[str, int] = {}
@@ -166,7 +166,7 @@ def check() -> str:
     """Formula and measurement side by side."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    from rlrt_lightning.policy import EMBEDDED
+    from rlrt_lightning.policy.model import EMBEDDED
 
     config = LlamaConfig(
         vocab_size=28,

@@ -1,6 +1,6 @@
 """What RLRT costs beside GRPO: `python benchmarks/rlrt_over_grpo.py --model models/smollm2-135m-instruct`.
 
-Epochs from the same roll-outs (learning rate 0, the same seeds), of which about half are right, with natural lengths.
+Epochs from the same rollouts (learning rate 0, the same seeds), of which about half are right, with natural lengths.
 Either method runs in a process of its own, in turns (A B A B ...); the first epoch of each is not counted.
 """
 
@@ -27,9 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="folder or id of the model; embedded")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of an epoch")
-    parser.add_argument("--rollouts", type=int, default=8, help="roll-outs of each prompt, K")
+    parser.add_argument("--rollouts", type=int, default=8, help="rollouts of each prompt, K")
     parser.add_argument("--tokens", type=int, default=64, help="longest response")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of the epoch's optimiser step")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of the epoch's optimizer step")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of each turn that are counted")
     parser.add_argument("--turns", type=int, default=3, help="how often each method is measured")
     parser.add_argument("--out", help="file for all figures, as JSON")
@@ -43,7 +43,7 @@ def main() -> None:
     seconds = {name: [statistics.median(f["seconds"] for f in turn) for turn in turns] for name, turns in found.items()}
     every = {name: [f for turn in turns for f in turn] for name, turns in found.items()}
     correct, length = (statistics.mean(f[f"rollout/{tag}"] for f in every["RLRT"]) for tag in ("correct", "length"))
-    print(f"{correct:.0%} of the roll-outs right, {length:.0f} tokens long on average")
+    print(f"{correct:.0%} of the rollouts right, {length:.0f} tokens long on average")
     print(f"\n| method | seconds an epoch, median (range) | of GRPO's | {', s | '.join(PHASES)}, s |")
     print("| --- | --- | --- |" + " --- |" * len(PHASES))
     for name in found:

@@ -1,13 +1,13 @@
 """A whole GRPO step, ours and TRL's: `python benchmarks/trl_step.py --model models/smollm2-135m-instruct`.
 
-The same weights, prompts, K, response length (no token ends a response), reward, optimiser and learning rate; one
-optimiser step of --prompts x 8 roll-outs. TRL as it comes (`plain`) and at the fastest setting that was found to run
-on a CPU (`fast`): no gradient checkpointing, and as many roll-outs in a forward pass as ours has. Each side runs in a
+The same weights, prompts, K, response length (no token ends a response), reward, optimizer and learning rate; one
+optimizer step of --prompts x 8 rollouts. TRL as it comes (`plain`) and at the fastest setting that was found to run
+on a CPU (`fast`): no gradient checkpointing, and as many rollouts in a forward pass as ours has. Each side runs in a
 process of its own, in turns (A B C A B C ...); the first step of each is not counted. Needs
 `pip install -e '.[bench]'`.
 
 Prints the median over all steps with the range, the ratio within each turn, and the arithmetic bound of the step: the
-products that it cannot do without (a prompt read once for its K roll-outs), at the best rate that this machine shows.
+products that it cannot do without (a prompt read once for its K rollouts), at the best rate that this machine shows.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace) -> list[Figures]:
     if args.way == "ours":
         return ours(args)
     if args.way == "plain":
-        return trl(args, gradient_accumulation_steps=rows // 8)  # of 8 roll-outs each, as it comes
+        return trl(args, gradient_accumulation_steps=rows // 8)  # of 8 rollouts each, as it comes
     return trl(
         args,
         gradient_checkpointing=False,
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", help="type of the weights on all sides (bfloat16 where it is fast)"
     )
-    parser.add_argument("--prompts", type=int, default=8, help=f"prompts of a step, with {K} roll-outs each")
+    parser.add_argument("--prompts", type=int, default=8, help=f"prompts of a step, with {K} rollouts each")
     parser.add_argument("--tokens", type=int, default=32, help="length of each response")
     parser.add_argument("--micro-batches", type=int, default=2, help="of a step, for ours and for TRL's fast setting")
     parser.add_argument("--steps", type=int, default=2, help="steps of each turn that are counted")
@@ -160,7 +160,7 @@ def main() -> None:
     rate = max(rate, bound(args)[1])
     save(args.out, {"figures": found, "operations": operations, "rate": rate, "settings": vars(args)})
     seconds = {way: [statistics.median(f["seconds"] for f in turn) for turn in turns] for way, turns in found.items()}
-    print(f"{args.model}, {args.dtype}, {args.prompts} x {K} roll-outs of {args.tokens} tokens, malloc {args.malloc}\n")
+    print(f"{args.model}, {args.dtype}, {args.prompts} x {K} rollouts of {args.tokens} tokens, malloc {args.malloc}\n")
     print("| side | seconds a step, median (range) | times ours |\n| --- | --- | --- |")
     names = {"ours": "ours", "plain": "TRL, as it comes", "fast": "TRL, fastest"}
     for way, name in names.items():

@@ -2,6 +2,7 @@
 
 from .collapse_guard import CollapseGuard
 from .defaults import CHECKPOINT, WITH_SETTINGS, adopt_checkpoints, default_callbacks
+from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
 from .hf_export import HFExport
 from .number_guard import NumberGuard
@@ -15,6 +16,7 @@ __all__ = [
     "CHECKPOINT",
     "WITH_SETTINGS",
     "CollapseGuard",
+    "EpochMetrics",
     "Evaluation",
     "HFExport",
     "NumberGuard",

@@ -1,4 +1,4 @@
-"""Sees a collapse where it shows first: in the entropy and the length of the roll-outs."""
+"""Sees a collapse where it shows first: in the entropy and the length of the rollouts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
-    from rlrt_lightning.module import RLRTModule
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +21,17 @@ ENTROPY_NOISE = 0.1
 """Nats below which entropy may rise as it likes: a policy that is nearly sure is far from running away."""
 
 ADVICE = (
-    "lower model.optimizer.lr, act on fewer roll-outs (model.method.gated) or more weakly (model.method.lam, eps_w), "
+    "lower model.optimizer.lr, act on fewer rollouts (model.method.gated) or more weakly (model.method.lam, eps_w), "
     "and start again from a checkpoint before it"
 )
 
 
 class CollapseGuard(Callback):
-    """Watches the roll-outs for a policy that runs away, as in the paper's RLRT-all: moving means of entropy, length
-    and the share of truncated roll-outs are compared with those of the run's first epochs.
+    """Watches the rollouts for a policy that runs away, as in the paper's RLRT-all: moving means of entropy, length
+    and the share of truncated rollouts are compared with those of the run's first epochs.
 
     Entropy that falls and responses that grow are what successful runs look like too. So entropy counts when it rises,
-    and length and truncated roll-outs when they come near what they can be at most: above their limit, and over half
+    and length and truncated rollouts when they come near what they can be at most: above their limit, and over half
     of the way from where they began to 1. Each curve is reported once.
 
     Args:
@@ -75,12 +74,12 @@ class CollapseGuard(Callback):
         """Adds the epoch to the curves, before it is saved."""
         if self.action is None:
             return
-        figures = cast("RLRTModule", pl_module).rollout_figures
-        most = cast("RolloutDataModule", cast(Any, trainer).datamodule).sampling.max_new_tokens
+        data = cast("RolloutDataModule", cast(Any, trainer).datamodule)
+        metrics, most = data.rollout_metrics, data.sampling.max_new_tokens
         for tag, unit in (("rollout/entropy", 1.0), ("rollout/length", most), ("rollout/truncated", 1.0)):
-            if tag not in figures:  # an engine that gives no entropies
+            if tag not in metrics:  # an engine that gives no entropies
                 continue
-            moved = self._curves.setdefault(tag, Curve(self.window)).add(figures[tag] / unit)
+            moved = self._curves.setdefault(tag, Curve(self.window)).add(metrics[tag] / unit)
             if moved is None or tag in self._reported or not self.collapsed(tag, *moved):
                 continue
             self._reported.append(tag)

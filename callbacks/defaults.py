@@ -9,6 +9,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from .collapse_guard import CollapseGuard
+from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
 from .number_guard import NumberGuard
 from .prompt_preview import PromptPreview
@@ -40,8 +41,9 @@ CHECKPOINT: dict[str, Any] = {
 def default_callbacks(
     present: Sequence[Callback], checkpoints: bool, made: Mapping[str, Callback] | None = None
 ) -> list[Callback]:
-    """Those that are not there yet, in the order in which they have to run: a run is saved (`SafeStop`) while its ranks
-    still watch each other (`RankGuard`).
+    """Those that are not there yet, in the order in which they have to run: a micro-batch has its metrics
+    (`EpochMetrics`) before a run is saved (`SafeStop`), and that happens while its ranks still watch each other
+    (`RankGuard`).
 
     Args:
         present: The trainer's callbacks; one of the same class, or of a subclass, takes the place of ours.
@@ -50,7 +52,7 @@ def default_callbacks(
     """
     if made is None:
         made = {name: kind(**(CHECKPOINT if name == "checkpoint" else {})) for name, kind in WITH_SETTINGS.items()}
-    ours: list[Callback] = [SafeStop(), PromptPreview(), *made.values()]
+    ours: list[Callback] = [EpochMetrics(), SafeStop(), PromptPreview(), *made.values()]
     wanted = (callback for callback in ours if checkpoints or not isinstance(callback, ModelCheckpoint))
     return [callback for callback in wanted if not any(isinstance(other, type(callback)) for other in present)]
 

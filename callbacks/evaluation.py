@@ -12,17 +12,17 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torchmetrics import MeanMetric
 
-from rlrt_lightning.datamodule import Evaluated
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.metrics import AvgAtK, PassAtK
-from rlrt_lightning.ranks import gather
-from rlrt_lightning.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
-from rlrt_lightning.run_files import own
+from rlrt_lightning.evaluation.metrics import AvgAtK, PassAtK
+from rlrt_lightning.evaluation.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.ranks import gather
+from rlrt_lightning.runtime.run_files import own
 
 from .boards import tensorboards
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
+    from rlrt_lightning.evaluation.sets import Evaluated
     from rlrt_lightning.module import RLRTModule
 
 
@@ -72,7 +72,9 @@ class Evaluation(Callback):
             name: _Counts(self.ks or [spec.samples], spec.samples, pl_module.device)
             for name, spec in data.benchmarks.items()
         }
-        self._results, data.evaluated = {}, {}
+        self._results = {}
+        for finished in data.evaluated.values():
+            finished.clear()
         if trainer.state.fn != "fit":
             self._resume(trainer, cast("RLRTModule", pl_module))
 
@@ -96,7 +98,7 @@ class Evaluation(Callback):
             finished = results.read()
             mine = data.benchmark_problems(name)[trainer.global_rank :: trainer.world_size]
             self._counts[name].add([finished[p.id] for p in mine if p.id in finished], self.table)
-            data.evaluated[name] = set(finished)
+            data.evaluated[name].update(finished)
         trainer.strategy.barrier()  # nobody adds to a file that another rank still reads
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
@@ -121,7 +123,7 @@ class Evaluation(Callback):
                     board.add_text(f"samples/{name}", counts.markdown(self.table), step)
         if self._results:
             tables = {
-                name: sorted(chain(*gather(trainer, counts.problems)), key=lambda row: row["problem"])
+                name: sorted(chain(*gather(counts.problems)), key=lambda row: row["problem"])
                 for name, counts in self._counts.items()
             }
             folder = self._folder(trainer)
@@ -130,6 +132,10 @@ class Evaluation(Callback):
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.results) if self.results else own(trainer, "evaluation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets the engine give back its memory."""
+        _data(trainer).engine.release()
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _collect  # type: ignore[assignment]
@@ -171,7 +177,7 @@ class _Counts:
         for tag, metric in metrics.items():
             values[tag], values[f"{tag}_low"], values[f"{tag}_high"] = metric.compute().tolist()
         values |= {"length": float(self.length.compute()), "truncated": float(self.truncated.compute())}
-        labels = sum(gather(trainer, self.labels), Counter())
+        labels = sum(gather(self.labels), Counter())
         return values | {f"labels/{name}": n / labels.total() for name, n in labels.items() if name is not None}
 
     def markdown(self, table: int) -> str:

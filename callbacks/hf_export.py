@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.run_files import occupied, own
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.run_files import occupied, own
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.ranks import gather
-from rlrt_lightning.run_files import own
-from rlrt_lightning.sharding import local
+from rlrt_lightning.policy.sharding import local
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.ranks import gather
+from rlrt_lightning.runtime.run_files import own
 
 if TYPE_CHECKING:
-    from rlrt_lightning.batch import MicroBatch
     from rlrt_lightning.datamodule import RolloutDataModule
+    from rlrt_lightning.epoch.batch import MicroBatch
     from rlrt_lightning.module import RLRTModule
     from rlrt_lightning.rollouts import Rollout
 
 log = logging.getLogger(__name__)
 
 MOST_ROWS = 100
-"""Roll-outs in one file."""
+"""Rollouts in one file."""
 
 MOST_FILES = 100
 """Files in the folder: a run that goes on for long with bad numbers does not fill the disk."""
@@ -35,11 +35,11 @@ Row = dict[str, Any]
 
 
 class NumberGuard(Callback):
-    """Writes down the roll-outs with which NaN or infinity came up, and ends a run that does not get away from it.
+    """Writes down the rollouts with which NaN or infinity came up, and ends a run that does not get away from it.
 
-    An optimiser step whose gradient is not finite is skipped: weights and optimiser stay as they are, the learning
-    rate's schedule goes on. The roll-outs of its micro-batches go to `bad_numbers/step-N.jsonl` in the run's folder,
-    those whose loss is not finite first. Roll-outs with log-probs that are not finite take no part in the update and go
+    An optimizer step whose gradient is not finite is skipped: weights and optimizer stay as they are, the learning
+    rate's schedule goes on. The rollouts of its micro-batches go to `bad_numbers/step-N.jsonl` in the run's folder,
+    those whose loss is not finite first. Rollouts with log-probs that are not finite take no part in the update and go
     to `bad_numbers/epoch-N.jsonl`. `faults/skipped_steps` and `faults/rollouts` count both. Under
     `--trainer.precision=16-mixed` the gradient scaler skips steps by itself, which count once its scale cannot fall.
 
@@ -54,7 +54,7 @@ class NumberGuard(Callback):
             raise ConfigError(f"number_guard.patience is {patience}; it has to be at least 1")
         self.patience = patience
         self._in_a_row = 0
-        self._losses: list[Any] = []  # of the micro-batches since the last optimiser step
+        self._losses: list[Any] = []  # of the micro-batches since the last optimizer step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that no other run's files are in the way."""
@@ -62,14 +62,14 @@ class NumberGuard(Callback):
             own(trainer, "bad_numbers")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the epoch's roll-outs that have bad log-probs.
+        """Writes the epoch's rollouts that have bad log-probs.
 
         Raises:
             ConfigError: On all ranks, if there are no others.
         """
         self._losses = []
-        epoch = _data(trainer).epoch
-        if epoch is None or not epoch.stats.get("faults/rollouts"):  # over all ranks
+        epoch, count = _data(trainer).epoch, _data(trainer).rollout_metrics.get("faults/rollouts")  # over all ranks
+        if epoch is None or not count:
             return
         module = cast("RLRTModule", pl_module)
         rows = []
@@ -79,11 +79,10 @@ class NumberGuard(Callback):
             rows.append({**row, **_of_rollout(trainer, rollout, float(epoch.advantages[i]))})
         path = self._write(trainer, f"epoch-{trainer.current_epoch}", rows)
         if trainer.is_global_zero:
-            count = int(epoch.stats["faults/rollouts"])
-            log.warning("%d roll-outs of epoch %d have bad log-probs: %s", count, trainer.current_epoch, path)
-        if epoch.stats["faults/rollouts"] >= trainer.world_size * len(epoch.rollouts):
+            log.warning("%d rollouts of epoch %d have bad log-probs: %s", int(count), trainer.current_epoch, path)
+        if count >= trainer.world_size * len(epoch.rollouts):
             raise ConfigError(
-                f"all roll-outs of epoch {trainer.current_epoch} have log-probs that are not finite: look at {path}; "
+                f"all rollouts of epoch {trainer.current_epoch} have log-probs that are not finite: look at {path}; "
                 "the model's weights or the sampler (data.engine) are broken, so go on from an earlier checkpoint"
             )
 
@@ -110,10 +109,10 @@ class NumberGuard(Callback):
         path = self._write(trainer, f"step-{step}", rows[:MOST_ROWS])
         if self._in_a_row < self.patience:
             if trainer.is_global_zero:
-                log.warning("skipped optimiser step %d, whose gradient is not finite; its roll-outs: %s", step, path)
+                log.warning("skipped optimizer step %d, whose gradient is not finite; its rollouts: %s", step, path)
             return
         raise ConfigError(
-            f"{self._in_a_row} optimiser steps in a row, up to step {step}, had a gradient that is not finite "
+            f"{self._in_a_row} optimizer steps in a row, up to step {step}, had a gradient that is not finite "
             f"(number_guard.patience is {self.patience}), and were skipped; look at {path}, lower the learning rate "
             "(model.optimizer.lr) or set trainer.precision to bf16-mixed or 32-true, and go on with --ckpt_path last "
             "or an earlier checkpoint"
@@ -131,7 +130,7 @@ class NumberGuard(Callback):
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
         if bad:
             raise ConfigError(
-                f"after optimiser step {trainer.global_step} the policy has weights that are not finite, which are not "
+                f"after optimizer step {trainer.global_step} the policy has weights that are not finite, which are not "
                 "saved; lower the learning rate (model.optimizer.lr) or set trainer.precision to bf16-mixed or "
                 "32-true, and go on with --ckpt_path last"
             )
@@ -148,10 +147,10 @@ class NumberGuard(Callback):
         self, trainer: Trainer, module: RLRTModule, batches: list[MicroBatch], losses: list[float]
     ) -> Iterable[Row]:
         epoch = _data(trainer).epoch  # None where the run was resumed in the middle of it
-        known = {} if epoch is None else {_key(r.prompt_ids, r.response_ids): i for i, r in enumerate(epoch.rollouts)}
         for number, (batch, loss) in enumerate(zip(batches, losses, strict=True)):
             what = "gradient" if math.isfinite(loss) else f"loss is {loss}"
-            for ids, attention, response, logp, advantages, weights in zip(
+            for i, ids, attention, response, logp, advantages, weights in zip(
+                batch.rows,
                 batch.input_ids,
                 batch.attention_mask.bool(),
                 batch.response_mask,
@@ -160,17 +159,15 @@ class NumberGuard(Callback):
                 batch.importance,
                 strict=True,
             ):
-                prompt_ids, response_ids = ids[attention & ~response].tolist(), ids[response].tolist()
                 row = {
-                    **_row(module, what, prompt_ids, response_ids),
+                    **_row(module, what, ids[attention & ~response].tolist(), ids[response].tolist()),
                     "micro_batch": number,
                     "loss": loss,
                     "logp_old_max_abs": float(logp.abs().max()),
                     "token_advantage_max_abs": float(advantages.abs().max()),
                     "importance_max": float(weights.max()),
                 }
-                i = known.get(_key(prompt_ids, response_ids))
-                if epoch is not None and i is not None:
+                if epoch is not None:
                     row |= _of_rollout(trainer, epoch.rollouts[i], float(epoch.advantages[i]))
                 yield row
 
@@ -178,7 +175,7 @@ class NumberGuard(Callback):
         """Writes what all ranks have; all have to call."""
         folder = own(trainer, "bad_numbers")
         path = folder / f"{name}.jsonl"
-        every = [row for of_rank in gather(trainer, rows) for row in of_rank]
+        every = [row for of_rank in gather(rows) for row in of_rank]
         if trainer.is_global_zero:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -193,10 +190,6 @@ class NumberGuard(Callback):
 
 def _data(trainer: Trainer) -> RolloutDataModule:
     return cast("RolloutDataModule", cast(Any, trainer).datamodule)
-
-
-def _key(prompt_ids: list[int], response_ids: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(prompt_ids), tuple(response_ids)
 
 
 def _row(module: RLRTModule, what: str, prompt_ids: list[int], response_ids: list[int]) -> Row:

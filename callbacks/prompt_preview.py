@@ -12,13 +12,13 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rlrt_lightning.chat import is_tag, special_tokens
 from rlrt_lightning.objective.methods import Context
-from rlrt_lightning.policy import Policy
+from rlrt_lightning.policy.chat import is_tag, special_tokens
+from rlrt_lightning.policy.model import Policy
+from rlrt_lightning.policy.texts import CLOSING_TAG, MARK, OPENING_TAG
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks import Problem
 from rlrt_lightning.teacher import Teacher
-from rlrt_lightning.texts import CLOSING_TAG, MARK, OPENING_TAG
 
 from .boards import tensorboards
 

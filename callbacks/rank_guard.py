@@ -14,8 +14,8 @@ from datetime import timedelta
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from rlrt_lightning.errors import ConfigError, first_line
-from rlrt_lightning.stopping import Stop
+from rlrt_lightning.runtime.errors import ConfigError, first_line
+from rlrt_lightning.runtime.stopping import Stop
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ END = "end"
 class RankGuard(Callback):
     """Ends all ranks, with a line that says which one failed and why, when one fails or shows no sign of life; without
     it the others would wait for it in a collective for as long as its time limit, which has to be long: ranks also wait
-    for the slowest one's roll-outs.
+    for the slowest one's rollouts.
 
     The signs go through a store of torch.distributed that the first rank keeps. With one rank there is nothing to do.
 

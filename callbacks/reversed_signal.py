@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from rlrt_lightning.batch import EpochBatch
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.ranks import Mean, mean_over_ranks
-from rlrt_lightning.run_files import own
+from rlrt_lightning.epoch.record import EpochRecord
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.ranks import Mean, mean_over_ranks
+from rlrt_lightning.runtime.run_files import own
 
 from .boards import tensorboards
 from .signal_picture import Scored, Token, draw, html_page
@@ -24,13 +24,13 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 
 class ReversedSignalLogger(Callback):
-    """Logs D_t = log P_S - log P_T of each epoch's scored roll-outs under `signal/`, and shows it token by token.
+    """Logs D_t = log P_S - log P_T of each epoch's scored rollouts under `signal/`, and shows it token by token.
 
     Args:
-        picture_every_n_epochs: Every so many epochs, the first among them, a few correct roll-outs are drawn with each
+        picture_every_n_epochs: Every so many epochs, the first among them, a few correct rollouts are drawn with each
             token coloured by D_t: as an image in TensorBoard, and as `signal/epoch-N.html` in the run's folder. 0 for
             never.
-        rollouts: Roll-outs in a picture.
+        rollouts: Rollouts in a picture.
     """
 
     def __init__(self, picture_every_n_epochs: int = 10, rollouts: int = 6) -> None:
@@ -50,11 +50,12 @@ class ReversedSignalLogger(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's signal before it is trained on."""
-        epoch = cast("RolloutDataModule", cast(Any, trainer).datamodule).epoch
+        data = cast("RolloutDataModule", cast(Any, trainer).datamodule)
+        epoch = data.epoch
         module = cast("RLRTModule", pl_module)
         if epoch is None or module.method.context == "none":
             return
-        module.log_epoch(mean_over_ranks(trainer, signal_statistics(epoch)))
+        data.rollout_metrics |= mean_over_ranks(signal_statistics(epoch))
         folder = own(trainer, "signal")
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
@@ -64,7 +65,7 @@ class ReversedSignalLogger(Callback):
         if self.picture_every_n_epochs and trainer.current_epoch % self.picture_every_n_epochs == 0:
             self._picture(trainer, module, epoch, folder)
 
-    def _picture(self, trainer: Trainer, module: RLRTModule, epoch: EpochBatch, folder: Path) -> None:
+    def _picture(self, trainer: Trainer, module: RLRTModule, epoch: EpochRecord, folder: Path) -> None:
         shown = (epoch.has_context & epoch.correct).nonzero()[:, 0].tolist()
         # One of each problem, those first in which the student went its own way most decidedly.
         shown.sort(key=lambda i: -float(epoch.credit.asymmetry[i].max()))
@@ -81,7 +82,7 @@ class ReversedSignalLogger(Callback):
             board.add_image("signal/rollouts", draw(title, scored), trainer.global_step, dataformats="HWC")
 
 
-def signal_statistics(epoch: EpochBatch) -> dict[str, float]:
+def signal_statistics(epoch: EpochRecord) -> dict[str, float]:
     """D_t and the weights of an epoch in figures, by tag. Shares of tokens are shares of the scored ones.
 
     Args:
@@ -123,8 +124,8 @@ def _quantiles(values: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
     return ranked[(cuts * (len(ranked) - 1)).round().long()]
 
 
-def describe(module: RLRTModule, epoch: EpochBatch, row: int) -> Scored:
-    """A scored roll-out, token by token, for a picture."""
+def describe(module: RLRTModule, epoch: EpochRecord, row: int) -> Scored:
+    """A scored rollout, token by token, for a picture."""
     rollout, policy = epoch.rollouts[row], module.policy
     problem = epoch.problems[rollout.group]
     tokens = [

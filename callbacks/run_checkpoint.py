@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlrt_lightning.trainer_checks import check_logged
+from rlrt_lightning.runtime.trainer_checks import check_logged
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -20,7 +20,7 @@ class RunCheckpoint(ModelCheckpoint):
     - After `trainer.fast_dev_run` there is no checkpoint; Lightning writes last.ckpt when training ends.
     """
 
-    _measured = -1  # optimiser steps after which the newest evaluation was made
+    _measured = -1  # optimizer steps after which the newest evaluation was made
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes which weights were evaluated."""

@@ -12,10 +12,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from rlrt_lightning.checkpoints import PART, WholeCheckpointIO, check_writable, remove
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.run_files import run_folder
-from rlrt_lightning.stopping import Stop
+from rlrt_lightning.runtime.checkpoints import PART, WholeCheckpointIO, check_writable, remove
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.run_files import run_folder
+from rlrt_lightning.runtime.stopping import Stop
 
 from .run_checkpoint import adopt
 
@@ -28,15 +28,15 @@ RESUME = "go on with --ckpt_path last"
 class SafeStop(Callback):
     """Saves a run that is asked to end by SIGTERM, and sees to it that checkpoints are never half there.
 
-    Roll-outs, scoring and evaluations are given up at once (with several ranks: at the end of the phase) and made
-    again when the run is resumed. In the middle of the updates the next optimiser step is finished, and the checkpoint
+    Rollouts, scoring and evaluations are given up at once (with several ranks: at the end of the phase) and made
+    again when the run is resumed. In the middle of the updates the next optimizer step is finished, and the checkpoint
     also holds what is left of the epoch's micro-batches, so that the resumed run goes on with the step after it.
 
     Under SLURM with automatic requeueing, Lightning's checkpoint and request to requeue come at the same moments.
     """
 
     def __init__(self) -> None:
-        self._saved = 0  # optimiser steps that are in the newest checkpoint
+        self._saved = 0  # optimizer steps that are in the newest checkpoint
         self._requeue: Any = None
         self._asked_to_requeue = False
 
@@ -69,7 +69,7 @@ class SafeStop(Callback):
 
     def _listen(self, trainer: Trainer) -> None:
         # In place of Lightning's own functions, which go through torch.distributed in the middle of whatever is going
-        # on, end the epoch between two micro-batches of one optimiser step, and save wherever the signal finds them.
+        # on, end the epoch between two micro-batches of one optimizer step, and save wherever the signal finds them.
         # Which signals there are, and what their handlers were before, stays with Lightning.
         signals = cast(Any, trainer)._signal_connector
         stop = _data(trainer).stop_signal
@@ -82,15 +82,6 @@ class SafeStop(Callback):
 
         signals._sigterm_notifier_fn = lambda number, frame: stop.receive(number)
         signals._slurm_sigusr_handler_fn = requeue
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Ends between two optimiser steps. After the last one the epoch is finished first: its validation and the next
-        roll-outs can be given up."""
-        done = batch_idx + 1
-        if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
-            _data(trainer).stop_signal.check(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Knows what is saved."""
@@ -124,15 +115,15 @@ class SafeStop(Callback):
             progress.increment_started()
         if trainer.strategy.broadcast(self._asked_to_requeue):
             self._requeue(signal.SIGUSR1, None)
-            return f"saved after {step} optimiser steps, and asked SLURM to start the job again"
+            return f"saved after {step} optimizer steps, and asked SLURM to start the job again"
         if step == self._saved:
-            return f"all {step} optimiser steps are saved; {RESUME}" if step else "nothing was trained yet"
+            return f"all {step} optimizer steps are saved; {RESUME}" if step else "nothing was trained yet"
         callbacks = _checkpoints(trainer)
         if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return f"nothing is saved of {step} optimiser steps, as checkpoints are turned off"
+            return f"nothing is saved of {step} optimizer steps, as checkpoints are turned off"
         path = callbacks[0].last_model_path or trainer.strategy.broadcast(_free(Path(callbacks[0].dirpath or "")))
         trainer.save_checkpoint(path, weights_only=False)
-        return f"saved after {step} optimiser steps as {path}; {RESUME}"
+        return f"saved after {step} optimizer steps as {path}; {RESUME}"
 
 
 def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -1,4 +1,4 @@
-"""Roll-outs with each token coloured by D_t: as a self-contained HTML page, and as an image."""
+"""Rollouts with each token coloured by D_t: as a self-contained HTML page, and as an image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Scored:
-    """A roll-out that the teacher scored."""
+    """A rollout that the teacher scored."""
 
     name: str
     prompt: str
@@ -70,7 +70,7 @@ def html_page(title: str, rollouts: list[Scored]) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: reversed signal</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{title}: where the student went its own way</h1>"
-        "<p>Correct roll-outs; each token is coloured by D = log P<sub>S</sub> − log P<sub>T</sub>. "
+        "<p>Correct rollouts; each token is coloured by D = log P<sub>S</sub> − log P<sub>T</sub>. "
         f'With the teacher<span class="scale" style="background:linear-gradient(to right,{stops})"></span>'
         f"against it (full colour from {FULL_COLOUR:g} nats). Hover a token for its numbers.</p>\n"
         f"{sections}\n</body></html>\n"
@@ -117,7 +117,7 @@ _GREY, _BLACK = (110, 110, 110), (25, 25, 25)
 
 
 def draw(title: str, rollouts: list[Scored]) -> np.ndarray:
-    """The same as an image, uint8 [H, W, 3]; a long roll-out is cut after some lines."""
+    """The same as an image, uint8 [H, W, 3]; a long rollout is cut after some lines."""
     page = Image.new("RGB", (_WIDTH, 150 + len(rollouts) * (_LINES_EACH + 4) * _LINE), "white")
     pen = ImageDraw.Draw(page)
     heading, body, small = (ImageFont.load_default(size) for size in (26, 21, 17))

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import TeacherWeights
+from rlrt_lightning.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule

@@ -18,9 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import Benchmark, RolloutDataModule
-    from rlrt_lightning.errors import ConfigError
-    from rlrt_lightning.lora import LoRA
-    from rlrt_lightning.metrics import AvgAtK, PassAtK
+    from rlrt_lightning.evaluation.metrics import AvgAtK, PassAtK
     from rlrt_lightning.module import RLRTModule
     from rlrt_lightning.objective import (
         DIVER,
@@ -44,7 +42,9 @@ if TYPE_CHECKING:
         importance_weights,
         pass_at_k,
     )
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy.lora import LoRA
+    from rlrt_lightning.policy.model import Policy
+    from rlrt_lightning.policy.sharding import FSDP2Strategy
     from rlrt_lightning.rollouts import (
         Rollout,
         RolloutEngine,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         VllmColocateEngine,
         VllmServerEngine,
     )
-    from rlrt_lightning.sharding import FSDP2Strategy
+    from rlrt_lightning.runtime.errors import ConfigError
     from rlrt_lightning.tasks import (
         DatasetTask,
         ExactMatch,

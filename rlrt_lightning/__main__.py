@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 
 EXPECTED_WARNINGS = (
     # Lightning's own use of torch and of jsonargparse, and peft's of transformers, which the user can do nothing about.
@@ -14,7 +14,7 @@ EXPECTED_WARNINGS = (
     r".*`is_gradient_checkpointing` is deprecated",
     r"\s*(By default only one JsonargparseDeprecationWarning|[\s\S]* was deprecated in v4\.)",
     # What we mean to do: a resumed run has a folder of its own, a teacher's copy is never trained, and in an epoch in
-    # which no roll-out is better than its siblings there is nothing to train on.
+    # which no rollout is better than its siblings there is nothing to train on.
     r"The dirpath has changed from",
     r"Found \d+ module\(s\) in eval mode",
     r"Total length of .* across ranks is zero",
@@ -36,8 +36,8 @@ def main(args: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=message)
     words = sys.argv[1:] if args is None else args
     # Imported here, since the verifier's worker processes import this module again.
-    from rlrt_lightning import quick_help
     from rlrt_lightning.analysis import runs
+    from rlrt_lightning.cli import quick_help
 
     if words and words[0] in runs.COMMANDS:  # files only: nothing heavy is needed
         try:
@@ -48,8 +48,8 @@ def main(args: list[str] | None = None) -> int:
         return 0
 
     def command_line() -> int:
-        from rlrt_lightning.cli import RLRTCli
-        from rlrt_lightning.refusals import run
+        from rlrt_lightning.cli.commands import RLRTCli
+        from rlrt_lightning.cli.refusals import run
 
         return run(lambda: RLRTCli(words))
 

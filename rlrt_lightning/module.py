@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule
@@ -15,9 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from rlrt_lightning import resume
-from rlrt_lightning.batch import MicroBatch
-from rlrt_lightning.errors import ConfigError, check_ranges
-from rlrt_lightning.log_probs import log_probs_at
+from rlrt_lightning.epoch.batch import MicroBatch
 from rlrt_lightning.objective import (
     RLRT,
     Aggregation,
@@ -29,40 +27,52 @@ from rlrt_lightning.objective import (
     token_mean,
 )
 from rlrt_lightning.objective.ratios import kl_estimate, log_ratio
-from rlrt_lightning.optimizers import OptimizerFactory, SharedFactory, WarmUp, keep_settings
-from rlrt_lightning.padding import at_mask
-from rlrt_lightning.policy import Policy
-from rlrt_lightning.ranks import Mean, mean_over_ranks
-from rlrt_lightning.seeding import derive_seed
-from rlrt_lightning.sharding import FSDP2Strategy, check_strategy, whole
-from rlrt_lightning.stopping import WholeEpochs
+from rlrt_lightning.policy.log_probs import log_probs_at
+from rlrt_lightning.policy.model import Policy
+from rlrt_lightning.policy.padding import at_mask
+from rlrt_lightning.policy.sharding import FSDP2Strategy, check_strategy, whole
+from rlrt_lightning.runtime.errors import ConfigError, check_ranges
+from rlrt_lightning.runtime.optimizers import OptimizerFactory, SharedFactory, WarmUp, keep_settings
+from rlrt_lightning.runtime.stopping import WholeEpochs
 from rlrt_lightning.teacher import Teacher
 
-if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
+
+@dataclass(frozen=True)
+class StepReport:
+    """An optimizer step.
+
+    Args:
+        gradient_norm: Before clipping, over all ranks.
+        learning_rate: That of the first group of weights.
+        skipped: Whether it was not taken, because the gradient was not finite.
+    """
+
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
 
 
 class RLRTModule(LightningModule):
-    """Trains a policy on roll-outs with token advantages.
+    """Trains a policy on rollouts with token advantages.
 
     Args:
         policy: The language model that is trained.
-        teacher: Whose weights score the roll-outs, and with what context.
+        teacher: Whose weights score the rollouts, and with what context.
         method: How advantages are spread over tokens: GRPO, RLRT, RLSD, SDPO, SRPO, EntropyBonus, DIVER, or a class
             of your own.
-        clip_low: The ratio to the roll-out policy may fall to 1 - clip_low before a token's gradient stops.
+        clip_low: The ratio to the rollout policy may fall to 1 - clip_low before a token's gradient stops.
         clip_high: The ratio may rise to 1 + clip_high before a token's gradient stops.
         dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
         aggregation: token-mean weighs all tokens of a mini-batch the same; seq-mean-token-mean averages within each
-            roll-out first.
-        importance: Where the trainer rescores the roll-outs (`data.rescore`), all that a token adds to the loss
+            rollout first.
+        importance: Where the trainer rescores the rollouts (`data.rescore`), all that a token adds to the loss
             (surrogate, divergence to the teacher, entropy bonus) is weighted by min(P_trainer / P_sampler,
             importance_cap): for each token, for the whole sequence, or off.
         importance_cap: Upper limit of that weight; the paper has 2.
-        optimizer: Class path and settings of the optimiser; the paper has AdamW with lr 1e-6.
-        warmup_steps: Optimiser steps over which the learning rate rises linearly to its constant value.
+        optimizer: Class path and settings of the optimizer; the paper has AdamW with lr 1e-6.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly to its constant value.
         allow_changes: Settings that may differ from those of the checkpoint when a run is resumed (`--ckpt_path`), such
-            as [data.seed, model.method]; each stands for all settings below it. Settings of the optimiser (not its
+            as [data.seed, model.method]; each stands for all settings below it. Settings of the optimizer (not its
             class), trainer, engine, checkpoints and evaluation may always change.
     """
 
@@ -102,21 +112,22 @@ class RLRTModule(LightningModule):
         self.optimizer_factory = SharedFactory(optimizer)
         self.warmup_steps = warmup_steps
         self.allow_changes = allow_changes
-        self._epoch_start = 0.0
-        self._tokens: Tensor | int = 0  # of the epoch's micro-batches
-        self._places = 0  # of these, padding included
-        self._figures: dict[str, list[tuple[Tensor | float, int]]] = {}
-        self._of_rollouts: dict[str, float] = {}
-        self._steps = {"faults/skipped_steps": 0, "train/empty_steps": 0}  # of the epoch
         self._whole_epochs = WholeEpochs()
+        self.steps: list[StepReport] = []
+        """Optimizer steps that no callback has taken note of yet (`EpochMetrics`)."""
         self.skipped = False
-        """Whether the newest optimiser step was skipped, because its gradient was not finite."""
+        """Whether the newest optimizer step was skipped, because its gradient was not finite."""
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        """One forward pass over a micro-batch; its loss is a share of the mean over the mini-batch."""
-        logp, entropy, divergence = self._token_figures(batch)
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
+        """One forward pass over a micro-batch.
+
+        Returns:
+            `loss`, a share of the mean over the mini-batch, and `metrics` of the micro-batch: a mean for each tag, and
+            how many values it is the mean of.
+        """
+        logp, entropy, divergence = self._token_values(batch)
         surrogate = clipped_surrogate(
             logp,
             batch.logp_old,
@@ -130,7 +141,7 @@ class RLRTModule(LightningModule):
         )
         loss = surrogate.loss
         tokens = int(batch.response_mask.sum())
-        figures = {
+        metrics = {
             "train/clip_fraction": (surrogate.clip_fraction, tokens),
             "train/entropy": (entropy.detach().sum() / max(tokens, 1), tokens),
             "train/kl": (_kl(logp.detach(), batch), tokens),
@@ -149,20 +160,16 @@ class RLRTModule(LightningModule):
             )
             distilled = batch.distillation != 0
             mean = (divergence.detach() * distilled).sum() / distilled.sum().clamp(min=1)
-            figures["train/divergence"] = mean, int(distilled.sum())
+            metrics["train/divergence"] = mean, int(distilled.sum())
         if batch.entropy_bonus is not None:
             bonus = batch.importance * batch.entropy_bonus * entropy
             loss = loss - token_mean(bonus, batch.response_mask, self.aggregation)
         loss = loss * batch.share
-        self._figures.setdefault("train/loss", []).append((loss.detach(), 1))
-        self._tokens = self._tokens + batch.tokens  # read at the epoch's end: a GPU would stop for it
-        self._places += batch.places
-        for tag, (mean, count) in figures.items():
-            # What only stands in, so that this rank takes the step with the others, is not trained on.
-            self._figures.setdefault(tag, []).append((mean, count if batch.share else 0))
-        return loss
+        # What only stands in, so that this rank takes the step with the others, is not trained on.
+        metrics = {tag: (mean, count if batch.share else 0) for tag, (mean, count) in metrics.items()}
+        return {"loss": loss, "metrics": {**metrics, "train/loss": (loss.detach(), 1)}}
 
-    def _token_figures(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _token_values(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probs and entropies of the response tokens and, where the method distils, the divergence between student
         and teacher: [B, T] each, nats, 0 outside the response."""
         sequences = batch.input_ids, batch.attention_mask, batch.response_mask, batch.temperature
@@ -182,7 +189,7 @@ class RLRTModule(LightningModule):
         return logp, entropy, divergence
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over the policy's weights, constant after a linear warm-up."""
+        """The optimizer over the policy's weights, constant after a linear warm-up."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = self.optimizer_factory(trained)
         schedule = WarmUp(optimizer, self.warmup_steps)
@@ -195,23 +202,22 @@ class RLRTModule(LightningModule):
         rank_zero_info("method: %s%s", self.method, teacher)
 
     def on_train_epoch_start(self) -> None:
-        """Notes what the roll-outs of the epoch were like."""
-        self._figures.clear()
-        if self._data.epoch is not None:
-            self.log_epoch(mean_over_ranks(self.trainer, self._data.epoch.stats))
-        self._tokens, self._places = 0, 0
-        self._steps = dict.fromkeys(self._steps, 0)
-        self._epoch_start = time.perf_counter()
+        """Has the run finish the epochs that it begins."""
         self._whole_epochs.begin(self.trainer)
-
-    def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
-        """Puts off the end that any callback asks for to the end of the epoch; comes after all of theirs."""
-        self._whole_epochs.hold(self.trainer, batch_idx)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         """Seeds dropout, where a model has any: the same in a resumed run."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            torch.manual_seed(derive_seed(self._data.seed, "training", self.global_step, self.global_rank))
+        torch.manual_seed(batch.seed)
+
+    def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
+        """Comes after the callbacks': puts off the end that any of them asks for to the end of the epoch, and ends a
+        run that a signal asked to stop (`SafeStop`) between two optimizer steps. After the last one the epoch is
+        finished first: its validation and the next rollouts can be given up."""
+        trainer = cast(Any, self.trainer)
+        self._whole_epochs.hold(trainer, batch_idx)
+        done = batch_idx + 1
+        if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
+            trainer.datamodule.stop_signal.check(trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Notes the gradient's norm before it is clipped, and the learning rate.
@@ -223,81 +229,22 @@ class RLRTModule(LightningModule):
         # One that looks for a scale skips by itself, until there is no smaller one to try.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.skipped = not math.isfinite(norm) and (scaler is None or scaler.get_scale() <= 1)
-        self._steps["faults/skipped_steps"] += self.skipped
-        self._steps["train/empty_steps"] += norm == 0
         if self.skipped:
             for p in self.policy.parameters():
-                p.grad = None  # optimisers leave alone what has none
-        for tag, value in (("train/grad_norm", norm), ("train/lr", optimizer.param_groups[0]["lr"])):
-            self._figures.setdefault(tag, []).append((value, 1))
-
-    def on_train_epoch_end(self) -> None:
-        """Logs the epoch: its roll-outs, what the updates were like over all tokens of all ranks, how long they took.
-
-        To the loggers at once, before the epoch is saved: what is saved is not trained again, so what is not logged by
-        then would be missing if the run were killed in between."""
-        figures: dict[str, float] = {}
-        for tag, parts in self._figures.items():
-            # A skipped step would make a whole epoch's curve NaN; what was bad in it stands in a file of its own.
-            finite = [(float(mean), n) for mean, n in parts if n and math.isfinite(mean)]
-            count = sum(n for _, n in finite)
-            figures[tag] = Mean(sum(mean * n for mean, n in finite) / max(count, 1), count)
-        self._figures.clear()
-        figures |= self._steps
-        tokens = float(self._tokens)
-        seconds = figures["time/train"] = time.perf_counter() - self._epoch_start
-        figures["speed/train_tokens_per_s"] = tokens / seconds
-        figures["speed/train_padding"] = Mean(1 - tokens / max(self._places, 1), self._places)
-        values = {**self._of_rollouts, **mean_over_ranks(self.trainer, figures)}
-        self.log_dict(values, logger=False, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-        for logger in self.loggers:
-            logger.log_metrics({**values, "epoch": self.current_epoch}, self.global_step - 1)
-            logger.save()
-        self._of_rollouts = {}
-        self._data.finish_epoch()
-
-    def log_epoch(self, values: dict[str, float]) -> None:
-        """Logs figures of the epoch's roll-outs, together with those of its updates when these are done.
-
-        Args:
-            values: By tag; the same on all ranks.
-        """
-        self._of_rollouts |= {tag: float(value) for tag, value in values.items()}
-
-    @property
-    def rollout_figures(self) -> dict[str, float]:
-        """What was logged of the epoch's roll-outs, by tag; the same on all ranks."""
-        return self._of_rollouts
-
-    def figures_so_far(self) -> dict[str, Any]:
-        """What is to be logged at the end of the epoch, for a checkpoint within it."""
-        figures = {tag: [(float(mean), n) for mean, n in parts] for tag, parts in self._figures.items()}
-        return {
-            "figures": figures,
-            "rollouts": self._of_rollouts,
-            "tokens": int(self._tokens),
-            "places": self._places,
-            "steps": self._steps,
-            "seconds": time.perf_counter() - self._epoch_start,
-        }
-
-    def go_on_with(self, so_far: dict[str, Any]) -> None:
-        """Takes up what `figures_so_far` gave."""
-        self._figures, self._of_rollouts = so_far["figures"], so_far["rollouts"]
-        self._tokens, self._places, self._steps = so_far["tokens"], so_far["places"], so_far["steps"]
-        self._epoch_start = time.perf_counter() - so_far["seconds"]
+                p.grad = None  # optimizers leave alone what has none
+        self.steps.append(StepReport(norm, optimizer.param_groups[0]["lr"], self.skipped))
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
-    def validation_step(self, indices: list[int], batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Rolls problems of a benchmark out (`Evaluated`); the `Evaluation` callback counts the verdicts."""
-        return self._data.evaluate(dataloader_idx, indices)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Passes problems of an evaluation set with their rollouts and verdicts (`Evaluated`) on to the `Evaluation`
+        callback, which counts them."""
+        return batch
 
     test_step = predict_step = validation_step
 
     def on_validation_end(self) -> None:
-        """Lets the engine give back its memory."""
-        self._data.engine.release()
+        """A run that was to end during the evaluation finishes its epoch."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._whole_epochs.hold(self.trainer)
 
@@ -307,15 +254,14 @@ class RLRTModule(LightningModule):
         """What every run has (`rlrt_lightning.callbacks.default_callbacks`): those that the trainer has none of.
 
         Raises:
-            ConfigError: If there is no data module to make roll-outs.
+            ConfigError: If there is no data module to make rollouts.
         """
         from rlrt_lightning.callbacks import adopt_checkpoints, default_callbacks
-        from rlrt_lightning.datamodule import RolloutDataModule
 
         trainer = cast(Any, self.trainer)
-        if not isinstance(trainer.datamodule, RolloutDataModule):
+        if not getattr(trainer.datamodule, "makes_rollouts", False):
             raise ConfigError(
-                f"{trainer.state.fn.value}: pass datamodule=RolloutDataModule(...) to the trainer; roll-outs come from "
+                f"{trainer.state.fn.value}: pass datamodule=RolloutDataModule(...) to the trainer; rollouts come from "
                 "nowhere else"
             )
         adopt_checkpoints(trainer.callbacks)
@@ -394,10 +340,6 @@ class RLRTModule(LightningModule):
             return self.trainer is not None
         except RuntimeError:  # Lightning's answer where there is none
             return False
-
-    @property
-    def _data(self) -> RolloutDataModule:
-        return cast("RolloutDataModule", cast(Any, self.trainer).datamodule)
 
 
 def _kl(logp: Tensor, batch: MicroBatch) -> Tensor:

@@ -18,15 +18,13 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlrt_lightning.checkpoints import problem
-from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.objective import TeacherWeights
-from rlrt_lightning.optimizers import probe
-from rlrt_lightning.policy import EMBEDDED
+from rlrt_lightning.policy.model import EMBEDDED
+from rlrt_lightning.runtime.checkpoints import problem
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.optimizers import probe
 
 if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
-    from rlrt_lightning.module import RLRTModule
     from rlrt_lightning.tasks import Problem
 
 log = logging.getLogger(__name__)
@@ -67,7 +65,7 @@ TEACHER = "teacher_refresh"
 """Settings of the teacher's weights: the method's own where the user has given none."""
 
 PROBLEMS, STATE = "data.task.problems", "model.optimizer.state"
-"""Entries of the record that are no settings: a digest of the problems, and what the optimiser keeps per weight."""
+"""Entries of the record that are no settings: a digest of the problems, and what the optimizer keeps per weight."""
 
 OF_TRAINER = (
     "max_epochs",
@@ -101,13 +99,13 @@ class Changes(NamedTuple):
 # -- the record ----------------------------------------------------------------------------------------------------
 
 
-def record(trainer: Trainer, module: RLRTModule) -> dict[str, Any]:
+def record(trainer: Trainer, module: Any) -> dict[str, Any]:
     """What a checkpoint holds of the run: plain values."""
     data = getattr(trainer, "datamodule", None)
     return {"format": FORMAT, "settings": settings(trainer, module, data)}
 
 
-def settings(trainer: Trainer, module: RLRTModule, data: RolloutDataModule | None) -> Settings:
+def settings(trainer: Trainer, module: Any, data: Any) -> Settings:
     """The settings of a run by their names on the command line.
 
     Args:
@@ -200,7 +198,7 @@ def _class_name(value: Any) -> str:
     return value.__qualname__ if module.split(".")[0] == KEY else f"{module}.{value.__qualname__}"
 
 
-def _optimizer(module: RLRTModule) -> Settings:
+def _optimizer(module: Any) -> Settings:
     found = probe(module.optimizer_factory)
     if found is None:
         return {}
@@ -346,7 +344,7 @@ def check(checkpoint: Mapping[str, Any], path: str | Path, now: Settings, allow:
     return Changes([changed[n] for n in decisive], [said for name, said in changed.items() if name not in decisive])
 
 
-def check_file(path: Path, trainer: Trainer, module: RLRTModule, data: RolloutDataModule, fit: bool) -> None:
+def check_file(path: Path, trainer: Trainer, module: Any, data: Any, fit: bool) -> None:
     """`check` before models and data are loaded, as far as it can be said by then."""
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -356,7 +354,7 @@ def check_file(path: Path, trainer: Trainer, module: RLRTModule, data: RolloutDa
         check(checkpoint, path, settings(trainer, module, data), module.allow_changes or [], fit)
 
 
-def compare(trainer: Trainer, module: RLRTModule, checkpoint: Mapping[str, Any]) -> None:
+def compare(trainer: Trainer, module: Any, checkpoint: Mapping[str, Any]) -> None:
     """`check` with all that is known, and one line that says what is resumed and what has changed."""
     fit = trainer.state.fn == "fit"
     path, data = str(trainer.ckpt_path), getattr(trainer, "datamodule", None)
@@ -372,7 +370,7 @@ def compare(trainer: Trainer, module: RLRTModule, checkpoint: Mapping[str, Any])
         what = f"{type(module.method).__name__}, epoch {checkpoint.get('epoch')}"
         since = f"; changed since: {'; '.join(changes.free)}" if changes.free else ""
         steps = checkpoint.get("global_step")
-        print(f"resuming {path}: {what}, after {steps} optimiser steps{since}", file=sys.stderr, flush=True)
+        print(f"resuming {path}: {what}, after {steps} optimizer steps{since}", file=sys.stderr, flush=True)
 
 
 def check_end(trainer: Trainer) -> None:

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Literal, final
 import torch
 from torch import Tensor, nn
 
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.log_probs import log_probs_at
-from rlrt_lightning.lora import TeacherAdapters
 from rlrt_lightning.objective.methods import Context, TeacherWeights
+from rlrt_lightning.policy.log_probs import log_probs_at
+from rlrt_lightning.policy.lora import TeacherAdapters
+from rlrt_lightning.policy.sharding import local, move_weights
+from rlrt_lightning.policy.texts import OPENING_TAG, shortened, without_thinking
 from rlrt_lightning.rollouts.base import Rollout, ScoringEngine
-from rlrt_lightning.seeding import generator
-from rlrt_lightning.sharding import local, move_weights
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.seeding import generator
 from rlrt_lightning.tasks.base import Messages, Problem
-from rlrt_lightning.texts import OPENING_TAG, shortened, without_thinking
 
 if TYPE_CHECKING:
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy.model import Policy
 
 _SOLVE = "\n\nNow solve the problem yourself, step by step."
 _SOLUTION = "{prompt}\n\nHere is a correct solution to this problem:\n\n{context}" + _SOLVE
@@ -41,7 +41,7 @@ TEMPLATES: dict[Context, str] = {
 
 @dataclass(frozen=True)
 class TeacherScore:
-    """What the teacher says of one roll-out's T tokens.
+    """What the teacher says of one rollout's T tokens.
 
     Args:
         logp: log P_T of the tokens, nats, float32 [T].
@@ -61,7 +61,7 @@ class TeacherScore:
 class Teacher(nn.Module):
     """The policy as of its last refresh (`TeacherRefresh` decides when), with a solution in view.
 
-    While it is refreshed each epoch it is the policy that made the roll-outs, so it needs no weights of its own.
+    While it is refreshed each epoch it is the policy that made the rollouts, so it needs no weights of its own.
 
     With adapters (`model.policy.lora`) one that was never refreshed is the model without them, and one that follows the
     policy keeps a copy of them alone.
@@ -74,7 +74,7 @@ class Teacher(nn.Module):
             beside the prompt and the response. A longer one is truncated in its middle, as answers stand at the end,
             and counted in `signal/context_truncated`; so is one of which nothing useful is left, which is not shown.
         strip_think: Leave out what a demonstration has inside <think> and </think>.
-        scored_by: "trainer", by a forward pass with the teacher's weights, or "engine", by the roll-out engine; both
+        scored_by: "trainer", by a forward pass with the teacher's weights, or "engine", by the rollout engine; both
             sides of D_t then come from the engine. The trainer and VllmColocateEngine read a demonstration once for all
             of its siblings; VllmServerEngine reads it again for each of them. The engine: for vLLM, a teacher that is
             refreshed each epoch, and methods that need no more than log-probs.
@@ -296,12 +296,12 @@ class Teacher(nn.Module):
         top_k: int | None = 0,
         engine: ScoringEngine | None = None,
     ) -> tuple[list[TeacherScore | None], int]:
-        """What the teacher says of each roll-out that has a context, its tokens exactly as they were sampled.
+        """What the teacher says of each rollout that has a context, its tokens exactly as they were sampled.
 
         Args:
             policy: The policy, whose tokenizer and, where the teacher has none of its own, weights are used.
             problems: The problems that `Rollout.group` counts.
-            rollouts: N roll-outs.
+            rollouts: N rollouts.
             contexts: Their contexts, [N].
             temperature: Divides the logits, as it did when the tokens were sampled.
             kind: What the contexts are.
@@ -310,8 +310,8 @@ class Teacher(nn.Module):
             engine: What scores in place of the policy's forward pass.
 
         Returns:
-            For each roll-out the scores, None where it has no context or none that can be shown; and how many
-            roll-outs have a context that was truncated, or not shown since nothing useful of it was left or fits.
+            For each rollout the scores, None where it has no context or none that can be shown; and how many
+            rollouts have a context that was truncated, or not shown since nothing useful of it was left or fits.
         """
         sequences, which, truncated = [], [], 0
         shown = cache(lambda group, context, room: self.prompt(policy, problems[group], context, kind, room))

@@ -18,11 +18,11 @@ from lightning import Callback, Trainer
 from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling, StrategySum
 from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 from rlrt_lightning.datamodule import Benchmark
-from rlrt_lightning.lora import LoRA
 from rlrt_lightning.objective import SRPO
-from rlrt_lightning.policy import Policy
+from rlrt_lightning.policy.lora import LoRA
+from rlrt_lightning.policy.model import Policy
+from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
 from rlrt_lightning.rollouts import TransformersEngine
-from rlrt_lightning.sharding import FSDP2Strategy, whole
 from rlrt_lightning.tasks import Problem, Verdict
 from rlrt_lightning.teacher import Teacher
 
@@ -30,7 +30,7 @@ TEMPLATE = "{prompt}<sol>{context}"
 
 
 class Recorder(Callback):
-    """The roll-outs of each epoch, the loss, gradients of each step, and the weights at the end."""
+    """The rollouts of each epoch, the loss, gradients of each step, and the weights at the end."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {"gradients": [], "figures": [], "rollouts": [], "teacher": []}

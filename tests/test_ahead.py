@@ -1,4 +1,4 @@
-"""Roll-outs of the next epoch, drawn while this one trains."""
+"""Rollouts of the next epoch, drawn while this one trains."""
 
 from __future__ import annotations
 

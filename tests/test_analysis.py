@@ -17,8 +17,8 @@ from PIL import Image
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.analysis.reflection import choose_positions, flip_rates, kind_of, position_kl
 from rlrt_lightning.analysis.shift import compare_positions, summarise
-from rlrt_lightning.metrics import mean_with_interval
-from rlrt_lightning.results import pass_curve
+from rlrt_lightning.evaluation.metrics import mean_with_interval
+from rlrt_lightning.evaluation.results import pass_curve
 from tests.test_fit import ROOT, command
 from tests.tiny import policy
 
@@ -240,7 +240,7 @@ def test_reflection(text: str, trained: Path, tmp_path: Path) -> None:
     [
         (("--text=Wait, let me reconsider.",), "of which the tokenizer does not know all"),
         (("--text=", "--benchmark=nothing"), "there is no benchmark nothing; there are heldout, longer"),
-        (("--text=", "--limit=1", "--samples=2"), "no roll-out can be cut"),
+        (("--text=", "--limit=1", "--samples=2"), "no rollout can be cut"),
     ],
 )
 def test_reflection_says_what_is_wrong(

@@ -18,7 +18,7 @@ from lightning import Trainer
 from rlrt_lightning import Policy, RLRTModule, RolloutDataModule, Sampling, Teacher
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.datamodule import Benchmark
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import DatasetTask, ExactMatch, Problem
 from rlrt_lightning.tasks.base import Task
 from tests.test_datamodule import fit

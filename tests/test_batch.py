@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.plugins import HalfPrecision
 
-from rlrt_lightning.batch import EpochBatch, micro_batches, mini_batch_sizes
+from rlrt_lightning.epoch.batch import micro_batches, mini_batch_sizes
+from rlrt_lightning.epoch.record import EpochRecord, Questions
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.objective import RLRT, SDPO, SRPO, Credit, clipped_surrogate, group_advantages
-from rlrt_lightning.padding import pad_rows
-from rlrt_lightning.policy import Policy
+from rlrt_lightning.policy.model import Policy
+from rlrt_lightning.policy.padding import pad_rows
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks import Problem
 from rlrt_lightning.teacher import Teacher, TeacherScore
 from tests.tiny import policy
 
 
-def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochBatch:
+def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochRecord:
     g = torch.Generator().manual_seed(seed)
     rollouts = []
     for group in range(prompts):
@@ -37,8 +39,43 @@ def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochBatch:
     a = group_advantages(rewards, groups)
     credit = RLRT()(a, rewards, old, teacher, mask, torch.ones(len(rewards)))
     problems = [Problem(str(i), "") for i in range(prompts)]
-    shown, said = [""] * len(rewards), [None] * len(rewards)
-    return EpochBatch(problems, rollouts, rewards, a, mask, old, mask.float(), shown, said, old, teacher, credit)
+    every = torch.ones(len(rewards), dtype=torch.bool)
+    return EpochRecord(
+        questions=Questions(0, problems, [], [], range(prompts)),
+        rollouts=rollouts,
+        groups=groups,
+        rewards=rewards,
+        shaped_rewards=rewards,
+        advantages=a,
+        mask=mask,
+        logp_sampler=old,
+        logp_old=old,
+        logp_student=old,
+        logp_teacher=teacher,
+        trainable=every,
+        rescored=~every,
+        contexts=[""] * len(rewards),
+        teacher=[None] * len(rewards),
+        contexts_truncated=0,
+        unusable=~every,
+        faults={},
+        importance=mask.float(),
+        credit=credit,
+    )
+
+
+def share(data: EpochRecord, rank: int, ranks: int) -> EpochRecord:
+    """What one of several ranks has of an epoch's groups."""
+    kept = [i for i, r in enumerate(data.rollouts) if r.group % ranks == rank]
+    of_rows = {
+        name: [value[i] for i in kept] if isinstance(value, list) else value[kept]
+        for name, value in vars(data).items()
+        if isinstance(value, (list, torch.Tensor))
+    }
+    of_rows["rollouts"] = [Rollout(**{**vars(r), "group": r.group // ranks}) for r in of_rows["rollouts"]]
+    credit = Credit(data.credit.advantages[kept], data.credit.weights[kept], data.credit.asymmetry[kept])
+    questions = replace(data.questions, problems=data.problems[rank::ranks])
+    return replace(data, **of_rows, questions=questions, credit=credit)
 
 
 def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int) -> torch.Tensor:
@@ -68,7 +105,7 @@ def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(
         numbers = [i for i, r in enumerate(data.rollouts) if r.group // 2 == step]
         made.zero_grad()
         losses, tokens = [], 0
-        for i, r in zip(numbers, rows, strict=True):  # plain: one roll-out after the other, those without advantage too
+        for i, r in zip(numbers, rows, strict=True):  # plain: one rollout after the other, those without advantage too
             ids = torch.tensor([r.prompt_ids + r.response_ids])
             logp = made.model(input_ids=ids).logits[0, len(r.prompt_ids) - 1 : -1].log_softmax(-1)
             logp = logp.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
@@ -87,13 +124,13 @@ def test_rollouts_without_advantage_are_not_trained_on() -> None:
     data = epoch(prompts=2)
     first, second = micro_batches(data, 2, 1, "token-mean")
     assert first.share == 0.0
-    assert len(first.input_ids) == 1, "the whole group is equally good: one roll-out stands in"
+    assert len(first.input_ids) == 1, "the whole group is equally good: one rollout stands in"
     assert not first.advantages.any()
     assert second.advantages.ne(0).any(-1).all()
 
 
-def distilled(data: EpochBatch, made: Policy, k: int) -> EpochBatch:
-    """SRPO's credit on some roll-outs: wrong ones that the teacher, here the policy one token on, has seen."""
+def distilled(data: EpochRecord, made: Policy, k: int) -> EpochRecord:
+    """SRPO's credit on some rollouts: wrong ones that the teacher, here the policy one token on, has seen."""
     g = torch.Generator().manual_seed(1)
     data.teacher = [
         TeacherScore(
@@ -115,7 +152,7 @@ def distilled(data: EpochBatch, made: Policy, k: int) -> EpochBatch:
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 def test_distillation_has_the_gradient_of_the_plain_formula(aggregation: Any) -> None:
-    """Through chunks, micro-batches and the module's loss, against one roll-out after the other."""
+    """Through chunks, micro-batches and the module's loss, against one rollout after the other."""
     made = policy()
     made.logits_chunk = 3
     data = distilled(epoch(), made, k=4)
@@ -123,7 +160,7 @@ def test_distillation_has_the_gradient_of_the_plain_formula(aggregation: Any) ->
     module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
     made.zero_grad()
     for batch in micro_batches(data, 1, 3, aggregation):
-        (module.training_step(batch, 0) / 3).backward()
+        (module.training_step(batch, 0)["loss"] / 3).backward()
     got = torch.cat([p.grad.flatten() for p in made.parameters()]).clone()
 
     made.zero_grad()
@@ -166,18 +203,7 @@ def test_ranks_share_one_mean() -> None:
     totals = torch.tensor([[data.mask.sum(), len(data.rollouts)]])
     parts = []
     for rank in range(2):
-        rows = [i for i, r in enumerate(data.rollouts) if r.group % 2 == rank]
-        part = EpochBatch(
-            data.problems[rank::2],
-            [Rollout(**{**vars(data.rollouts[i]), "group": data.rollouts[i].group // 2}) for i in rows],
-            *(x[rows] for x in (data.rewards, data.advantages, data.mask, data.logp_old, data.importance)),
-            [data.contexts[i] for i in rows],
-            [data.teacher[i] for i in rows],
-            data.logp_student[rows],
-            data.logp_teacher[rows],
-            Credit(data.credit.advantages[rows], data.credit.weights[rows], data.credit.asymmetry[rows]),
-        )
-        cut = micro_batches(part, 1, 2, "token-mean", world_size=2, totals=totals)
+        cut = micro_batches(share(data, rank, 2), 1, 2, "token-mean", world_size=2, totals=totals)
         parts.append(gradient(made, list(cut), "token-mean", 2).clone())
     torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-3, atol=1e-5)
 

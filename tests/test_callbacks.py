@@ -13,8 +13,8 @@ import torch
 from rlrt_lightning.callbacks import Evaluation, RankGuard, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.callbacks.reversed_signal import signal_statistics
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, colour, draw, html_page
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.metrics import AvgAtK, PassAtK
+from rlrt_lightning.evaluation.metrics import AvgAtK, PassAtK
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import Verdict
 from tests.test_batch import epoch
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from rlrt_lightning import ConfigError
 from rlrt_lightning.callbacks.run_checkpoint import RunCheckpoint, adopt
-from rlrt_lightning.trainer_checks import REFUSED, check_trainer
+from rlrt_lightning.runtime.trainer_checks import REFUSED, check_trainer
 from tests.test_fit import command, comparable, scalars, weights
 from tests.test_stopping import union
 

@@ -11,9 +11,9 @@ import pytest
 from jsonargparse import Namespace
 
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.cli import RLRTCli
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.refusals import run
+from rlrt_lightning.cli.commands import RLRTCli
+from rlrt_lightning.cli.refusals import run
+from rlrt_lightning.runtime.errors import ConfigError
 
 Parse = Callable[..., Namespace]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlrt_lightning import Teacher
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import DatasetTask, ExactMatch
 from rlrt_lightning.tasks.notation import loads, parsed
 

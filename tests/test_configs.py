@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.cli import RLRTCli
+from rlrt_lightning.cli.commands import RLRTCli
 from tests.test_cli_defaults import Settings
 from tests.tiny import policy
 

@@ -50,14 +50,16 @@ class Counted(Task):
 
 
 class Recorder(TeacherRefresh):
-    """Keeps each epoch's batch."""
+    """Keeps each epoch's record and metrics."""
 
     def __init__(self) -> None:
         super().__init__()
         self.epochs: list[Any] = []
+        self.metrics: list[dict[str, float]] = []
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.epochs.append(trainer.datamodule.epoch)
+        self.metrics.append(dict(trainer.datamodule.rollout_metrics))
 
 
 def fit(
@@ -125,7 +127,7 @@ def test_only_rollouts_that_the_teacher_can_change_are_scored(tmp_path: Path) ->
 @pytest.mark.parametrize("outcome", [True, False])
 def test_an_epoch_in_which_all_are_equally_good_changes_nothing(outcome: bool, tmp_path: Path) -> None:
     recorder, module = fit(tmp_path, Counted(lambda _: outcome), accumulate=3)
-    assert recorder.epochs[0].stats[f"groups/all_{'correct' if outcome else 'wrong'}"] == 1
+    assert recorder.metrics[0][f"groups/all_{'correct' if outcome else 'wrong'}"] == 1
     assert not moved(module)
 
 
@@ -171,7 +173,7 @@ def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path: Path) ->
     ):
         recorder, _ = fit(tmp_path, task, epochs=4, max_prompt_tokens=7)
     assert {p.prompt for epoch in recorder.epochs for p in epoch.problems} == {"a1b2", "a1b2c"}
-    assert recorder.epochs[-1].stats["rollout/overlong_prompts"] > 0
+    assert recorder.metrics[-1]["rollout/overlong_prompts"] > 0
     with pytest.raises(ConfigError, match=r"problem p\d: its prompt has \d+ tokens"):
         fit(tmp_path, task, max_prompt_tokens=7, overlong_prompts="error")
     with (
@@ -183,7 +185,7 @@ def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path: Path) ->
 
 def test_rescoring_replaces_the_samplers_log_probs_by_the_policys(tmp_path: Path) -> None:
     recorder, _ = fit(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8)
-    stats = recorder.epochs[0].stats
+    stats = recorder.metrics[0]
     assert 0 <= stats["rollout/mismatch_mean"] <= stats["rollout/mismatch_max"] < 1e-4
     assert stats["rollout/mismatch_kl"] == pytest.approx(0, abs=1e-6)
     assert stats["rollout/mismatch_capped"] == 0
@@ -206,10 +208,10 @@ def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) 
     assert torch.equal(rescored, epoch.advantages != 0)
     assert epoch.importance[epoch.mask & rescored[:, None]].unique().tolist() == [2.0], "e^1.5, capped"
     assert epoch.importance[epoch.mask & ~rescored[:, None]].unique().tolist() == [1.0]
-    assert epoch.stats["rollout/mismatch_mean"] == pytest.approx(1.5, abs=1e-3)
-    assert epoch.stats["rollout/mismatch_kl"] == pytest.approx(math.exp(1.5) - 2.5, abs=1e-2)
-    assert epoch.stats["rollout/mismatch_capped"] == 1
-    assert epoch.stats["time/rescore"] > 0
+    assert recorder.metrics[0]["rollout/mismatch_mean"] == pytest.approx(1.5, abs=1e-3)
+    assert recorder.metrics[0]["rollout/mismatch_kl"] == pytest.approx(math.exp(1.5) - 2.5, abs=1e-2)
+    assert recorder.metrics[0]["rollout/mismatch_capped"] == 1
+    assert recorder.metrics[0]["time/rescore"] > 0
 
 
 def test_a_task_that_cannot_be_sent_to_the_verifier_is_refused_before_any_rollout(
@@ -225,7 +227,7 @@ def test_a_task_that_cannot_be_sent_to_the_verifier_is_refused_before_any_rollou
 
 @pytest.mark.parametrize("method", [SDPO(), EntropyBonus()], ids=["SDPO", "EntropyBonus"])
 def test_a_sampler_that_disagrees_is_corrected_for_without_an_advantage_too(method: Method, tmp_path: Path) -> None:
-    """Here all roll-outs are right, which these methods train on too."""
+    """Here all rollouts are right, which these methods train on too."""
     recorder, _ = fit(tmp_path, Counted(lambda text: True), rescore=True, engine=AnotherProgram(), method=method)
     epoch = recorder.epochs[0]
     assert not epoch.advantages.any()

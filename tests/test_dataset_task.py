@@ -10,7 +10,7 @@ import warnings
 import pytest
 from jsonargparse import ArgumentParser
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import DatasetTask, ExactMatch, MathReward, Problem, Task, Verdict
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]

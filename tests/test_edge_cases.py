@@ -1,4 +1,4 @@
-"""Numbers that are not finite, roll-outs with nothing to teach, and policies that run away."""
+"""Numbers that are not finite, rollouts with nothing to teach, and policies that run away."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def adam(params: Any) -> torch.optim.Optimizer:
 
 
 class Poison(Callback):
-    """Makes loss or gradients of some optimiser steps NaN."""
+    """Makes loss or gradients of some optimizer steps NaN."""
 
     def __init__(self, first: int = 0, last: int = 99, what: str = "loss") -> None:
         self.first, self.last, self.what = first, last, what
@@ -63,7 +63,7 @@ class Poison(Callback):
 
 
 class Snapshots(Callback):
-    """Weights and optimiser state after each optimiser step, and each epoch's figures."""
+    """Weights and optimizer state after each optimizer step, and each epoch's figures."""
 
     def __init__(self) -> None:
         self.states: list[list[torch.Tensor]] = []
@@ -111,7 +111,7 @@ def test_too_many_bad_steps_end_the_run_which_can_be_resumed(tmp_path: Path, cap
     poison = ["--trainer.callbacks+=tests.test_edge_cases.Poison", "--trainer.callbacks.first=3"]
     assert command("fit", tmp_path, *quick, *poison) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "3 optimiser steps in a row, up to step 6" in line
+    assert "3 optimizer steps in a row, up to step 6" in line
     assert "step-6.jsonl" in line
     assert sorted(path.stem for path in tmp_path.rglob("bad_numbers/*")) == ["step-4", "step-5", "step-6"]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
@@ -127,19 +127,19 @@ class Broken(Callback):
 
 
 def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="all roll-outs of epoch 0 have log-probs that are not finite"):
+    with pytest.raises(ConfigError, match="all rollouts of epoch 0 have log-probs that are not finite"):
         fit(tmp_path, StrategySum(), epochs=3, callbacks=[Broken(), NumberGuard(2)], minibatches=1)
     assert rows(tmp_path / "bad_numbers" / "epoch-0.jsonl")[0]["bad"] == "logp of the sampler is nan at token 0"
     policy = torch.nn.Linear(2, 2)
     module, trainer = cast(Any, SimpleNamespace(policy=policy)), cast(Any, SimpleNamespace(world_size=1, global_step=7))
     NumberGuard().on_save_checkpoint(trainer, module, {})
     policy.weight.data[0, 0] = torch.inf
-    with pytest.raises(ConfigError, match="after optimiser step 7 the policy has weights that are not finite"):
+    with pytest.raises(ConfigError, match="after optimizer step 7 the policy has weights that are not finite"):
         NumberGuard().on_save_checkpoint(trainer, module, {})
 
 
 class BadSampler(TransformersEngine):
-    """Gives a log-prob that is not a number with the first roll-out of each prompt."""
+    """Gives a log-prob that is not a number with the first rollout of each prompt."""
 
     def generate(self, *args: Any) -> Iterator[Rollout]:
         for rollout in super().generate(*args):
@@ -214,7 +214,7 @@ def test_an_epoch_with_nothing_to_learn_after_one_with_something(method: Method,
 
 
 class Short(TransformersEngine):
-    """The first so many roll-outs of each prompt are empty, the next one has one token."""
+    """The first so many rollouts of each prompt are empty, the next one has one token."""
 
     def __init__(self, empty: int) -> None:
         super().__init__()
@@ -289,11 +289,11 @@ def test_a_curve_gives_the_means_of_its_first_and_its_newest_values(given_: list
 
 def watch(guard: CollapseGuard, entropy: Sequence[float], length: Sequence[float], truncated: Sequence[float]) -> bool:
     """Shows the guard some epochs; whether it ends the run."""
-    data = SimpleNamespace(sampling=SimpleNamespace(max_new_tokens=100))
+    data = SimpleNamespace(sampling=SimpleNamespace(max_new_tokens=100), rollout_metrics={})
     trainer = cast(Any, SimpleNamespace(datamodule=data, should_stop=False, is_global_zero=True, current_epoch=0))
     for e, n, t in zip(entropy, length, truncated, strict=True):
-        figures = {"rollout/entropy": e, "rollout/length": n, "rollout/truncated": t}
-        guard.on_train_epoch_end(trainer, cast(Any, SimpleNamespace(rollout_figures=figures)))
+        data.rollout_metrics = {"rollout/entropy": e, "rollout/length": n, "rollout/truncated": t}
+        guard.on_train_epoch_end(trainer, cast(Any, None))
     return bool(trainer.should_stop)
 
 

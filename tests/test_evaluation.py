@@ -18,7 +18,9 @@ from torch import nn
 from rlrt_lightning import Policy, RLRTModule, RolloutDataModule, Sampling, StrategySum, Teacher
 from rlrt_lightning.callbacks import Evaluation
 from rlrt_lightning.datamodule import Benchmark
-from rlrt_lightning.results import description, fingerprint, pass_curve
+from rlrt_lightning.evaluation import sets
+from rlrt_lightning.evaluation.results import description, fingerprint, pass_curve
+from rlrt_lightning.evaluation.sets import EvaluationLoader
 from rlrt_lightning.tasks import Problem
 from tests.processes import run_cli
 from tests.test_fit import ROOT, command, scalars
@@ -79,9 +81,9 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(
     drawn: list[str] = []
     roll_out = RolloutDataModule._roll_out
 
-    def watch(self: Any, task: Any, problems: Any, *args: Any) -> Any:
-        drawn.extend(problem.id for problem in problems)
-        return roll_out(self, task, problems, *args)
+    def watch(self: Any, task: Any, questions: Any, *args: Any) -> Any:
+        drawn.extend(problem.id for problem in questions.problems)
+        return roll_out(self, task, questions, *args)
 
     monkeypatch.setattr(RolloutDataModule, "_roll_out", watch)
     assert evaluate(tmp_path) == figures
@@ -193,23 +195,16 @@ def test_the_curve_ends_where_the_problem_with_the_fewest_samples_does() -> None
     assert pass_curve(table)[0]["pass"] == pytest.approx((1 / 6 + 1) / 2)
 
 
-def test_each_rank_takes_as_many_batches_and_every_problem_is_taken_once() -> None:
-    class Rank:
-        world_size = 4
-
-        def __init__(self, rank: int) -> None:
-            self.global_rank = rank
-
+def test_each_rank_takes_as_many_batches_and_every_problem_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets, "world_size", lambda: 4)
     for size in (1, 4, 5, 9, 16):
-        taken, counts = [], set()
+        problems, taken, counts = StrategySum().problems("heldout")[:size], [], set()
         for rank in range(4):
-            data = RolloutDataModule(StrategySum(), eval_prompts=2)
-            data._eval_problems = {"heldout": StrategySum().problems("heldout")[:size]}
-            data.trainer = Rank(rank)  # type: ignore[assignment]
-            (batches,) = data.val_dataloader()
-            counts.add(len(batches))
-            taken += [i for batch in batches for i in batch]
-        assert sorted(taken) == list(range(size))
+            monkeypatch.setattr(sets, "rank", lambda rank=rank: rank)
+            loader = EvaluationLoader("heldout", 2, problems, 2, set(), lambda numbers: [])
+            counts.add(len(loader))
+            taken += [problem.id for batch in loader for problem in batch.problems]
+        assert sorted(taken) == sorted(problem.id for problem in problems)
         assert len(counts) == 1
 
 

@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.seeding import derive_seed
+from rlrt_lightning.runtime.seeding import derive_seed
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning import objective
-from rlrt_lightning.log_probs import token_log_probs
 from rlrt_lightning.objective import (
     GRPO,
     RLRT,
@@ -24,6 +23,7 @@ from rlrt_lightning.objective import (
     group_advantages,
     pass_at_k,
 )
+from rlrt_lightning.policy.log_probs import token_log_probs
 
 CASES: list[dict[str, Any]] = [
     case

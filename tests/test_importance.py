@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrt_lightning.batch import EpochBatch, MicroBatch, micro_batches
+from rlrt_lightning.epoch.batch import MicroBatch, micro_batches
+from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.objective import (
     DIVER,
@@ -25,7 +26,7 @@ from rlrt_lightning.objective import (
     group_advantages,
     importance_weights,
 )
-from rlrt_lightning.padding import pad_rows
+from rlrt_lightning.policy.padding import pad_rows
 from rlrt_lightning.teacher import Teacher
 from tests.test_batch import distilled, epoch
 from tests.tiny import policy
@@ -48,7 +49,7 @@ def made() -> Any:
 
 def batch_of(method: Method, made: Any) -> MicroBatch:
     """One micro-batch with all rollouts of an epoch that have a gradient under the method."""
-    data: EpochBatch = distilled(epoch(), made, k=4)
+    data: EpochRecord = distilled(epoch(), made, k=4)
     groups = torch.tensor([r.group for r in data.rollouts])
     rewards = method.shape_rewards(data.rewards, groups, [f"a {i} b {i % 2}" for i in range(len(groups))])
     data.advantages = group_advantages(rewards, groups, method.normalize_std)
@@ -68,7 +69,7 @@ def batch_of(method: Method, made: Any) -> MicroBatch:
 def gradient(module: RLRTModule, batch: MicroBatch, importance: Tensor) -> Tensor:
     module.policy.zero_grad()
     batch.importance = importance * batch.response_mask
-    module.training_step(batch, 0).backward()
+    module.training_step(batch, 0)["loss"].backward()
     return torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]).clone()
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from rlrt_lightning.log_probs import log_probs_at, token_log_probs
+from rlrt_lightning.policy.log_probs import log_probs_at, token_log_probs
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

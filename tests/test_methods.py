@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rlrt_lightning import SDPO, ConfigError, Needs, Policy, StrategySum
-from rlrt_lightning.padding import pad_sequences
+from rlrt_lightning.policy.padding import pad_sequences
 from tests.test_datamodule import fit
 from tests.test_fit import ROOT, command, comparable, scalars, weights
 from tests.tiny import policy

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlrt_lightning.metrics import AvgAtK, MeanOverProblems, PassAtK, interval95, mean_with_interval
+from rlrt_lightning.evaluation.metrics import AvgAtK, MeanOverProblems, PassAtK, interval95, mean_with_interval
 from rlrt_lightning.objective import pass_at_k
 
 CORRECT = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]]).bool()

@@ -32,7 +32,7 @@ from rlrt_lightning.objective import (
 
 
 class Batch:
-    """A random batch in float64: 3 groups of 4 roll-outs in shuffled order, responses of 1 to 6 tokens."""
+    """A random batch in float64: 3 groups of 4 rollouts in shuffled order, responses of 1 to 6 tokens."""
 
     def __init__(self, seed: int) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -146,7 +146,7 @@ def test_rlrt_credits_what_the_teacher_did_not_expect_and_rlsd_the_opposite() ->
     rlrt, rlsd = RLRT()(*args), RLSD()(*args)
     assert rlrt.weights[0, 0] > 1 > rlrt.weights[0, 1]
     assert rlsd.weights[0, 0] < 1 < rlsd.weights[0, 1]
-    assert torch.equal(rlrt.weights[1], torch.ones(2)), "a wrong roll-out keeps plain GRPO credit"
+    assert torch.equal(rlrt.weights[1], torch.ones(2)), "a wrong rollout keeps plain GRPO credit"
 
 
 def test_rlrt_all_is_rlrt_where_every_rollout_is_correct_or_has_no_context() -> None:
@@ -186,7 +186,7 @@ def test_srpo_routes_by_reward_and_shares_one_denominator() -> None:
     assert torch.equal(credit.advantages[~corrected], grpo.advantages[~corrected])
     assert not credit.advantages[corrected].any()
     assert not credit.distillation[~corrected].any()
-    assert credit.counted is None, "every roll-out is in the mean"
+    assert credit.counted is None, "every rollout is in the mean"
 
     tokens = batch.mask & corrected[:, None]
     weights = torch.exp(-batch.teacher_entropy) * tokens
@@ -241,7 +241,7 @@ def test_diver_pays_correct_rollouts_for_being_unlike_their_siblings() -> None:
     rewards, groups = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.long)
     for method in (DIVER(scale=0.5), DIVER(scale=0.5, diversity="formulas")):
         gain = method.shape_rewards(rewards, groups, TEXTS) - rewards
-        assert gain[3] == 0, "a wrong roll-out is left alone, however unlike the others"
+        assert gain[3] == 0, "a wrong rollout is left alone, however unlike the others"
         assert gain[0] == gain[1] < gain[2] <= 0.5
     assert (DIVER(scale=0.5, diversity="formulas").shape_rewards(rewards, groups, TEXTS) - rewards)[2] == 0.25
     capped = DIVER(scale=0.5, cap=0.2).shape_rewards(rewards, groups, TEXTS) - rewards

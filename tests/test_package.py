@@ -34,7 +34,7 @@ def test_callbacks_of_a_clone() -> None:
     assert python(LOOK, cwd=ROOT) == str(ROOT / "callbacks" / "__init__.py")
 
 
-@pytest.mark.parametrize("name", ["tests", "benchmarks", "rlrt_lightning.errors", "callbacks.nonsense"])
+@pytest.mark.parametrize("name", ["tests", "benchmarks", "rlrt_lightning.runtime.errors", "callbacks.nonsense"])
 def test_nothing_else_of_a_clone_is_found_in_the_package(name: str) -> None:
     """A second `ConfigError` would pass every `except` of the first."""
     code = f"""

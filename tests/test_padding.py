@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrt_lightning.padding import WASTE, balance, batches, blocks, pad_sequences, share_prompts
+from rlrt_lightning.policy.padding import WASTE, balance, batches, blocks, pad_sequences, share_prompts
 from tests.tiny import ARCHITECTURES, policy
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning import ConfigError, LoRA, Policy
-from rlrt_lightning.padding import pad_sequences
+from rlrt_lightning.policy.padding import pad_sequences
 from tests.tiny import ARCHITECTURES, policy
 
 SEQUENCES = [([5, 6, 7], [8, 9, 1]), ([4], [10, 11, 12, 13, 1]), ([5, 9, 3, 2, 7, 8], [20])]

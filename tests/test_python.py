@@ -25,11 +25,11 @@ from rlrt_lightning import (
     Teacher,
 )
 from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
-from rlrt_lightning.run_files import run_folder
+from rlrt_lightning.runtime.run_files import run_folder
 from tests.test_fit import command, comparable, scalars, weights
 
-OURS = ["SafeStop", "PromptPreview", "TeacherRefresh", "ReversedSignalLogger", "Evaluation", "RankGuard", "NumberGuard"]
-OURS += ["CollapseGuard", "RunCheckpoint"]
+OURS = ["EpochMetrics", "SafeStop", "PromptPreview", "TeacherRefresh", "ReversedSignalLogger", "Evaluation"]
+OURS += ["RankGuard", "NumberGuard", "CollapseGuard", "RunCheckpoint"]
 
 
 def module() -> RLRTModule:

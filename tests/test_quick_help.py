@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlrt_lightning import quick_help
 from rlrt_lightning.__main__ import main
+from rlrt_lightning.cli import quick_help
 
 
 def test_help_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,7 +15,7 @@ def test_help_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert main(["fit", "--help"]) == 0
     made = capsys.readouterr().out
     assert "--model.method" in made
-    monkeypatch.setattr("rlrt_lightning.cli.RLRTCli", None)  # whoever needs it now fails
+    monkeypatch.setattr("rlrt_lightning.cli.commands.RLRTCli", None)  # whoever needs it now fails
     assert main(["fit", "--help"]) == 0
     assert capsys.readouterr().out == made
     monkeypatch.setattr(quick_help, "version", lambda name: "another")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrt_lightning.epoch_figures import mismatch
+from rlrt_lightning.epoch.metrics import mismatch
 from rlrt_lightning.objective import (
     GRPO,
     RLRT,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import sympy
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import ReasoningGym
 from rlrt_lightning.tasks.closed_eval import closed_eval
 from rlrt_lightning.tasks.verifier import Verifier

@@ -23,15 +23,15 @@ from rlrt_lightning import (
     Teacher,
     VllmServerEngine,
 )
-from rlrt_lightning.optimizers import WarmUp, keep_settings, probe
 from rlrt_lightning.resume import FORMAT, KEY, check, digest, of_object, rebuilt, settings
+from rlrt_lightning.runtime.optimizers import WarmUp, keep_settings, probe
 from rlrt_lightning.tasks import Problem
 from tests.test_fit import command, weights
 
 
 @pytest.fixture(scope="module")
 def run2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs, four optimiser steps."""
+    """Two epochs, four optimizer steps."""
     folder = tmp_path_factory.mktemp("run")
     assert command("fit", folder, "--trainer.max_epochs=2") == 0
     return folder
@@ -46,7 +46,7 @@ def error(capfd: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_settings_of_the_optimiser_and_the_trainer_are_honoured_and_named(
+def test_settings_of_the_optimizer_and_the_trainer_are_honoured_and_named(
     run2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = {
@@ -62,7 +62,7 @@ def test_settings_of_the_optimiser_and_the_trainer_are_honoured_and_named(
     words = [f"--{name}={value}" for name, value in flags.items()]
     assert command("fit", tmp_path, f"--ckpt_path={last(run2)}", *words) == 0
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "resuming" in line]
-    assert f"{last(run2)}: RLRT, epoch 1, after 4 optimiser steps; changed since: " in line
+    assert f"{last(run2)}: RLRT, epoch 1, after 4 optimizer steps; changed since: " in line
     for name in flags:
         assert f"{name} was " in line
     saved = torch.load(last(tmp_path), weights_only=True)
@@ -123,7 +123,7 @@ def test_what_is_allowed_is_honoured_and_warned_of(
         (["--model.optimizer.amsgrad=true"], "does not hold max_exp_avg_sq, which model.optimizer keeps"),
     ],
 )
-def test_an_optimiser_without_its_state_is_always_refused(
+def test_an_optimizer_without_its_state_is_always_refused(
     flags: list[str], said: str, run2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert command("fit", tmp_path, *flags, f"--ckpt_path={last(run2)}", "--trainer.max_epochs=3") == 2
@@ -246,7 +246,7 @@ def test_a_state_is_taken_over_without_its_settings() -> None:
     assert group["lr"] == 0.5 * 4 / 6
 
 
-def test_an_optimiser_that_a_probe_cannot_make_is_not_compared() -> None:
+def test_an_optimizer_that_a_probe_cannot_make_is_not_compared() -> None:
     assert probe(lambda weights: torch.optim.AdamW([{"params": list(weights), "lr": None}])) is None
     found = probe(lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9))
     assert found is not None

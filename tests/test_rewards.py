@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import DatasetTask, ExactMatch, MathReward, Problem, Verdict
 from rlrt_lightning.tasks.rewards import as_verdict, last_boxed
 from rlrt_lightning.tasks.verifier import Verifier

@@ -15,8 +15,8 @@ from rlrt_lightning import ConfigError
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.analysis.figures import fresh
 from rlrt_lightning.callbacks import HFExport
-from rlrt_lightning.results import CURVES, Results, write_tables
-from rlrt_lightning.run_files import own, run_folder
+from rlrt_lightning.evaluation.results import CURVES, Results, write_tables
+from rlrt_lightning.runtime.run_files import own, run_folder
 from tests.test_fit import ROOT, SMALL, command
 
 WORDS = [*SMALL, "--trainer.max_epochs=1", "--reversed_signal.picture_every_n_epochs=1"]

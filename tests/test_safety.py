@@ -17,9 +17,9 @@ from rlrt_lightning import ConfigError, Policy
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.callbacks.evaluation import _cell
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, html_page
-from rlrt_lightning.credentials import masked, refuse_credentials
-from rlrt_lightning.policy import EMBEDDED
+from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, _Server, server_command
+from rlrt_lightning.runtime.credentials import masked, refuse_credentials
 from rlrt_lightning.tasks import DatasetTask
 from tests.test_fit import command
 

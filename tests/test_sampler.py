@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from rlrt_lightning import ConfigError, Policy, Rollout, Sampling, TransformersEngine
 from rlrt_lightning.rollouts.cache import growing_cache
 from rlrt_lightning.rollouts.transformers import NOISE_BLOCK, sample
-from rlrt_lightning.seeding import generator
+from rlrt_lightning.runtime.seeding import generator
 from tests.tiny import policy
 
 ROLLOUTS = 350

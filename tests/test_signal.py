@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from rlrt_lightning import ConfigError, Policy, Sampling, StrategySum, TransformersEngine
-from rlrt_lightning.batch import EpochBatch
 from rlrt_lightning.callbacks import ReversedSignalLogger
-from rlrt_lightning.padding import pad_rows
+from rlrt_lightning.epoch.record import EpochRecord
+from rlrt_lightning.policy.padding import pad_rows
 from tests.test_datamodule import fit
 
 NUMBERS = re.compile(r"D (\S+)   log P_S (\S+)   log P_T (\S+) ")
@@ -33,7 +33,7 @@ class ScoringEngine(TransformersEngine):
         return own.score(sequences, temperature)
 
 
-def drawn(folder: Path, scored_by: Literal["trainer", "engine"], **settings: Any) -> tuple[EpochBatch, str]:
+def drawn(folder: Path, scored_by: Literal["trainer", "engine"], **settings: Any) -> tuple[EpochRecord, str]:
     """An epoch, and the page that shows it."""
     settings = {"prompts_per_epoch": 16, "rollouts_per_prompt": 8, "rescore": True, **settings}
     picture = ReversedSignalLogger(picture_every_n_epochs=1)

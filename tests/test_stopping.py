@@ -18,8 +18,8 @@ import pytest
 import torch
 from lightning import Callback
 
-from rlrt_lightning.checkpoints import SAFE, WholeCheckpointIO, newest, no_code, problem
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.checkpoints import SAFE, WholeCheckpointIO, newest, no_code, problem
+from rlrt_lightning.runtime.errors import ConfigError
 from tests.processes import ROOT
 from tests.test_fit import command, comparable, scalars, weights
 
@@ -108,11 +108,11 @@ def test_a_run_that_is_stopped_goes_on_from_where_it_was(tmp_path: Path, capfd: 
             assert command("validate", cut, *FLAGS[3:5], "--ckpt_path=last") == 0
             for version in (3, 4):  # what these two have written
                 shutil.rmtree(cut / "rlrt" / f"version_{version}")
-    assert "stopped by SIGTERM: saved after 2 optimiser steps as " in said[0]
+    assert "stopped by SIGTERM: saved after 2 optimizer steps as " in said[0]
     assert "go on with --ckpt_path last" in said[0]
-    assert "all 2 optimiser steps are saved" in said[1], "there was nothing new"
-    assert "after 3 optimiser steps" in said[2], "in the middle of the epoch"
-    assert "after 4 optimiser steps" in said[3]
+    assert "all 2 optimizer steps are saved" in said[1], "there was nothing new"
+    assert "after 3 optimizer steps" in said[2], "in the middle of the epoch"
+    assert "after 4 optimizer steps" in said[3]
     assert command("fit", cut, *FLAGS, "--ckpt_path=last") == 0
     assert union(cut) == union(whole)
     final = weights(cut, version=4)
@@ -122,7 +122,7 @@ def test_a_run_that_is_stopped_goes_on_from_where_it_was(tmp_path: Path, capfd: 
 
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert stop(tmp_path, "save", "--checkpoint.every_n_epochs=1") == 143
-    assert "all 2 optimiser steps are saved" in capfd.readouterr().err
+    assert "all 2 optimizer steps are saved" in capfd.readouterr().err
     (folder,) = tmp_path.glob("rlrt/version_0/checkpoints")
     assert sorted(path.name for path in folder.iterdir()) == ["epoch-0.ckpt", "last.ckpt"]
     assert problem(folder / "last.ckpt", resume=True) is None
@@ -143,7 +143,7 @@ def test_under_slurm_the_job_is_saved_and_requeued_where_it_can_be_resumed(
     root = f"--trainer.default_root_dir={tmp_path}"
     assert stop(tmp_path, "update", root) == 143
     assert (tmp_path / "asked").read_text().split() == ["requeue", "7"]
-    assert "after 3 optimiser steps, and asked SLURM to start the job again" in capfd.readouterr().err
+    assert "after 3 optimizer steps, and asked SLURM to start the job again" in capfd.readouterr().err
     assert problem(tmp_path / "hpc_ckpt_1.ckpt", resume=True) is None
     assert command("fit", tmp_path, *FLAGS, root, "--trainer.max_epochs=2") == 0  # the same command, nothing added
     assert [step for step, _ in scalars(tmp_path, 1)["train/loss"]] == [3]

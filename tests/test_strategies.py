@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.policy import EMBEDDED
+from rlrt_lightning.policy.model import EMBEDDED
 from tests.processes import run_cli, unused_port
 from tests.test_fit import ROOT, SMALL, scalars
 
@@ -225,7 +225,7 @@ def test_when_a_rank_is_asked_to_end_all_save_and_end(runs: dict[str, Path], tmp
     (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "stops"), timeout=60)
     assert (first, second) == (143, 0)
     saved = tmp_path / "stops" / "checkpoints" / "last.ckpt"
-    assert f"saved after 3 optimiser steps as {saved}; go on with --ckpt_path last" in said
+    assert f"saved after 3 optimizer steps as {saved}; go on with --ckpt_path last" in said
     complete(2, "fsdp2", str(tmp_path), f"resumed:after:{saved}")
     undisturbed, resumed = seen(runs["one"], "ema"), seen(tmp_path, "after")
     assert len(resumed["gradients"]) == 1

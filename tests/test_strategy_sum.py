@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlrt_lightning.tasks.strategy_sum as strategy_sum
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import Problem
 from rlrt_lightning.tasks.strategy_sum import StrategySum, question, solution
 from rlrt_lightning.tasks.strategy_sum.warm_start import TEACHER_MESSAGE, make_tokenizer, respond

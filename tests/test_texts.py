@@ -26,9 +26,9 @@ from rlrt_lightning import (
     Verdict,
 )
 from rlrt_lightning.callbacks import PromptPreview
-from rlrt_lightning.chat import template_variables
-from rlrt_lightning.prompts import PromptReader
-from rlrt_lightning.texts import MARK, without_thinking
+from rlrt_lightning.epoch.prompts import PromptReader
+from rlrt_lightning.policy.chat import template_variables
+from rlrt_lightning.policy.texts import MARK, without_thinking
 from tests.byte_model import CHATML, END, byte_policy, written
 from tests.test_datamodule import Counted, fit
 from tests.test_fit import command
@@ -128,7 +128,7 @@ def test_a_run_of_rollouts_that_only_think_is_plain_grpo(tmp_path: Path) -> None
     assert epoch.rewards.std() > 0
     assert not epoch.has_context.any()
     assert (epoch.credit.weights[epoch.mask] == 1).all()
-    assert epoch.stats["signal/context_truncated"] > 0
+    assert recorder.metrics[0]["signal/context_truncated"] > 0
 
 
 # -- the ends of prompts -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import Problem, Task, Verdict
 from rlrt_lightning.tasks.verifier import Verifier
 

@@ -34,7 +34,7 @@ from rlrt_lightning import (
     VllmServerEngine,
 )
 from rlrt_lightning.rollouts.vllm_common import EngineError
-from rlrt_lightning.seeding import derive_seed
+from rlrt_lightning.runtime.seeding import derive_seed
 from tests.processes import run_cli, unused_port
 from tests.test_fit import ROOT, SMALL, command, scalars
 

@@ -16,12 +16,11 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 import rlrt_lightning
-from rlrt_lightning import argument_errors
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.cli import RLRTCli
+from rlrt_lightning.cli.commands import RLRTCli, argument_errors
+from rlrt_lightning.cli.given import given
+from rlrt_lightning.cli.refusals import run
 from rlrt_lightning.datamodule import RolloutDataModule
-from rlrt_lightning.given import given
-from rlrt_lightning.refusals import run
 from tests.processes import ROOT
 
 NUMBERS = {int: ("-1", "0"), float: ("-1", ".nan")}
@@ -335,7 +334,7 @@ def test_what_lightning_finds_out_late(
     assert line.startswith("error: EarlyStopping.monitor is nowhere, which is not logged")
 
     monkeypatch.setattr("lightning.pytorch.callbacks.device_stats_monitor._PSUTIL_AVAILABLE", False)
-    monkeypatch.setattr("rlrt_lightning.refusals.find_spec", lambda name: None)
+    monkeypatch.setattr("rlrt_lightning.cli.refusals.find_spec", lambda name: None)
     monkeypatch.setattr(RolloutDataModule, "draw", None)  # it ends before that
     logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
     assert main(["fit", *QUICK, *logger, *SMALL, "--trainer.callbacks+=DeviceStatsMonitor"]) == 2

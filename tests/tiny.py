@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rlrt_lightning.policy import Policy
+from rlrt_lightning.policy.model import Policy
 
 SMALL: dict[str, Any] = {
     "vocab_size": 28,

@@ -1,6 +1,6 @@
 """Reflection injection (arXiv:2605.10781, Fig. 6): does it matter *where* the policy is made to reconsider?
 
-A wrong roll-out of a hard problem, or a right one of an easy problem, is cut where student and teacher differ most,
+A wrong rollout of a hard problem, or a right one of an easy problem, is cut where student and teacher differ most,
 where they differ least, or anywhere; a text is put there and the policy goes on.
 """
 
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from rlrt_lightning.analysis.figures import panels, save, style
 from rlrt_lightning.datamodule import RolloutDataModule
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.metrics import mean_with_interval
+from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.objective import divergence
 from rlrt_lightning.objective.methods import Context
 from rlrt_lightning.rollouts import Rollout
-from rlrt_lightning.seeding import derive_seed, generator
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem, Verdict
 
 WHERE = ("largest", "smallest", "random")
 BOUNDS = ("low", "high")
-HARD, EASY = (0.0, 0.25), (0.625, 0.875)  # of 8 roll-outs: 0 to 2, and 5 to 7
+HARD, EASY = (0.0, 0.25), (0.625, 0.875)  # of 8 rollouts: 0 to 2, and 5 to 7
 
 
 def position_kl(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor]:
@@ -49,7 +49,7 @@ def choose_positions(kl: Tensor, pick: torch.Generator) -> dict[str, int]:
 
 
 def kind_of(correct: int, samples: int) -> str | None:
-    """Whether a problem with so many right roll-outs is "hard" or "easy"; None for neither."""
+    """Whether a problem with so many right rollouts is "hard" or "easy"; None for neither."""
     share = correct / samples
     if HARD[0] <= share <= HARD[1]:
         return "hard"
@@ -80,10 +80,10 @@ class Reflection:
     """The instrument.
 
     Args:
-        samples: Roll-outs of each problem.
+        samples: Rollouts of each problem.
         text: What is put in.
         context: What the teacher sees.
-        per_problem: Roll-outs of each problem that are cut, at most.
+        per_problem: Rollouts of each problem that are cut, at most.
         continuations: How often the policy goes on from each place.
     """
 
@@ -99,7 +99,7 @@ class Reflection:
         """Draws, cuts, goes on, counts; returns the files written.
 
         Raises:
-            ConfigError: If the text has unknown tokens, or no roll-out can be cut.
+            ConfigError: If the text has unknown tokens, or no rollout can be cut.
         """
         inserted = self._tokens(module)
         spec = data.benchmarks[benchmark]
@@ -129,7 +129,7 @@ class Reflection:
             for row, verdicts in zip(rows, finished, strict=True)
             for n, verdict in enumerate(verdicts)
         ]
-        print(f"cut {len(chosen)} roll-outs; {left_out} others had no context for the teacher")
+        print(f"cut {len(chosen)} rollouts; {left_out} others had no context for the teacher")
         return self._write(done, out)
 
     def _tokens(self, module: RLRTModule) -> dict[str, list[int]]:
@@ -146,7 +146,7 @@ class Reflection:
     def _choose(
         self, module: RLRTModule, data: RolloutDataModule, problems: list[Problem], rollouts: list[Rollout]
     ) -> tuple[list[tuple[Rollout, str]], list[list[int]], int]:
-        """The roll-outs that are cut, each with the kind of its problem; tokens of what the teacher is shown for them;
+        """The rollouts that are cut, each with the kind of its problem; tokens of what the teacher is shown for them;
         and how many could not be cut for want of a context."""
         correct = torch.tensor([r.verdict is not None and r.verdict.correct for r in rollouts])
         policy, teacher = module.policy, module.teacher
@@ -174,7 +174,7 @@ class Reflection:
             shown.append(ids)
         if not chosen:
             raise ConfigError(
-                f"no roll-out can be cut: of {len(problems)} problems none is hard or easy with a {self.context} for "
+                f"no rollout can be cut: of {len(problems)} problems none is hard or easy with a {self.context} for "
                 "the teacher; take more problems, more samples, or another context"
             )
         return chosen, shown, left_out

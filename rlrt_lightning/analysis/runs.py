@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rlrt_lightning.analysis.figures import fresh, legend, panels, save, style
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 
 TAGS = {
     "rollout/reward": "reward",
@@ -98,7 +98,7 @@ def curves(folders: dict[str, Path], out: Path, tags: Sequence[str] = tuple(TAGS
             if any(spread) and len(folders) <= 4:  # more bands hide each other
                 low, high = zip(*((m - s, m + s) for m, s in zip(mean, spread, strict=True)), strict=True)
                 axis.fill_between(steps, low, high, color=look.color, alpha=0.12, linewidth=0)
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel("optimizer step")
     legend(figure, axes[0])
     return [out / "curves.csv", *save(figure, out, "curves")]
 
@@ -117,7 +117,7 @@ def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
     Raises:
         ConfigError: If a folder has no results.
     """
-    from rlrt_lightning.results import pass_curve
+    from rlrt_lightning.evaluation.results import pass_curve
 
     tables = {name: _problems(name, folder) for name, folder in folders.items()}
     benchmarks = list(dict.fromkeys(benchmark for table in tables.values() for benchmark in table))

@@ -14,7 +14,7 @@ from rlrt_lightning.analysis.figures import panels, save, style
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.objective import divergence
-from rlrt_lightning.seeding import derive_seed
+from rlrt_lightning.runtime.seeding import derive_seed
 
 SHIFTED = 0.1
 """Positions count as shifted from a JS divergence of more than this, in nats."""
@@ -68,7 +68,7 @@ class Shift:
     """The instrument.
 
     Args:
-        samples: Roll-outs of each problem.
+        samples: Rollouts of each problem.
         base: What training began with: a module that has it as `model`.
     """
 
@@ -78,7 +78,7 @@ class Shift:
     def __call__(
         self, module: RLRTModule, data: RolloutDataModule, benchmark: str, limit: int | None, out: Path
     ) -> list[Path]:
-        """Draws roll-outs of the trained policy and compares; returns the files written."""
+        """Draws rollouts of the trained policy and compares; returns the files written."""
         spec = data.benchmarks[benchmark]
         problems = list(data.benchmark_problems(benchmark)[:limit])
         sampling = spec.sampling or data.sampling

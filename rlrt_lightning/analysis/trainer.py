@@ -1,4 +1,4 @@
-"""Further commands of the command line beside `fit`: the instruments that draw roll-outs, and the vLLM server."""
+"""Further commands of the command line beside `fit`: the instruments that draw rollouts, and the vLLM server."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rlrt_lightning.analysis.figures import fresh
 from rlrt_lightning.analysis.reflection import Reflection
 from rlrt_lightning.analysis.shift import Shift
 from rlrt_lightning.datamodule import RolloutDataModule
-from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.rollouts.vllm_common import require_vllm
 from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, server_command, server_environment
+from rlrt_lightning.runtime.errors import ConfigError
 
 
 class InstrumentTrainer(Trainer):
@@ -51,11 +51,11 @@ class InstrumentTrainer(Trainer):
             out: Folder to write to.
             benchmark: Name of the benchmark whose problems are taken.
             limit: Take the first so many of its problems.
-            samples: Roll-outs of each problem. Hard problems are those with up to a quarter of them right, easy ones
+            samples: Rollouts of each problem. Hard problems are those with up to a quarter of them right, easy ones
                 those with five eighths to seven eighths.
             text: What is put in. Empty: the policy goes on from there anew, which is the control in any case.
-            context: What the teacher sees; roll-outs without a context are left out.
-            per_problem: Wrong roll-outs of each hard problem, and right ones of each easy one, at most.
+            context: What the teacher sees; rollouts without a context are left out.
+            per_problem: Wrong rollouts of each hard problem, and right ones of each easy one, at most.
             continuations: How often the policy goes on from each place.
         """
         module, data, _ = self._attach(model, datamodule, ckpt_path)
@@ -84,7 +84,7 @@ class InstrumentTrainer(Trainer):
             out: Folder to write to.
             benchmark: Name of the benchmark whose problems are taken.
             limit: Take the first so many of its problems.
-            samples: Roll-outs of each problem.
+            samples: Rollouts of each problem.
         """
         if ckpt_path is None:
             raise ConfigError("shift compares a trained policy with the model that it began with: give --ckpt_path")

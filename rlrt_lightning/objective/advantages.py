@@ -1,4 +1,4 @@
-"""Group-relative advantage: how much better a roll-out did than its siblings."""
+"""Group-relative advantage: how much better a rollout did than its siblings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize_std: bool = True
     """A^(k) = (r^(k) - mean_group r) / (std_group r + eps), with the unbiased std (arXiv:2605.10781, Sec. 2).
 
     Without `normalize_std` the division is left out (Dr. GRPO, arXiv:2503.20783). A group whose rewards are all equal,
-    so also a group of one, has advantage exactly 0: it says nothing about which roll-out was better.
+    so also a group of one, has advantage exactly 0: it says nothing about which rollout was better.
 
     Args:
-        rewards: Reward of each roll-out, [N], floating point.
-        groups: Which prompt each roll-out answers, [N], integers in any order.
+        rewards: Reward of each rollout, [N], floating point.
+        groups: Which prompt each rollout answers, [N], integers in any order.
         normalize_std: Divide by the group's standard deviation.
         eps: Added to the standard deviation.
 

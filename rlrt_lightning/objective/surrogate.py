@@ -43,7 +43,7 @@ def clipped_surrogate(
 
     Args:
         logp_new: log-probs under the policy that is trained, nats, [N, T]; the gradient flows through them alone.
-        logp_old: log-probs under the policy that made the roll-outs, nats, [N, T].
+        logp_old: log-probs under the policy that made the rollouts, nats, [N, T].
         token_advantages: A_t, [N, T].
         mask: True at response tokens, [N, T].
         clip_low: rho may fall to 1 - clip_low before the gradient stops.
@@ -51,8 +51,8 @@ def clipped_surrogate(
         dual_clip: Bounds the loss of tokens with A_t < 0 at dual_clip * |A_t| (arXiv:1912.09729); above 1, or None for
             no bound.
         aggregation: "token-mean" gives all tokens of the batch the same weight; "seq-mean-token-mean" averages within
-            each roll-out first.
-        importance: `importance_weights` of the roll-outs where another program sampled them, [N, T]; None for 1.
+            each rollout first.
+        importance: `importance_weights` of the rollouts where another program sampled them, [N, T]; None for 1.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -88,7 +88,7 @@ def importance_weights(
         logp_policy: log-probs of the sampled tokens by the trainer, with the weights that sampled them, nats, [N, T].
         logp_sampler: log-probs that the sampler gave, nats, [N, T].
         mask: True at response tokens, [N, T].
-        level: "token", a ratio for each token; "sequence", the product of a roll-out's ratios for all of its tokens;
+        level: "token", a ratio for each token; "sequence", the product of a rollout's ratios for all of its tokens;
             "off", 1.
         cap: Upper limit of the ratio.
 
@@ -122,7 +122,7 @@ def distillation_loss(
     Args:
         divergence: Of student and teacher at each response token, nats, [N, T].
         logp_new: log-probs under the policy that is trained, nats, [N, T].
-        logp_old: log-probs under the policy that made the roll-outs, nats, [N, T].
+        logp_old: log-probs under the policy that made the rollouts, nats, [N, T].
         weights: Weight of each token, [N, T].
         mask: True at the response tokens that the mean is taken over, [N, T].
         importance_cap: Upper limit of the ratio.
@@ -137,7 +137,7 @@ def distillation_loss(
 
 
 def token_mean(values: Tensor, mask: Tensor, aggregation: Aggregation = "token-mean") -> Tensor:
-    """Mean of token losses [N, T], which are 0 outside the mask [N, T]: over all tokens, or within each roll-out first.
+    """Mean of token losses [N, T], which are 0 outside the mask [N, T]: over all tokens, or within each rollout first.
     A scalar, 0 without tokens; half precision becomes float32."""
     values = widened(values)
     tokens = mask.sum(-1).to(values.dtype)

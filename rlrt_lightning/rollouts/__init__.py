@@ -1,4 +1,4 @@
-"""Roll-outs: responses of the policy, with the log-probs that they were drawn with."""
+"""Rollouts: responses of the policy, with the log-probs that they were drawn with."""
 
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, ScoringEngine
 from rlrt_lightning.rollouts.transformers import TransformersEngine

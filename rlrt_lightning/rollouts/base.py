@@ -1,4 +1,4 @@
-"""Roll-outs, and what an engine that makes them has to do."""
+"""Rollouts, and what an engine that makes them has to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rlrt_lightning.errors import ConfigError, check_ranges
+from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.tasks.base import Verdict
 
 if TYPE_CHECKING:
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy.model import Policy
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Rollout:
     """One response of the policy to one prompt.
 
     Args:
-        group: Index of the prompt in the batch that was asked for; the K roll-outs of a prompt share it.
-        index: Which of the group's K roll-outs this is, 0 to K-1.
+        group: Index of the prompt in the batch that was asked for; the K rollouts of a prompt share it.
+        index: Which of the group's K rollouts this is, 0 to K-1.
         prompt_ids: Tokens of the prompt, [P].
         response_ids: Tokens of the response exactly as they were sampled, the end token included, [T]. With none, it
             counts in its group's rewards, and has no gradient.
@@ -154,7 +154,7 @@ class ScoringEngine(Protocol):
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Draws roll-outs from the policy. Implementations hold settings until `sync` gives them the weights."""
+    """Draws rollouts from the policy. Implementations hold settings until `sync` gives them the weights."""
 
     cuts_before_logp: bool = False
     """Whether top-p, top-k and min-p change the log-probs that it gives, which the policy's own are without."""
@@ -168,10 +168,10 @@ class RolloutEngine(Protocol):
         return True
 
     def sync(self, policy: Policy) -> None:
-        """Takes the policy's current weights; called before roll-outs when they have changed, or it is not `ready`."""
+        """Takes the policy's current weights; called before rollouts when they have changed, or it is not `ready`."""
 
     def release(self) -> None:
-        """Gives back the memory that it can do without until it is asked for roll-outs again."""
+        """Gives back the memory that it can do without until it is asked for rollouts again."""
         return None
 
     def close(self) -> None:
@@ -181,13 +181,13 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[Rollout]:
-        """Yields `n` roll-outs for each prompt, in the order in which they finish.
+        """Yields `n` rollouts for each prompt, in the order in which they finish.
 
         Args:
             prompts: Token ids of each prompt.
-            n: Roll-outs for each prompt.
+            n: Rollouts for each prompt.
             sampling: How tokens are drawn.
-            seeds: A seed for each prompt: with the same weights it gives the same roll-outs, whatever the other
+            seeds: A seed for each prompt: with the same weights it gives the same rollouts, whatever the other
                 prompts of the call are.
         """
 

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rlrt_lightning.caching import cache_argument
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.policy.caching import cache_argument
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, room, without_room
-from rlrt_lightning.seeding import generator
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.seeding import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy.model import Policy
 
 NOISE_BLOCK = 64
 """Random numbers drawn at once for each row; a row that ends early has drawn at most this many too many."""
 
 
 class TransformersEngine(RolloutEngine):
-    """Samples with the policy's own weights. A prompt is read once for its K roll-outs, and finished ones leave the
+    """Samples with the policy's own weights. A prompt is read once for its K rollouts, and finished ones leave the
     batch. The log-probs are the policy's, to rounding.
 
     Args:
-        max_rows: Roll-outs that are decoded at once; bounds the memory of the key-value cache.
+        max_rows: Rollouts that are decoded at once; bounds the memory of the key-value cache.
         dtype: Sample with a copy of the weights in this type, renewed before each epoch and given back before
             training; null samples with the policy's weights themselves. Worth its memory under
             `--trainer.precision=bf16-mixed`, where each step would otherwise cast all weights (set

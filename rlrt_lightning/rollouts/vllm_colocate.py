@@ -11,35 +11,35 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
 from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request, require_vllm
+from rlrt_lightning.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy.model import Policy
 
 
 T = TypeVar("T")
 
 
 class VllmColocateEngine(VllmEngine):
-    """Samples with vLLM in the training process. The weights are streamed into it before each epoch's roll-outs, tensor
+    """Samples with vLLM in the training process. The weights are streamed into it before each epoch's rollouts, tensor
     by tensor; on a GPU it sleeps while the policy is trained, and its memory is free for that.
 
     With top-p, top-k or min-p the log-probs are those after the cut.
 
     Args:
         dtype: Type of vLLM's weights; null takes the policy's.
-        max_rows: Roll-outs that are decoded at once.
+        max_rows: Rollouts that are decoded at once.
         memory: Share of the GPU's memory that vLLM takes while it is awake, weights and key-value cache.
         cpu_cache_gb: Size of the key-value cache in GiB where there is no GPU.
         tensor_parallel: Ranks that share one engine, each with a part of the weights; they have to be neighbours, and
             on one machine.
         enforce_eager: Do not capture CUDA graphs: starts faster, decodes slower. Always so without a GPU.
-        sleep: Free the GPU's memory between roll-outs; off keeps weights and cache there.
+        sleep: Free the GPU's memory between rollouts; off keeps weights and cache there.
         tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's own after a sync; null
             is 1e-4 in float32 and 0.05 in half precision.
-        check_rollouts: Roll-outs whose log-probs are compared after each sync.
+        check_rollouts: Rollouts whose log-probs are compared after each sync.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class VllmColocateEngine(VllmEngine):
             for group, (prompt, seed) in enumerate(pairs):
                 most = room(policy, prompt, sampling)
                 for index in range(n):
-                    # One request for each: a roll-out can be verified while its siblings go on, and the prefix cache
+                    # One request for each: a rollout can be verified while its siblings go on, and the prefix cache
                     # reads the prompt once for all.
                     wanted = request(sampling, stops, most, seed, index)
                     params = SamplingParams(**wanted, detokenize=bool(stops.strings))

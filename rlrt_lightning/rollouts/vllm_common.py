@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rlrt_lightning.errors import ConfigError
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, room, without_room
-from rlrt_lightning.seeding import derive_seed
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.seeding import derive_seed
 
 if TYPE_CHECKING:
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy.model import Policy
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -39,7 +39,7 @@ class VllmEngine(RolloutEngine):
         dtype: Type of vLLM's weights; None: the policy's.
         tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's own; None: 1e-4 in
             float32, 0.05 in half precision.
-        check_rollouts: After each sync the log-probs of so many roll-outs are compared.
+        check_rollouts: After each sync the log-probs of so many rollouts are compared.
     """
 
     cuts_before_logp = True
@@ -108,7 +108,7 @@ class VllmEngine(RolloutEngine):
         """
         assert self._policy is not None
         self._unchecked = False
-        # Also without roll-outs: with sharded weights all ranks compute together.
+        # Also without rollouts: with sharded weights all ranks compute together.
         own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
         if not rollouts:
             return

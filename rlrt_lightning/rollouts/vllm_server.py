@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlrt_lightning.credentials import refuse_credentials
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.ranks import of_first_rank
 from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
 from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request
+from rlrt_lightning.runtime.credentials import refuse_credentials
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.ranks import of_first_rank
 
 if TYPE_CHECKING:
     import httpx
 
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy.model import Policy
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class VllmServerEngine(VllmEngine):
             it; the run stops when there are none.
         tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's own after a sync; null
             is 1e-4 in float32 and 0.05 in half precision.
-        check_rollouts: Roll-outs whose log-probs are compared after each sync.
+        check_rollouts: Rollouts whose log-probs are compared after each sync.
     """
 
     beside_training = True

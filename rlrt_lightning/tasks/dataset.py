@@ -8,7 +8,7 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Literal
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import Messages, Problem, Split, Task, Verdict
 from rlrt_lightning.tasks.columns import check_text, conversation, decoded, ground_truth, is_empty, look_up, solution
 from rlrt_lightning.tasks.readers import BadRow, BadRows, Row, excerpt, printable, rows_of
@@ -115,7 +115,7 @@ class DatasetTask(Task):
                 if isinstance(row, BadRow):
                     raise row
                 problem = self._problem(row, f"{split}-{number}")
-                if problem.id in seen:  # roll-outs are grouped by it
+                if problem.id in seen:  # rollouts are grouped by it
                     raise BadRow(f"the same {self.id} as an earlier row", f"{problem.id!r} of {seen[problem.id]}")
             except BadRow as error:
                 bad.add(place, error)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.tasks.base import Split
 from rlrt_lightning.tasks.notation import RepeatedKey, first_repeated, loads
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import OnDemand, Problem, Split, Task, Verdict
 from rlrt_lightning.tasks.closed_eval import close_eval
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.tasks.base import Task
 
 _ADVICE = "put rewards and tasks at the top level of a file that can be imported, as functions or classes"

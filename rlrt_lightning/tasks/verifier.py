@@ -22,7 +22,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import Problem, Task, Verdict
 from rlrt_lightning.tasks.sending import main_as_it_is, pickled
 

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Sequence
 from functools import partial
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import OnDemand, Problem, Split, Task, Verdict
 
 PLACES = "abcdefgh"
@@ -120,7 +120,7 @@ class StrategySum(Task):
     """The last digit of the sum of a few digits, where the policy chooses how to work it out.
 
     Questions are made on demand from the seed. Reward is 1 if the text after the last `#` is exactly the right digit.
-    The label of a roll-out is its strategy: `direct`, `skipping` (`slipping` without the trap), `complete`, or `other`.
+    The label of a rollout is its strategy: `direct`, `skipping` (`slipping` without the trap), `complete`, or `other`.
 
     Args:
         digits: Smallest and largest number of digits in a question, within 4 to 8. The model that comes with the task

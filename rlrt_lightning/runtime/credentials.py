@@ -6,7 +6,7 @@ import re
 from argparse import Namespace
 from typing import Any
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 
 _NAME = re.compile(r"api_?key|(api|auth|access|bearer|hf)_?token|^token$|secret|passw(or)?d", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+(?=@)")

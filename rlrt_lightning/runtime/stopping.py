@@ -55,7 +55,7 @@ class StopSignal:
 
 class WholeEpochs:
     """Has a run that a callback wants to end (`trainer.should_stop`: a time limit, early stopping, ...) finish its
-    epoch first. Lightning would end between two optimiser steps, and leave out the others without a word."""
+    epoch first. Lightning would end between two optimizer steps, and leave out the others without a word."""
 
     def __init__(self) -> None:
         self._wanted = False

@@ -1,76 +1,22 @@
-"""An epoch's roll-outs as tensors, and how they are dealt out to optimiser steps."""
+"""An epoch's rollouts as tensors, and how they are dealt out to optimizer steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from rlrt_lightning import padding
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.objective import Aggregation, Credit, DivergenceSettings
-from rlrt_lightning.padding import Shared, at_mask, balance, blocks, pad_sequences, worth_sharing
+from rlrt_lightning.epoch.record import EpochRecord
+from rlrt_lightning.objective import Aggregation, DivergenceSettings
+from rlrt_lightning.policy import padding
+from rlrt_lightning.policy.padding import Shared, at_mask, balance, blocks, pad_sequences, worth_sharing
 from rlrt_lightning.rollouts import Rollout
-from rlrt_lightning.tasks.base import Problem
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.teacher import TeacherScore
-
-
-@dataclass
-class EpochBatch:
-    """The roll-outs of one epoch on this rank, with everything that was computed from them.
-
-    Args:
-        problems: The problems that were asked, P of them.
-        rollouts: N = P * K roll-outs, ordered by problem.
-        rewards: [N], float32.
-        advantages: Group advantages, [N].
-        mask: True at response tokens, [N, T].
-        logp_old: Log-probs of the tokens that the surrogate's ratio divides by, nats, [N, T]: the trainer's where a
-            rollout was rescored, the sampler's elsewhere; 0 where these are not finite.
-        importance: Weight of each token that corrects for the sampler's arithmetic, [N, T].
-        contexts: What the teacher was shown for each roll-out; None where it did not score it, N of them.
-        teacher: What the teacher said of each roll-out; None where it did not score it, N of them.
-        logp_student: Log-probs of the tokens that D_t subtracts the teacher's from, nats, [N, T]: the sampler's where
-            the engine scored for the teacher, so that both come from the same arithmetic, `logp_old` elsewhere.
-        logp_teacher: Log-probs of the tokens under the teacher, nats, [N, T]; 0 where it did not score.
-        credit: What the method made of it, [N, T] each.
-        stats: Figures for the logs by tag.
-        faults: Which roll-outs have log-probs that are not finite, and which these are.
-    """
-
-    problems: list[Problem]
-    rollouts: list[Rollout]
-    rewards: Tensor
-    advantages: Tensor
-    mask: Tensor
-    logp_old: Tensor
-    importance: Tensor
-    contexts: list[str | None]
-    teacher: list[TeacherScore | None]
-    logp_student: Tensor
-    logp_teacher: Tensor
-    credit: Credit
-    stats: dict[str, float] = field(default_factory=dict)
-    faults: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def has_context(self) -> Tensor:
-        """True where the teacher scored the roll-out: bool [N]."""
-        return torch.tensor([c is not None for c in self.contexts])
-
-    @property
-    def correct(self) -> Tensor:
-        """Which roll-outs the verifier called correct: bool [N]."""
-        return torch.tensor([r.verdict is not None and r.verdict.correct for r in self.rollouts])
-
-    @property
-    def counted(self) -> Tensor:
-        """Which roll-outs count in the mean over the mini-batch: bool [N]."""
-        return torch.ones(len(self.rollouts), dtype=torch.bool) if self.credit.counted is None else self.credit.counted
 
 
 class MicroBatch:
@@ -85,7 +31,7 @@ class MicroBatch:
         blocks: Rows and width of the parts that go through the decoder on their own, so that little of it is padding.
         shared: The prompts, where each is read once for the rows that share it, as in `Policy.from_logits`.
         response_mask: True at response tokens, [B, T].
-        logp_old: Log-probs that the surrogate's ratio divides by, as in `EpochBatch`, nats, [B, T].
+        logp_old: Log-probs that the surrogate's ratio divides by, as in `EpochRecord`, nats, [B, T].
         importance: Weight of each token that corrects for the sampler's arithmetic, [B, T].
         advantages: Token advantages, [B, T].
         distillation: Weight of the divergence to the teacher at each token, [B, T]; None where the method has none.
@@ -97,6 +43,8 @@ class MicroBatch:
         share: What the micro-batch's own mean counts for, so that the gradients that Lightning averages over
             micro-batches and ranks add up to the mean over the whole mini-batch.
         temperature: Of the sampling.
+        rows: Which rollouts of the epoch's record these are, B of them.
+        seed: Seed of what is random in its forward pass, such as dropout.
     """
 
     def __init__(
@@ -117,6 +65,8 @@ class MicroBatch:
         entropy_bonus: Tensor | None,
         share: float,
         temperature: float,
+        rows: list[int],
+        seed: int,
     ) -> None:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
@@ -134,6 +84,8 @@ class MicroBatch:
         self.entropy_bonus = entropy_bonus
         self.share = share
         self.temperature = temperature
+        self.rows = rows
+        self.seed = seed
 
     def to(self, device: torch.device, **options: Any) -> MicroBatch:
         """The same on a device."""
@@ -166,7 +118,7 @@ T = TypeVar("T")
 
 class Batches(Generic[T]):
     """Batches in order, as an iterable of known length: Lightning takes it as a data loader, and unlike a `DataLoader`
-    it gets no distributed sampler (each rank has roll-outs of its own).
+    it gets no distributed sampler (each rank has rollouts of its own).
 
     Args:
         batches: The batches, or those that are left of them.
@@ -204,7 +156,7 @@ class Batches(Generic[T]):
 
 
 def micro_batches(
-    epoch: EpochBatch,
+    epoch: EpochRecord,
     minibatches: int,
     accumulate: int,
     aggregation: Aggregation,
@@ -213,23 +165,25 @@ def micro_batches(
     totals: Tensor | None = None,
     from_ranks: Callable[[list[tuple[int, int]]], list[list[tuple[int, int]]]] = lambda mine: [mine],
     share_prompts: bool = False,
+    seed: tuple[int | str, ...] = (0,),
 ) -> Batches[MicroBatch]:
-    """Cuts an epoch into mini-batches (one optimiser step each) of whole groups, and each of these into exactly
+    """Cuts an epoch into mini-batches (one optimizer step each) of whole groups, and each of these into exactly
     `accumulate` micro-batches.
 
-    Roll-outs without any gradient, such as those of a group that was all right or all wrong, are left out of the
+    Rollouts without any gradient, such as those of a group that was all right or all wrong, are left out of the
     forward pass; they still count in the mean over the mini-batch.
 
     Args:
-        epoch: The roll-outs.
-        minibatches: Optimiser steps in the epoch.
+        epoch: The rollouts.
+        minibatches: Optimizer steps in the epoch.
         accumulate: Micro-batches of each step.
         aggregation: As in `clipped_surrogate`.
         temperature: Of the sampling.
         world_size: Ranks whose gradients are averaged.
         totals: `mini_batch_sizes` summed over all ranks; None for one rank.
         from_ranks: Gathers what each rank has: all make as many forward passes, since sharded weights want that.
-        share_prompts: Have a prompt read once for the roll-outs that share it, where that saves much.
+        share_prompts: Have a prompt read once for the rollouts that share it, where that saves much.
+        seed: Names the streams of the micro-batches' own random numbers.
     """
     if totals is None:
         totals = mini_batch_sizes(epoch, minibatches)
@@ -244,7 +198,7 @@ def micro_batches(
         lengths = _lengths(epoch, trained)
         shortest = members[tokens[members].argmin()]
         for part in balance(lengths, accumulate):
-            # All ranks take all steps: where there is nothing to learn, a roll-out whose loss counts 0 stands in.
+            # All ranks take all steps: where there is nothing to learn, a rollout whose loss counts 0 stands in.
             rows = trained[part] if part else shortest[None]
             mine, all_ = (tokens[rows].sum(), totals[step, 0]) if by_token else (len(rows), totals[step, 1])
             share = float(mine / all_) * accumulate * world_size if part else 0.0
@@ -256,32 +210,32 @@ def micro_batches(
     ]
     return Batches(
         [
-            _collate(epoch, rows, share, temperature, n, share_prompts)
-            for (rows, share), n in zip(parts, counts, strict=True)
+            _collate(epoch, rows, share, temperature, n, share_prompts, derive_seed(*seed, number))
+            for number, ((rows, share), n) in enumerate(zip(parts, counts, strict=True))
         ]
     )
 
 
-def mini_batch_sizes(epoch: EpochBatch, minibatches: int) -> Tensor:
-    """Response tokens and roll-outs that count in each mini-batch on this rank, those without gradient included,
+def mini_batch_sizes(epoch: EpochRecord, minibatches: int) -> Tensor:
+    """Response tokens and rollouts that count in each mini-batch on this rank, those without gradient included,
     [M, 2]."""
     sizes = torch.stack([epoch.mask.sum(-1), torch.ones(len(epoch.rollouts), dtype=torch.long)], 1)
     sizes *= epoch.counted[:, None]
     return torch.zeros(minibatches, 2, dtype=torch.long).index_add_(0, _step_of(epoch, minibatches), sizes)
 
 
-def _lengths(epoch: EpochBatch, rows: Tensor) -> list[int]:
+def _lengths(epoch: EpochRecord, rows: Tensor) -> list[int]:
     chosen = [epoch.rollouts[i] for i in rows.tolist()]
     return [len(r.prompt_ids) + len(r.response_ids) for r in chosen]
 
 
-def _step_of(epoch: EpochBatch, minibatches: int) -> Tensor:
+def _step_of(epoch: EpochRecord, minibatches: int) -> Tensor:
     groups = torch.tensor([r.group for r in epoch.rollouts])
     return groups * minibatches // len(epoch.problems)
 
 
 def _collate(
-    epoch: EpochBatch, rows: Tensor, share: float, temperature: float, count: int, share_prompts: bool
+    epoch: EpochRecord, rows: Tensor, share: float, temperature: float, count: int, share_prompts: bool, seed: int
 ) -> MicroBatch:
     sequences = [(r.prompt_ids, r.response_ids) for r in (epoch.rollouts[i] for i in rows.tolist())]
     shared, cut = None, blocks(_lengths(epoch, rows), count)
@@ -317,6 +271,8 @@ def _collate(
         entropy_bonus=None if credit.entropy_bonus is None else spread(credit.entropy_bonus),
         share=share,
         temperature=temperature,
+        rows=rows.tolist(),
+        seed=seed,
     )
 
 

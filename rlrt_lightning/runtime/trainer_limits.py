@@ -10,7 +10,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from rlrt_lightning.errors import ConfigError, check_ranges
+from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 
 FEW_PROCESSES = 8
 """So many processes run on CPUs however few there are: for trying things out."""

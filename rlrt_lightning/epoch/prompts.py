@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.tasks import Problem, Task
 from rlrt_lightning.tasks.base import OnDemand, Split
 
 if TYPE_CHECKING:
-    from rlrt_lightning.policy import Policy
+    from rlrt_lightning.policy.model import Policy
 
 EAGER_ROWS = 100_000
 """Data sets up to this size are checked row by row at the start; larger ones, and endless ones, as rows are drawn."""
@@ -62,6 +62,22 @@ class PromptReader:
             return characters // self._longest_token, []
         tokens = self.tokens(problem)
         return len(tokens), tokens
+
+    def within(self, problem: Problem, limit: int) -> list[int] | None:
+        """Tokens of a prompt; None where there are more than the limit and such prompts are dropped.
+
+        Raises:
+            ConfigError: If there are more, and `overlong` says so.
+        """
+        tokens, ids = self.measured(problem, limit)
+        if tokens <= limit:
+            return ids
+        if self.overlong == "error":
+            raise ConfigError(
+                f"problem {problem.id}: its prompt has {tokens} tokens, more than data.max_prompt_tokens or the "
+                f"model allow ({limit}); shorten it or set data.overlong_prompts to drop"
+            )
+        return None
 
     @cached_property
     def _longest_token(self) -> int:

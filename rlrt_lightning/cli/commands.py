@@ -13,23 +13,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from rlrt_lightning import class_defaults
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
-from rlrt_lightning.argument_errors import RLRTParser
 from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
-from rlrt_lightning.checkpoints import newest, problem
-from rlrt_lightning.credentials import refuse_credentials
-from rlrt_lightning.datamodule import RELOAD, RolloutDataModule
-from rlrt_lightning.errors import ConfigError, check_finite
+from rlrt_lightning.cli import class_defaults
+from rlrt_lightning.cli.argument_errors import RLRTParser
+from rlrt_lightning.cli.refusals import of_constructor, place_of
+from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.module import RLRTModule
-from rlrt_lightning.refusals import of_constructor, place_of
+from rlrt_lightning.policy.sharding import FSDP2Strategy
 from rlrt_lightning.resume import check_file
-from rlrt_lightning.run_files import own
-from rlrt_lightning.sharding import FSDP2Strategy
-from rlrt_lightning.trainer_limits import check_folders, check_limits
+from rlrt_lightning.runtime.checkpoints import newest, problem
+from rlrt_lightning.runtime.credentials import refuse_credentials
+from rlrt_lightning.runtime.errors import ConfigError, check_finite
+from rlrt_lightning.runtime.run_files import own
+from rlrt_lightning.runtime.trainer_checks import RELOAD
+from rlrt_lightning.runtime.trainer_limits import check_folders, check_limits
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    # Each epoch trains on roll-outs of its own.
+    # Each epoch trains on rollouts of its own.
     "reload_dataloaders_every_n_epochs": 1,
     # Lightning's sanity check over all of the validation is our measurement before training.
     "num_sanity_val_steps": -1,
@@ -142,7 +143,7 @@ class RLRTCli(LightningCLI):
         self._failure = None
 
     def _make(self, made: type, *args: Any, **settings: Any) -> Any:
-        """Calls a constructor; the optimiser's only when the run starts."""
+        """Calls a constructor; the optimizer's only when the run starts."""
         try:
             return made(*args, **settings)
         except Exception as error:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 
 UNLOGGED = Path("runs") / "no_logger"
 """Below the trainer's default_root_dir, unless that is empty: the folders of runs without a logger."""

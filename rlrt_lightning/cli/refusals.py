@@ -17,9 +17,9 @@ from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from rlrt_lightning.checkpoints import disk_error
-from rlrt_lightning.credentials import masked
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.checkpoints import disk_error
+from rlrt_lightning.runtime.credentials import masked
+from rlrt_lightning.runtime.errors import ConfigError
 
 EXTRAS = {"vllm": "vllm", "reasoning_gym": "reasoning-gym", "peft": "lora", "gguf": "gguf"}
 """Packages that come with an extra of ours, by module."""

@@ -1,4 +1,4 @@
-"""Roll-outs of the next epoch, drawn while this one trains."""
+"""Rollouts of the next epoch, drawn while this one trains."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rlrt_lightning.rollouts.base import Rollout
 from rlrt_lightning.tasks.base import Verdict
 
 Drawn = tuple[Rollout, "Future[Verdict]"]
-"""A roll-out, with its verdict under way."""
+"""A rollout, with its verdict under way."""
 
 
 class Ahead:
-    """At most one epoch's roll-outs, on their way in a thread, or waiting to be trained on."""
+    """At most one epoch's rollouts, on their way in a thread, or waiting to be trained on."""
 
     def __init__(self) -> None:
         self._coming: Future[tuple[list[Drawn], float]] | None = None
 
     def begin(self, drawing: Iterator[Drawn]) -> None:
-        """Goes on without the caller. The first roll-out comes before this returns, so that what an engine checks first
+        """Goes on without the caller. The first rollout comes before this returns, so that what an engine checks first
         is checked while nobody trains."""
         start = time.perf_counter()
         drawn = [next(drawing)]
@@ -44,13 +44,13 @@ class Ahead:
             wait([self._coming])
 
     def take(self) -> tuple[list[Drawn], float] | None:
-        """The roll-outs and the seconds that drawing them took; None where none were begun. What went wrong in the
+        """The rollouts and the seconds that drawing them took; None where none were begun. What went wrong in the
         thread is raised here."""
         coming, self._coming = self._coming, None
         return None if coming is None else coming.result()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The roll-outs as plain values for a checkpoint; waits for them. None, where drawing them has failed: who
+        """The rollouts as plain values for a checkpoint; waits for them. None, where drawing them has failed: who
         resumes draws them anew."""
         self.wait()
         if self._coming is None or self._coming.exception() is not None:

@@ -1,39 +1,33 @@
-"""The policy: a causal language model, its tokenizer, and the log-probabilities of given tokens under it."""
+"""Every forward pass of a policy: log-probs of given tokens, and whatever else is computed from logits, a chunk of
+tokens at a time."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, final
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from rlrt_lightning.caching import cache_argument, copy_rows
-from rlrt_lightning.chat import ChatTemplate, control_tokens, named_tokens
-from rlrt_lightning.errors import ConfigError, first_line
-from rlrt_lightning.log_probs import Compute, in_chunks, token_log_probs
-from rlrt_lightning.lora import LoRA, TeacherAdapters, merged
-from rlrt_lightning.padding import Shared, at_mask, batches, pad_sequences, share_prompts, worth_sharing
-from rlrt_lightning.sharding import decoder_states, in_step, whole
-from rlrt_lightning.tasks.base import Messages
+from rlrt_lightning.policy.caching import cache_argument, copy_rows
+from rlrt_lightning.policy.log_probs import Compute, in_chunks, token_log_probs
+from rlrt_lightning.policy.lora import TeacherAdapters
+from rlrt_lightning.policy.padding import Shared, at_mask, batches, pad_sequences, share_prompts, worth_sharing
+from rlrt_lightning.policy.sharding import decoder_states, in_step
+from rlrt_lightning.policy.tokens import TokenSide
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
     from transformers.cache_utils import Cache, DynamicCache
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = Path(__file__).parent / "tasks" / "strategy_sum" / "model"
 
-
-class Scored:
+class TokenCounter:
     """Tokens that forward passes without gradient have read, and the places that these took, padding included."""
 
     def __init__(self) -> None:
@@ -46,305 +40,16 @@ class Scored:
         self.places += input_ids.numel()
 
 
-@final
-class Policy(nn.Module):
-    """The language model that is trained. Nothing is read from disk before it is needed; the weights come last.
+class ForwardPasses(TokenSide, nn.Module):
+    """The part of a `Policy` that computes with its weights."""
 
-    Args:
-        path: A folder, a Hugging Face id, or `embedded` for the small model that ships with the package.
-        dtype: Type of the weights. Keep float32 for training and let `--trainer.precision=bf16-mixed` compute in bf16:
-            an update of 1e-6 vanishes in the 8 bits of a bfloat16 weight.
-        attention: Attention implementation of transformers: sdpa, eager, flash_attention_2, ...
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        logits_chunk: Tokens whose logits exist at once while log-probs are computed; memory is this times the
-            vocabulary, not batch times length times vocabulary.
-        score_tokens: Tokens, padding included, in one forward pass without gradient.
-        chat: Put prompts into the model's chat template; null does so where the tokenizer has one. Without it, a
-            conversation is the text of its messages.
-        chat_kwargs: Variables of the chat template, for example `enable_thinking: false`; it has to read them.
-        system_prompt: Put before the conversation as the system's message; needs a chat template with a system role.
-        lora: Train low-rank adapters in place of the weights; null trains all weights.
-    """
-
-    def __init__(
-        self,
-        path: str = "embedded",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        attention: str = "sdpa",
-        gradient_checkpointing: bool = False,
-        logits_chunk: int = 1024,
-        score_tokens: int = 16384,
-        chat: bool | None = None,
-        chat_kwargs: dict[str, Any] | None = None,
-        system_prompt: str | None = None,
-        lora: LoRA | None = None,
-    ) -> None:
-        super().__init__()
-        for name, value in {"logits_chunk": logits_chunk, "score_tokens": score_tokens}.items():
-            if value < 1:
-                raise ConfigError(f"model.policy.{name} is {value}; it has to be at least 1")
-        for name, given in {"system_prompt": system_prompt is not None, "chat_kwargs": bool(chat_kwargs)}.items():
-            if given and chat is False:
-                raise ConfigError(f"model.policy.{name} is for a chat template, and model.policy.chat is false")
-        self.path = str(EMBEDDED) if path == "embedded" else path
-        self.dtype = dtype
-        self.attention = attention
-        self.gradient_checkpointing = gradient_checkpointing
-        self.logits_chunk = logits_chunk
-        self.score_tokens = score_tokens
-        self.chat = chat
-        self.chat_kwargs = chat_kwargs or {}
-        self.system_prompt = system_prompt
-        self.lora = lora
-        if lora is not None and importlib.util.find_spec("peft") is None:
-            raise ConfigError(
-                "model.policy.lora needs peft, which is not installed: pip install 'rlrt-lightning[lora]'"
-            )
-        self._head_is_known = True
-        self._continues_prompts = False
-        self.decodes_rows = False
-        """Whether padded rows can be decoded token by token with a key-value cache; known after `load`."""
-        self.scored = Scored()
-        """What was read without gradient."""
-
-    # -- what can be known before the weights are there ------------------------------------------------------------
-
-    @cached_property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration.
-
-        Raises:
-            ConfigError: If there is no model at `path`, or it is no causal language model.
-        """
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        try:
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model.policy.path: no model can be read at {self.path!r}: {_reason(error)}") from error
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ConfigError(f"model.policy.path: {self.path!r} is a {config.model_type} model, not a causal LM")
-        return config
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer.
-
-        Raises:
-            ConfigError: If there is none at `path`, or it has no chat template for `chat`, `chat_kwargs` or
-                `system_prompt`.
-        """
-        from transformers import AutoTokenizer
-
-        _ = self.config  # says more clearly what is wrong with a folder that holds no model at all
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"model.policy.path: no tokenizer can be read at {self.path!r}: {_reason(error)}"
-            ) from error
-        asked = {"chat": self.chat, "system_prompt": self.system_prompt is not None, "chat_kwargs": self.chat_kwargs}
-        for setting, given in asked.items():
-            if given and not tokenizer.chat_template:
-                raise ConfigError(
-                    f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template"
-                )
-        if tokenizer.chat_template:
-            ChatTemplate(tokenizer, self.path, self.system_prompt, self.chat_kwargs)  # refuses what it has no use for
-        return tokenizer
-
-    @cached_property
-    def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.path, self.system_prompt, self.chat_kwargs)
-
-    @cached_property
-    def end_tokens(self) -> list[int]:
-        """Tokens that end a response: those of the generation config and of the tokenizer."""
-        from transformers import GenerationConfig
-
-        try:
-            configured = GenerationConfig.from_pretrained(self.path).eos_token_id
-        except OSError:  # a folder without a generation_config.json
-            configured = self.config.eos_token_id
-        ends = configured if isinstance(configured, list) else [configured]
-        ends = sorted({int(e) for e in [*ends, self.tokenizer.eos_token_id] if e is not None})
-        if not ends:
-            raise ConfigError(
-                f"model.policy.path: {self.path!r} names no end-of-sequence token, so no response can end"
-            )
-        self.check_embedded(ends, "end tokens")
-        return ends
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for; None where it does not say. With longrope (Phi-3), only
-        those before a longer sequence in the batch would change the frequencies of all others."""
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return positions if positions is None else min([positions, *self._positions_before_longrope])
-
-    @property
-    def _positions_before_longrope(self) -> list[int]:
-        rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
-        kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
-        return [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
-
-    @property
-    def chats(self) -> bool:
-        """Whether prompts are put into the chat template."""
-        return bool(self.tokenizer.chat_template) and self.chat is not False
-
-    @cached_property
-    def token_ids(self) -> frozenset[int]:
-        """Every token id that the tokenizer knows. The model may have fewer embeddings, or, padded, more."""
-        return frozenset(self.tokenizer.get_vocab().values())
-
-    @cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """The special tokens by their text: also those that have no role such as end or padding."""
-        named = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
-        added = self.tokenizer.added_tokens_decoder
-        return named | {token.content: number for number, token in added.items() if token.special}
-
-    @property
-    def lacks_embeddings(self) -> bool:
-        """Whether the tokenizer has tokens that the model has no embedding for."""
-        rows = getattr(self.config.get_text_config(), "vocab_size", None)
-        return rows is not None and max(self.token_ids) >= rows
-
-    def check_embedded(self, ids: Sequence[int], what: str) -> None:
-        """Refuses tokens that the model cannot read or draw.
-
-        Args:
-            ids: The tokens.
-            what: What they are, in words.
-
-        Raises:
-            ConfigError: If some have no embedding.
-        """
-        rows = getattr(self.config.get_text_config(), "vocab_size", None)
-        if rows is None or max(ids, default=0) < rows:
-            return
-        beyond = sorted({i for i in ids if i >= rows})
-        names = ", ".join(f"{i} ({self.tokenizer.convert_ids_to_tokens(i)})" for i in beyond[:5])
-        raise ConfigError(
-            f"model.policy.path: the model at {self.path!r} has embeddings for token ids below {rows}, and its "
-            f"tokenizer gives {what} beyond them: {names}; resize the model's embeddings, or take the tokenizer that "
-            "belongs to it"
-        )
-
-    def prompt_text(self, prompt: str | Messages) -> str:
-        """Text of a prompt as the model reads it, up to where the response begins.
-
-        Raises:
-            ConfigError: If the chat template does not take it, or leaves out a part of it.
-        """
-        if not self.chats:
-            return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
-        return self._chat_template.render([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-
-    def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Tokens of a prompt, up to where the response begins; see `prompt_text`.
-
-        Raises:
-            ConfigError: If the chat template refuses it, or the model has no embedding for one of its tokens.
-        """
-        text, tokenizer = self.prompt_text(prompt), self.tokenizer
-        # A chat template writes the special tokens itself.
-        ids = list(tokenizer(text, add_special_tokens=not self.chats)["input_ids"])
-        if not self.chats:  # some tokenizers end any text with an end token, after which no response begins
-            closing = {*self.end_tokens, *named_tokens(tokenizer, ("eos", "sep", "cls", "pad"))}
-            while ids and ids[-1] in closing:
-                ids.pop()
-        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # by the text and by the tokenizer
-            del ids[0]
-        self.check_embedded(ids, "a prompt tokens")
-        return ids
-
-    @cached_property
-    def _control_tokens(self) -> frozenset[int]:
-        return control_tokens(self.tokenizer, self.end_tokens)
-
-    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """Text of response tokens, without end tokens, padding and what the chat template writes around messages. Other
-        special tokens, such as `<think>` or `<answer>` in some models, are text: see `chat.control_tokens`.
-
-        Args:
-            ids: The tokens. Those that the tokenizer does not know, of embeddings that only pad, have no text.
-            keep_special: Leave all special tokens in the text.
-        """
-        said = [i for i in ids if i in self.token_ids and (keep_special or i not in self._control_tokens)]
-        return str(self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def read_back(self, text: str) -> str:
-        """What becomes of a text within a response that the tokenizer takes apart and puts together again."""
-        a, b = (self.decode(self.tokenizer(t, add_special_tokens=False)["input_ids"], True) for t in (text, "a" + text))
-        return b if text in b else a  # at the beginning of a text some tokenizers drop white space
-
-    # -- the weights -----------------------------------------------------------------------------------------------
-
-    def load(self) -> None:
-        """Reads the weights, once.
-
-        Raises:
-            ConfigError: If they cannot be read, or the attention implementation is not there.
-        """
-        if "model" in self._modules:
-            return
-        from transformers import AutoModelForCausalLM
-
-        _ = self.config
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                dtype=getattr(torch, self.dtype),
-                attn_implementation=self.attention,
-                trust_remote_code=False,
-                weights_only=True,  # of a pytorch_model.bin, which is a pickle
-            )
-        except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {_reason(error)}") from error
-        if self.gradient_checkpointing:
-            # Renamed in later releases of transformers, which warn of the old name.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        if self.lora is not None:
-            self.lora.add_to(model)
-        if self._positions_before_longrope:
-            log.warning(
-                "model.policy.path: sequences are limited to %d tokens, where the model's position frequencies change "
-                "(longrope): beyond, the rows of a batch would change each other's log-probs",
-                self.max_positions,
-            )
-        self.adopt(model)
-
-    def adopt(self, model: PreTrainedModel) -> None:
-        """Takes a loaded model as the policy's weights."""
-        self.model = model.train()
-        self._head_is_known = self._chunks_match_the_model()
-        self._continues_prompts, self.decodes_rows = self._cache_matches_the_model()
-
-    def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
-        """A whole model of the same kind without adapters, whose weights are yet to be filled in, for inference."""
-        from transformers import AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
-
-        with no_init_weights(), torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, attn_implementation=self.attention, trust_remote_code=False
-            )
-        return model.eval().requires_grad_(False)
-
-    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by their names in a checkpoint, one at a time and without gradient, adapters merged into them. A
-        head that is tied to the embeddings is among them: a sampler may have packed it for itself, and would keep the
-        old one. Where they are sharded all ranks have to read them, and each gets them whole."""
-        state = self.model.state_dict()
-        for name, tensor in state.items():
-            if (pair := merged(self.model, name, tensor)) is not None:
-                yield pair[0], whole(pair[1]).detach()
-        head = self.model.get_output_embeddings()
-        if head is not None and "lm_head.weight" not in state:
-            yield "lm_head.weight", whole(cast(Tensor, head.weight)).detach()
+    model: PreTrainedModel
+    logits_chunk: int
+    score_tokens: int
+    gradient_checkpointing: bool
+    counter: TokenCounter
+    _head_is_known: bool
+    _continues_prompts: bool
 
     @property
     def shares_prompts(self) -> bool:
@@ -386,14 +91,12 @@ class Policy(nn.Module):
         """Computes with the teacher's weights where it has its own."""
         own = self.model
         adapters: TeacherAdapters | None = getattr(teacher, "adapters", None)
-        self.model = teacher._modules.get("model", own)
+        self.model = cast("PreTrainedModel", teacher._modules.get("model", own))
         try:
             with adapters.within(own) if adapters is not None else nullcontext():
                 yield
         finally:
             self.model = own
-
-    # -- log-probabilities -----------------------------------------------------------------------------------------
 
     def log_probs(
         self,
@@ -482,7 +185,7 @@ class Policy(nn.Module):
 
     def _all_states(self, **inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
-            self.scored.add(inputs["input_ids"], inputs["attention_mask"])
+            self.counter.add(inputs["input_ids"], inputs["attention_mask"])
         if self._head_is_known:
             return decoder_states(self.model, **inputs).last_hidden_state
         return self.model(**inputs).logits
@@ -727,18 +430,3 @@ def _deal(
     lengths = [len(sequences[i][1]) for i in chosen]
     for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
         scores[i] = tuple(part.clone() for part in parts)
-
-
-def _reason(error: Exception) -> str:
-    """Why a model cannot be read, in a line."""
-    if "trust_remote_code" in str(error):
-        return (
-            "it comes with Python code that would have to run to read it (auto_map), and that is never done; take a "
-            "model of an architecture that transformers has"
-        )
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            "its weights are a pickle that holds more than tensors, which could run code when it is read; take a model "
-            "with safetensors"
-        )
-    return first_line(error)

@@ -15,9 +15,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
-from rlrt_lightning.credentials import refuse_credentials
-from rlrt_lightning.errors import ConfigError, first_line
-from rlrt_lightning.given import Given, given, meant
+from rlrt_lightning.cli.given import Given, given, meant
+from rlrt_lightning.runtime.credentials import refuse_credentials
+from rlrt_lightning.runtime.errors import ConfigError, first_line
 
 COMMANDS = "fit, validate, test, predict, reflection, shift, serve, curves or pass_at_k"
 

@@ -24,15 +24,15 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from rlrt_lightning.checkpoints import no_code, written_aside
-from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.runtime.checkpoints import no_code, written_aside
+from rlrt_lightning.runtime.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Fully sharded data parallelism (torch's FSDP2): each rank keeps its share of weights, gradients and optimiser
+    """Fully sharded data parallelism (torch's FSDP2): each rank keeps its share of weights, gradients and optimizer
     states, and has the others' send a decoder layer's weights when it computes with it.
 
     Args:
@@ -42,7 +42,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             every strategy resumes from, which has to fit into the memory of the first rank's machine.
         process_group_backend: Backend of torch.distributed; null is nccl on GPUs, gloo on CPUs.
         timeout_s: How long a rank waits for the others in one collective before it takes them for lost, in seconds.
-            Ranks wait for the slowest one's roll-outs and verdicts.
+            Ranks wait for the slowest one's rollouts and verdicts.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuses the strategies under which roll-outs or checkpoints would go wrong.
+    """Refuses the strategies under which rollouts or checkpoints would go wrong.
 
     Raises:
         ConfigError: Naming the strategy to take instead.
@@ -123,7 +123,7 @@ def check_strategy(strategy: Strategy) -> None:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)):
         raise ConfigError(
             f"trainer.strategy: {type(strategy).__name__} is not supported; take ddp where model, gradients and "
-            "optimiser fit one device, and fsdp2 where they do not"
+            "optimizer fit one device, and fsdp2 where they do not"
         )
 
 
@@ -196,7 +196,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
     finally:
         hook.remove()
         cast(Any, model).ranks_in_step = False
-        model.reshard()  # nobody may compute with what an optimiser step has made old
+        model.reshard()  # nobody may compute with what an optimizer step has made old
 
 
 def _tell(model: nn.Module) -> None:

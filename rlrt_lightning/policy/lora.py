@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlrt_lightning.errors import ConfigError, check_ranges, first_line
-from rlrt_lightning.sharding import local, whole
+from rlrt_lightning.policy.sharding import local, whole
+from rlrt_lightning.runtime.errors import ConfigError, check_ranges, first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig

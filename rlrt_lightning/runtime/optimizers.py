@@ -1,4 +1,4 @@
-"""The optimiser: what it is before there are weights, its warm-up, and its settings when a run is resumed."""
+"""The optimizer: what it is before there are weights, its warm-up, and its settings when a run is resumed."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
 class SharedFactory:
-    """An optimiser factory that copies of a module share, such as `EMAWeightAveraging` makes: that of the command line
+    """An optimizer factory that copies of a module share, such as `EMAWeightAveraging` makes: that of the command line
     holds its parser, which cannot be copied.
 
     Args:
-        make: Makes an optimiser of parameters.
+        make: Makes an optimizer of parameters.
     """
 
     def __init__(self, make: OptimizerFactory) -> None:
         self.make = make
 
     def __call__(self, parameters: Iterable[Any]) -> Optimizer:
-        """Makes the optimiser."""
+        """Makes the optimizer."""
         return self.make(parameters)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedFactory:
@@ -34,11 +34,11 @@ class SharedFactory:
 
 
 def probe(factory: OptimizerFactory) -> tuple[Optimizer, list[str]] | None:
-    """An optimiser of one weight and the names of what it keeps for it after a step; None where the factory makes none
+    """An optimizer of one weight and the names of what it keeps for it after a step; None where the factory makes none
     of such a weight.
 
     Args:
-        factory: Makes an optimiser of parameters.
+        factory: Makes an optimizer of parameters.
     """
     weight = torch.nn.Parameter(torch.zeros(1, 1))
     try:
@@ -55,8 +55,8 @@ class WarmUp(LambdaLR):
     learning rate and its own length of the warm-up: torch's schedules take those of the checkpoint.
 
     Args:
-        optimizer: The optimiser.
-        steps: Length of the warm-up in optimiser steps.
+        optimizer: The optimizer.
+        steps: Length of the warm-up in optimizer steps.
     """
 
     def __init__(self, optimizer: Optimizer, steps: int) -> None:
@@ -71,7 +71,7 @@ class WarmUp(LambdaLR):
 
 
 def keep_settings(optimizer: Optimizer) -> None:
-    """Has an optimiser keep its settings (weight decay, betas, ...) when it takes over a checkpoint's state; torch
+    """Has an optimizer keep its settings (weight decay, betas, ...) when it takes over a checkpoint's state; torch
     takes the checkpoint's."""
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
@@ -79,7 +79,7 @@ def keep_settings(optimizer: Optimizer) -> None:
         groups = state_dict["param_groups"]
         if len(groups) != len(own):
             raise ConfigError(
-                f"ckpt_path: its optimiser has {len(groups)} groups of weights and model.optimizer {len(own)}; set "
+                f"ckpt_path: its optimizer has {len(groups)} groups of weights and model.optimizer {len(own)}; set "
                 "model.optimizer as in the run that made it"
             )
         merged = [{**group, **settings} for group, settings in zip(groups, own, strict=True)]

@@ -54,7 +54,7 @@ def folder() -> Path:
 
 
 def _key(words: Sequence[str]) -> str:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]  # of the package
     files = sorted({*here.rglob("*.py"), *(here.parent / "callbacks").glob("*.py")})
     parts = [*words, sys.version, str(shutil.get_terminal_size().columns), str(sys.stdout.isatty())]
     parts += [f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in files]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rlrt_lightning.errors import ConfigError, first_line
+from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.tasks.base import Messages
 
 if TYPE_CHECKING:

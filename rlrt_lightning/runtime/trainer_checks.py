@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import callbacks as of_lightning
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
-from rlrt_lightning.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.trainer_limits import check_limits
 
 log = logging.getLogger(__name__)
+
+TRAINER: dict[str, tuple[float, float]] = {
+    # Each epoch trains on rollouts of its own.
+    "reload_dataloaders_every_n_epochs": (0, 1),
+    # Lightning's sanity check over all of the validation is our measurement before training.
+    "num_sanity_val_steps": (2, math.inf),
+    "log_every_n_steps": (50, 1),
+}
+"""Attributes of the trainer: Lightning's default, and ours. The loops read them after the data module's `setup`."""
+
+RELOAD = "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on rollouts of its own"
 
 NAMESPACES = ("eval", "faults", "groups", "labels", "rollout", "signal", "speed", "time", "train")
 """What our tags begin with."""
@@ -35,7 +46,34 @@ REFUSED = {
 """Callbacks of Lightning that cannot work here, and what to do."""
 
 
-def check_trainer(trainer: Any, data: RolloutDataModule) -> None:
+def set_up_trainer(trainer: Any, data: Any) -> None:
+    """Puts our defaults in the place of Lightning's, where a script left these as they are, and checks them."""
+    changed = []
+    for name, (theirs, ours) in TRAINER.items():
+        if getattr(trainer, name) == theirs:
+            setattr(trainer, name, ours)
+            changed.append(f"{name}={-1 if ours == math.inf else ours}")
+    if changed:
+        rank_zero_info("trainer: %s, in place of Lightning's defaults", ", ".join(changed))
+    check_trainer(trainer, data)
+    check_limits(trainer)
+    steps = data.minibatches * trainer.accumulate_grad_batches
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and interval > steps and trainer.check_val_every_n_epoch is not None:
+        raise ConfigError(
+            f"trainer.val_check_interval is {interval}; an epoch has {steps} batches, data.minibatches times "
+            "trainer.accumulate_grad_batches"
+        )
+    if trainer.reload_dataloaders_every_n_epochs != 1:
+        raise ConfigError(RELOAD)
+    if data.prompts_per_epoch % (data.minibatches * trainer.world_size):
+        raise ConfigError(
+            f"data.prompts_per_epoch ({data.prompts_per_epoch}) has to be a multiple of data.minibatches "
+            f"({data.minibatches}) times the number of ranks ({trainer.world_size})"
+        )
+
+
+def check_trainer(trainer: Any, data: Any) -> None:
     """Refuses what would train otherwise than it says.
 
     Args:
@@ -71,7 +109,7 @@ def check_trainer(trainer: Any, data: RolloutDataModule) -> None:
             _check_monitor(callback, trainer, data)
 
 
-def _check_monitor(callback: Any, trainer: Any, data: RolloutDataModule) -> None:
+def _check_monitor(callback: Any, trainer: Any, data: Any) -> None:
     """Refuses a tag that is certain not to be logged; of others, the first epoch shows it."""
     tag = callback.monitor
     saves = isinstance(callback, ModelCheckpoint)
@@ -94,11 +132,11 @@ def _check_monitor(callback: Any, trainer: Any, data: RolloutDataModule) -> None
         )
 
 
-def _scores(data: RolloutDataModule) -> list[str]:
+def _scores(data: Any) -> list[str]:
     return [f"eval/{name}/{kind}@{spec.samples}" for name, spec in data.benchmarks.items() for kind in ("avg", "pass")]
 
 
-def _is_logged(tag: str, trainer: Any, data: RolloutDataModule) -> bool:
+def _is_logged(tag: str, trainer: Any, data: Any) -> bool:
     """Whether an evaluation logs a tag, as far as can be told before one."""
     _, name, kind = [*tag.split("/", 2), "", ""][:3]
     if name not in data.benchmarks or not kind:
@@ -111,7 +149,7 @@ def _is_logged(tag: str, trainer: Any, data: RolloutDataModule) -> bool:
     return int(score[2]) in (ks or samples if score[1] == "pass" else samples)
 
 
-def _never_measured(trainer: Any, data: RolloutDataModule, saves: bool) -> str | None:
+def _never_measured(trainer: Any, data: Any, saves: bool) -> str | None:
     """Why no evaluation comes where the tag is wanted: in the run, or, to save by, at the end of an epoch."""
     every, most = trainer.check_val_every_n_epoch, trainer.max_epochs
     if not trainer.limit_val_batches:

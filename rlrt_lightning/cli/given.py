@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rlrt_lightning.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError
 
 Given = list[tuple[str, Any]]
 """Settings by their full names, in the order in which they are given."""

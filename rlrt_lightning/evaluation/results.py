@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlrt_lightning.errors import ConfigError
-from rlrt_lightning.metrics import mean_with_interval
+from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.objective import pass_at_k
-from rlrt_lightning.sharding import whole
+from rlrt_lightning.policy.sharding import whole
+from rlrt_lightning.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import Evaluated, RolloutDataModule
+    from rlrt_lightning.evaluation.sets import Evaluated
 
 Row = dict[str, Any]
 
@@ -63,7 +63,7 @@ def rows_of(done: Evaluated) -> list[list[Row]]:
     return rows
 
 
-def description(data: RolloutDataModule, benchmark: str, weights: str) -> dict[str, Any]:
+def description(data: Any, benchmark: str, weights: str) -> dict[str, Any]:
     """What decides a benchmark's results. Two evaluations with the same description draw the same completions.
 
     Args:

@@ -1,0 +1,1 @@
+"""One epoch of rollouts, from prompts to micro-batches."""

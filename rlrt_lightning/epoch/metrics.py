@@ -1,0 +1,99 @@
+"""What every run logs of its rollouts before they are trained on."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rlrt_lightning.epoch.record import EpochRecord
+from rlrt_lightning.objective.ratios import kl_estimate
+from rlrt_lightning.policy.forward import TokenCounter
+from rlrt_lightning.rollouts import Rollout
+from rlrt_lightning.runtime.ranks import Mean, sum_over_ranks
+
+
+class Clock:
+    """Seconds of each phase of an epoch, without those of the phases within it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._within = 0.0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Times a phase."""
+        outside, self._within = self._within, 0.0
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        self.seconds[f"time/{phase}"] = spent - self._within
+        self._within = outside + spent
+
+
+def epoch_metrics(record: EpochRecord, clock: Clock, counter: TokenCounter, cap: float | None) -> dict[str, float]:
+    """This rank's metrics of an epoch before its first update, by tag.
+
+    Args:
+        record: The epoch.
+        clock: Seconds of its phases.
+        counter: What its forward passes without gradient have read.
+        cap: Upper limit of the importance weights where rollouts were rescored; None where they were not.
+    """
+    metrics = {**rollout_metrics(record.rollouts, record.rewards, record.groups), **clock.seconds}
+    metrics["faults/rollouts"] = float(sum_over_ranks(torch.tensor(float(len(record.faults)))))
+    if cap is not None:
+        compared = record.mask & record.rescored[:, None]
+        difference = (record.logp_old - record.logp_sampler)[compared]
+        metrics |= mismatch(difference, record.importance[compared] == cap)
+    if counter.places:
+        tokens, seconds = float(counter.tokens), metrics["time/rescore"] + metrics["time/teacher"]
+        metrics["speed/score_tokens_per_s"] = tokens / max(seconds, 1e-9)
+        metrics["speed/score_padding"] = Mean(1 - tokens / counter.places, counter.places)
+    metrics["rollout/shaped_reward"] = float(record.shaped_rewards.mean())
+    metrics["signal/context_truncated"] = float(record.contexts_truncated)
+    return metrics
+
+
+def mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
+    """How far the sampler is from the trainer, from log P_trainer - log P_sampler of the sampled tokens [R] and whether
+    the importance weight was capped [R]; the KL is KL(sampler || trainer)."""
+    if not len(difference):
+        return {}
+    return {
+        "rollout/mismatch_mean": Mean(float(difference.abs().mean()), len(difference)),
+        "rollout/mismatch_max": float(difference.abs().max()),
+        "rollout/mismatch_kl": Mean(float(kl_estimate(difference).mean()), len(difference)),
+        "rollout/mismatch_capped": Mean(float(capped.float().mean()), len(difference)),
+    }
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) -> dict[str, float]:
+    """What every run logs of its rollouts."""
+    verdicts = [r.verdict for r in rollouts if r.verdict is not None]
+    correct = torch.tensor([v.correct for v in verdicts]).float()
+    size = torch.bincount(groups)
+    solved = torch.zeros(len(size)).index_add_(0, groups, correct) / size
+    lengths = torch.tensor([len(r.response_ids) for r in rollouts]).float()
+    metrics: dict[str, Tensor | float] = {
+        "rollout/reward": rewards.mean(),
+        "rollout/correct": correct.mean(),
+        "rollout/length": lengths.mean(),
+        "rollout/truncated": torch.tensor([r.truncated for r in rollouts]).float().mean(),
+        "rollout/faults": torch.tensor([v.fault for v in verdicts]).float().mean(),
+        "groups/all_correct": (solved == 1).float().mean(),
+        "groups/all_wrong": (solved == 0).float().mean(),
+        "groups/mixed": ((solved > 0) & (solved < 1)).float().mean(),
+    }
+    if all(r.entropy is not None for r in rollouts):
+        of_tokens = torch.cat([r.entropy for r in rollouts if r.entropy is not None])
+        of_tokens = of_tokens[of_tokens.isfinite()]
+        if len(of_tokens):
+            metrics["rollout/entropy"] = Mean(float(of_tokens.mean()), len(of_tokens))
+    labels = Counter(v.label for v in verdicts if v.label is not None)
+    metrics |= {f"labels/{label}": torch.tensor(count / len(verdicts)) for label, count in labels.items()}
+    return {tag: value if isinstance(value, Mean) else float(value) for tag, value in metrics.items()}

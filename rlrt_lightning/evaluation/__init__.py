@@ -1,0 +1,1 @@
+"""Evaluations: metrics with their intervals, and the files of their results."""

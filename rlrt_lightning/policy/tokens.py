@@ -1,0 +1,214 @@
+"""What a policy reads and writes: its configuration, tokenizer, chat template and special tokens."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rlrt_lightning.policy.chat import ChatTemplate, control_tokens, named_tokens
+from rlrt_lightning.runtime.errors import ConfigError, first_line
+from rlrt_lightning.tasks.base import Messages
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class TokenSide:
+    """The part of a `Policy` that can be known before its weights are there. Nothing is read from disk before it is
+    needed."""
+
+    path: str
+    chat: bool | None
+    chat_kwargs: dict[str, Any]
+    system_prompt: str | None
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            ConfigError: If there is no model at `path`, or it is no causal language model.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"model.policy.path: no model can be read at {self.path!r}: {reason(error)}") from error
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ConfigError(f"model.policy.path: {self.path!r} is a {config.model_type} model, not a causal LM")
+        return config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ConfigError: If there is none at `path`, or it has no chat template for `chat`, `chat_kwargs` or
+                `system_prompt`.
+        """
+        from transformers import AutoTokenizer
+
+        _ = self.config  # says more clearly what is wrong with a folder that holds no model at all
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"model.policy.path: no tokenizer can be read at {self.path!r}: {reason(error)}"
+            ) from error
+        asked = {"chat": self.chat, "system_prompt": self.system_prompt is not None, "chat_kwargs": self.chat_kwargs}
+        for setting, given in asked.items():
+            if given and not tokenizer.chat_template:
+                raise ConfigError(
+                    f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template"
+                )
+        if tokenizer.chat_template:
+            ChatTemplate(tokenizer, self.path, self.system_prompt, self.chat_kwargs)  # refuses what it has no use for
+        return tokenizer
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.path, self.system_prompt, self.chat_kwargs)
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end a response: those of the generation config and of the tokenizer."""
+        from transformers import GenerationConfig
+
+        try:
+            configured = GenerationConfig.from_pretrained(self.path).eos_token_id
+        except OSError:  # a folder without a generation_config.json
+            configured = self.config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        ends = sorted({int(e) for e in [*ends, self.tokenizer.eos_token_id] if e is not None})
+        if not ends:
+            raise ConfigError(
+                f"model.policy.path: {self.path!r} names no end-of-sequence token, so no response can end"
+            )
+        self.check_embedded(ends, "end tokens")
+        return ends
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model has positions for; None where it does not say. With longrope (Phi-3), only
+        those before a longer sequence in the batch would change the frequencies of all others."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return positions if positions is None else min([positions, *self._positions_before_longrope])
+
+    @property
+    def _positions_before_longrope(self) -> list[int]:
+        rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+        kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+        return [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are put into the chat template."""
+        return bool(self.tokenizer.chat_template) and self.chat is not False
+
+    @cached_property
+    def token_ids(self) -> frozenset[int]:
+        """Every token id that the tokenizer knows. The model may have fewer embeddings, or, padded, more."""
+        return frozenset(self.tokenizer.get_vocab().values())
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens by their text: also those that have no role such as end or padding."""
+        named = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        added = self.tokenizer.added_tokens_decoder
+        return named | {token.content: number for number, token in added.items() if token.special}
+
+    @property
+    def lacks_embeddings(self) -> bool:
+        """Whether the tokenizer has tokens that the model has no embedding for."""
+        rows = getattr(self.config.get_text_config(), "vocab_size", None)
+        return rows is not None and max(self.token_ids) >= rows
+
+    def check_embedded(self, ids: Sequence[int], what: str) -> None:
+        """Refuses tokens that the model cannot read or draw.
+
+        Args:
+            ids: The tokens.
+            what: What they are, in words.
+
+        Raises:
+            ConfigError: If some have no embedding.
+        """
+        rows = getattr(self.config.get_text_config(), "vocab_size", None)
+        if rows is None or max(ids, default=0) < rows:
+            return
+        beyond = sorted({i for i in ids if i >= rows})
+        names = ", ".join(f"{i} ({self.tokenizer.convert_ids_to_tokens(i)})" for i in beyond[:5])
+        raise ConfigError(
+            f"model.policy.path: the model at {self.path!r} has embeddings for token ids below {rows}, and its "
+            f"tokenizer gives {what} beyond them: {names}; resize the model's embeddings, or take the tokenizer that "
+            "belongs to it"
+        )
+
+    def prompt_text(self, prompt: str | Messages) -> str:
+        """Text of a prompt as the model reads it, up to where the response begins.
+
+        Raises:
+            ConfigError: If the chat template does not take it, or leaves out a part of it.
+        """
+        if not self.chats:
+            return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
+        return self._chat_template.render([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+
+    def encode_prompt(self, prompt: str | Messages) -> list[int]:
+        """Tokens of a prompt, up to where the response begins; see `prompt_text`.
+
+        Raises:
+            ConfigError: If the chat template refuses it, or the model has no embedding for one of its tokens.
+        """
+        text, tokenizer = self.prompt_text(prompt), self.tokenizer
+        # A chat template writes the special tokens itself.
+        ids = list(tokenizer(text, add_special_tokens=not self.chats)["input_ids"])
+        if not self.chats:  # some tokenizers end any text with an end token, after which no response begins
+            closing = {*self.end_tokens, *named_tokens(tokenizer, ("eos", "sep", "cls", "pad"))}
+            while ids and ids[-1] in closing:
+                ids.pop()
+        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # by the text and by the tokenizer
+            del ids[0]
+        self.check_embedded(ids, "a prompt tokens")
+        return ids
+
+    @cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        return control_tokens(self.tokenizer, self.end_tokens)
+
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """Text of response tokens, without end tokens, padding and what the chat template writes around messages. Other
+        special tokens, such as `<think>` or `<answer>` in some models, are text: see `chat.control_tokens`.
+
+        Args:
+            ids: The tokens. Those that the tokenizer does not know, of embeddings that only pad, have no text.
+            keep_special: Leave all special tokens in the text.
+        """
+        said = [i for i in ids if i in self.token_ids and (keep_special or i not in self._control_tokens)]
+        return str(self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def read_back(self, text: str) -> str:
+        """What becomes of a text within a response that the tokenizer takes apart and puts together again."""
+        a, b = (self.decode(self.tokenizer(t, add_special_tokens=False)["input_ids"], True) for t in (text, "a" + text))
+        return b if text in b else a  # at the beginning of a text some tokenizers drop white space
+
+
+def reason(error: Exception) -> str:
+    """Why a model cannot be read, in a line."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with Python code that would have to run to read it (auto_map), and that is never done; take a "
+            "model of an architecture that transformers has"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, which could run code when it is read; take a model "
+            "with safetensors"
+        )
+    return first_line(error)
