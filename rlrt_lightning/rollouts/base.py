@@ -137,6 +137,11 @@ class Rollout:
     verdict: Verdict | None = None
     logp_policy: Tensor | None = None
 
+    @property
+    def logp(self) -> Tensor:
+        """What the engine said of its tokens, `logp_sampler`, for scripts that look at nothing else."""
+        return self.logp_sampler
+
 
 @runtime_checkable
 class ScoringEngine(Protocol):
