@@ -55,7 +55,7 @@ def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
         shutil.copytree(ROOT / part, tmp_path / part)
     package = tmp_path / "rlrt_lightning"
     package.mkdir()
-    for file in ("__init__.py", "errors.py"):
+    for file in ("__init__.py", "py.typed"):
         shutil.copy(ROOT / "rlrt_lightning" / file, package)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (package / "user.py").write_text(

@@ -17,7 +17,8 @@ from torch import nn
 
 import rlrt_lightning
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.cli.commands import RLRTCli, argument_errors
+from rlrt_lightning.cli import argument_errors
+from rlrt_lightning.cli.commands import RLRTCli
 from rlrt_lightning.cli.given import given
 from rlrt_lightning.cli.refusals import run
 from rlrt_lightning.datamodule import RolloutDataModule
