@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.processes import ROOT
+
 UNTESTED_FLOORS = {"setuptools", "torch", "pytest-xdist", "ruff", "mypy", "vllm", "trl", "gguf"}
 """torch stays the one at hand, tools check the code and are not called by it, and the rest has environments of its
 own."""

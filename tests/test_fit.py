@@ -6,44 +6,13 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlrt_lightning.__main__ import main
 from rlrt_lightning.runtime.seeding import derive_seed
-
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "--data.benchmarks.heldout.limit=6",
-    "--data.benchmarks.longer.limit=3",
-    "--data.prompts_per_epoch=8",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.check_val_every_n_epoch=2",
-]
-
-
-def command(name: str, folder: Path, *flags: str, configs: tuple[str, ...] = ()) -> int:
-    files = ["configs/rlrt.yaml", *configs]
-    words = [f"--config={ROOT / file}" for file in files]
-    return main([name, *words, *SMALL, f"--trainer.logger.save_dir={folder}", *flags])
-
-
-def scalars(folder: Path, version: int = 0) -> dict[str, list[tuple[int, float]]]:
-    """Every curve of a run, as steps and values."""
-    log = EventAccumulator(str(folder / "rlrt" / f"version_{version}")).Reload()
-    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
-
-
-def comparable(curves: dict[str, Any]) -> dict[str, Any]:
-    return {tag: curve for tag, curve in curves.items() if not tag.startswith(("time/", "speed/")) and tag != "epoch"}
-
-
-def weights(folder: Path, version: int = 0) -> dict[str, torch.Tensor]:
-    path = folder / "rlrt" / f"version_{version}" / "checkpoints" / "last.ckpt"
-    return torch.load(path, weights_only=True)["state_dict"]
+from tests.helpers.command_line import command, comparable, scalars, weights
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +67,7 @@ def test_the_export_is_the_trained_policy_and_transformers_loads_it(run4: Path) 
 
 
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(run4: Path, tmp_path: Path) -> None:
-    """With a teacher that shares the policy's weights; tests/test_stopping.py has one with its own."""
+    """With a teacher that shares the policy's weights; tests/runtime/test_stopping.py has one with its own."""
     assert command("fit", tmp_path, "--trainer.max_epochs=2") == 0
     assert command("fit", tmp_path, "--trainer.max_epochs=4", "--ckpt_path=last") == 0
     expected, resumed = comparable(scalars(run4)), comparable(scalars(tmp_path, version=1))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import rlrt_lightning
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 LOOK = """
 import rlrt_lightning, rlrt_lightning.callbacks as c
 from rlrt_lightning import Policy, StrategySum

@@ -26,7 +26,7 @@ from rlrt_lightning import (
 )
 from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.runtime.run_files import run_folder
-from tests.test_fit import command, comparable, scalars, weights
+from tests.helpers.command_line import command, comparable, scalars, weights
 
 OURS = ["EpochMetrics", "SafeStop", "PromptPreview", "TeacherRefresh", "ReversedSignalLogger", "Evaluation"]
 OURS += ["RankGuard", "NumberGuard", "CollapseGuard", "RunCheckpoint"]

@@ -26,7 +26,7 @@ from rlrt_lightning import (
 from rlrt_lightning.resume import FORMAT, KEY, check, digest, of_object, rebuilt, settings
 from rlrt_lightning.runtime.optimizers import WarmUp, keep_settings, probe
 from rlrt_lightning.tasks import Problem
-from tests.test_fit import command, weights
+from tests.helpers.command_line import command, weights
 
 
 @pytest.fixture(scope="module")

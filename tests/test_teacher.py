@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlrt_lightning import ConfigError, Policy, Problem, Rollout, Teacher, TeacherWeights, Verdict
-from tests.tiny import policy
+from tests.helpers.tiny import policy
 
 TEMPLATE = "{prompt}<sol>{context}"
 

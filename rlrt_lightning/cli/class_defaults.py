@@ -7,7 +7,7 @@ from typing import Any
 
 # jsonargparse has no setting for this, so one of its functions is replaced. It looks the function up in its module at
 # each call: for the command line, for merged configs, and for classes nested in other classes.
-# tests/test_cli_defaults.py fails where a release renames it or stops calling it.
+# tests/cli/test_cli_defaults.py fails where a release renames it or stops calling it.
 import jsonargparse._typehints as typehints
 from jsonargparse import Namespace
 

@@ -44,8 +44,8 @@ def interval95(total: Tensor, squares: Tensor, problems: int | Tensor) -> Tensor
     nearly none, have too narrow an interval, or one of width 0. The interval holds the mean and lies within 0 and 1;
     for one problem it is 0 to 1, as one says nothing of others.
 
-    In the simulations of tests/test_metrics.py (1 to 500 problems, from alike to all or nothing; avg@16, pass@4 and
-    pass@16) it holds the true mean in at least 93 % of the cases in every setting.
+    In the simulations of tests/evaluation/test_metrics.py (1 to 500 problems, from alike to all or nothing; avg@16,
+    pass@4 and pass@16) it covers the true mean in at least 93 % of the cases in every setting.
 
     Args:
         total: Sum of the figures, float64 [...].

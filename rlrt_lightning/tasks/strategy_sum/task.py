@@ -129,7 +129,7 @@ class StrategySum(Task):
             time. False draws any last digit, and then calls the left-to-right strategy `slipping`. It changes the
             questions only, not the policy: the model that comes with the task was warm-started on the trap and goes on
             skipping the last place. For the control, in which left-to-right skips nothing and is right about 0.7 of
-            the time, make weights of its own with `python -m rlrt_lightning.tasks.strategy_sum.warm_start --no-trap`.
+            the time, make weights of its own with `python tools/warm_start.py --no-trap`.
         heldout: Number of held-out problems. No set of digits is in both splits, whatever the seed.
         train: Number of training problems; they take no memory.
         seed: Seed of the questions of both splits.

@@ -1,0 +1,152 @@
+"""How an epoch is dealt out: whatever the cut, the gradient is that of the mean over the mini-batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins import HalfPrecision
+
+from rlrt_lightning.epoch.batch import micro_batches, mini_batch_sizes
+from rlrt_lightning.epoch.record import EpochRecord
+from rlrt_lightning.module import RLRTModule
+from rlrt_lightning.objective import SDPO, SRPO, Credit, clipped_surrogate
+from rlrt_lightning.policy.model import Policy
+from rlrt_lightning.rollouts import Rollout
+from rlrt_lightning.teacher import Teacher
+from tests.helpers.epochs import distilled, epoch
+from tests.helpers.tiny import policy
+
+
+def share(data: EpochRecord, rank: int, ranks: int) -> EpochRecord:
+    """What one of several ranks has of an epoch's groups."""
+    kept = [i for i, r in enumerate(data.rollouts) if r.group % ranks == rank]
+    of_rows = {
+        name: [value[i] for i in kept] if isinstance(value, list) else value[kept]
+        for name, value in vars(data).items()
+        if isinstance(value, (list, torch.Tensor))
+    }
+    of_rows["rollouts"] = [Rollout(**{**vars(r), "group": r.group // ranks}) for r in of_rows["rollouts"]]
+    credit = Credit(data.credit.advantages[kept], data.credit.weights[kept], data.credit.asymmetry[kept])
+    questions = replace(data.questions, problems=data.problems[rank::ranks])
+    return replace(data, **of_rows, questions=questions, credit=credit)
+
+
+def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int) -> torch.Tensor:
+    """What Lightning accumulates: each loss divided by the number of micro-batches."""
+    made.zero_grad()
+    for batch in batches:
+        ids, attention, mask = batch.input_ids, batch.attention_mask, batch.response_mask
+        logp, _ = made.log_probs(ids, attention, mask, batch.temperature, batch.blocks, batch.shared)
+        loss = clipped_surrogate(logp, batch.logp_old, batch.advantages, batch.response_mask, aggregation=aggregation)
+        (loss.loss * batch.share / accumulate).backward()
+    return torch.cat([p.grad.flatten() for p in made.parameters()])
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["each prompt", "shared prompts"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 20])
+def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(
+    aggregation: Any, accumulate: int, share: bool
+) -> None:
+    made, data = policy(), epoch()
+    cut = list(micro_batches(data, 2, accumulate, aggregation, share_prompts=share))
+    if accumulate == 1:
+        assert any(batch.shared is not None for batch in cut) == share
+    assert len(cut) == 2 * accumulate
+    for step in range(2):
+        rows = [r for r in data.rollouts if r.group // 2 == step]
+        numbers = [i for i, r in enumerate(data.rollouts) if r.group // 2 == step]
+        made.zero_grad()
+        losses, tokens = [], 0
+        for i, r in zip(numbers, rows, strict=True):  # plain: one rollout after the other, those without advantage too
+            ids = torch.tensor([r.prompt_ids + r.response_ids])
+            logp = made.model(input_ids=ids).logits[0, len(r.prompt_ids) - 1 : -1].log_softmax(-1)
+            logp = logp.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
+            n = len(r.response_ids)
+            a, ratio = data.credit.advantages[i, :n], (logp - r.logp_sampler).exp()
+            objective = torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
+            losses.append(objective.sum() if aggregation == "token-mean" else objective.mean())
+            tokens += n
+        (-sum(losses) / (tokens if aggregation == "token-mean" else len(rows))).backward()
+        expected = torch.cat([p.grad.flatten() for p in made.parameters()]).clone()
+        got = gradient(made, cut[step * accumulate : (step + 1) * accumulate], aggregation, accumulate)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rollouts_without_advantage_are_not_trained_on() -> None:
+    data = epoch(prompts=2)
+    first, second = micro_batches(data, 2, 1, "token-mean")
+    assert first.share == 0.0
+    assert len(first.input_ids) == 1, "the whole group is equally good: one rollout stands in"
+    assert not first.advantages.any()
+    assert second.advantages.ne(0).any(-1).all()
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_distillation_has_the_gradient_of_the_plain_formula(aggregation: Any) -> None:
+    """Through chunks, micro-batches and the module's loss, against one rollout after the other."""
+    made = policy()
+    made.logits_chunk = 3
+    data = distilled(epoch(), made, k=4)
+    module = RLRTModule(made, Teacher(), SRPO(top_k=4), aggregation=aggregation)
+    module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    made.zero_grad()
+    for batch in micro_batches(data, 1, 3, aggregation):
+        (module.training_step(batch, 0)["loss"] / 3).backward()
+    got = torch.cat([p.grad.flatten() for p in made.parameters()]).clone()
+
+    made.zero_grad()
+    losses = []
+    for i, r in enumerate(data.rollouts):
+        logits = made.model(input_ids=torch.tensor([r.prompt_ids + r.response_ids])).logits[0]
+        logp_all = logits[len(r.prompt_ids) - 1 : -1].log_softmax(-1)
+        logp = logp_all.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
+        n = len(r.response_ids)
+        a, ratio = data.credit.advantages[i, :n], (logp - r.logp_sampler).exp()
+        loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
+        if (score := data.teacher[i]) is not None:
+            own = logp_all.gather(-1, score.top_tokens.long()).exp()
+            s = torch.cat([own, 1 - own.sum(-1, keepdim=True)], -1)
+            t = torch.cat([score.top_logp.exp(), 1 - score.top_logp.exp().sum(-1, keepdim=True)], -1)
+            m = (s + t) / 2
+            gap = ((s * (s / m).log()).sum(-1) + (t * (t / m).log()).sum(-1)) / 2
+            loss = loss + data.credit.distillation[i, :n] * ratio.detach().clamp(max=2) * gap
+        losses.append(loss.sum() if aggregation == "token-mean" else loss.mean())
+    (sum(losses) / (data.mask.sum() if aggregation == "token-mean" else len(losses))).backward()
+    expected = torch.cat([p.grad.flatten() for p in made.parameters()])
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_only_rollouts_with_a_context_count_in_sdpos_mean() -> None:
+    data = distilled(epoch(), policy(), k=4)
+    has_context = torch.tensor([s is not None for s in data.teacher])
+    data.credit = SDPO()(data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context)
+    sizes = mini_batch_sizes(data, 1)
+    assert sizes.tolist() == [[int(data.mask[has_context].sum()), int(has_context.sum())]]
+    (batch,) = micro_batches(data, 1, 1, "token-mean")
+    assert batch.share == pytest.approx(1.0)
+    assert len(batch.input_ids) == has_context.sum()
+
+
+def test_ranks_share_one_mean() -> None:
+    """Two ranks with groups of their own step as one rank with all."""
+    made, data = policy(), epoch()
+    whole = gradient(made, list(micro_batches(data, 1, 2, "token-mean")), "token-mean", 2).clone()
+    totals = torch.tensor([[data.mask.sum(), len(data.rollouts)]])
+    parts = []
+    for rank in range(2):
+        cut = micro_batches(share(data, rank, 2), 1, 2, "token-mean", world_size=2, totals=totals)
+        parts.append(gradient(made, list(cut), "token-mean", 2).clone())
+    torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_does_not_round_what_the_batch_holds() -> None:
+    """Lightning converts every tensor that it finds in a batch under bf16-true; log-probs would be off by 1 %."""
+    (batch,) = micro_batches(epoch(), 1, 1, "token-mean")
+    seen = HalfPrecision("bf16-true").convert_input(batch)
+    seen = seen.to(torch.device("cpu"))
+    assert seen.logp_old.dtype == torch.float32
+    assert torch.equal(seen.logp_old, batch.logp_old)

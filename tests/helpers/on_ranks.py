@@ -1,0 +1,195 @@
+"""Runs that tests/runtime/test_strategies.py compares, on one process or several:
+
+torchrun --nproc-per-node 2 -m tests.helpers.on_ranks ddp FOLDER RUN...
+
+Each writes what it saw to FOLDER/RUN.pt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+
+from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling, StrategySum
+from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
+from rlrt_lightning.datamodule import Benchmark
+from rlrt_lightning.objective import SRPO
+from rlrt_lightning.policy.lora import LoRA
+from rlrt_lightning.policy.model import Policy
+from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
+from rlrt_lightning.rollouts import TransformersEngine
+from rlrt_lightning.tasks import Problem, Verdict
+from rlrt_lightning.teacher import Teacher
+
+TEMPLATE = "{prompt}<sol>{context}"
+
+
+class Recorder(Callback):
+    """The rollouts of each epoch, the loss, gradients of each step, and the weights at the end."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"gradients": [], "figures": [], "rollouts": [], "teacher": []}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.policy.model.named_parameters()
+        self.seen["gradients"].append({n: whole(p.grad).clone() for n, p in named if p.grad is not None})
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.seen["rollouts"]:
+            self._figures(trainer)
+        epoch = trainer.datamodule.epoch
+        self.seen["rollouts"].append([(r.prompt_ids, r.response_ids) for r in epoch.rollouts])
+        self.seen["teacher"].append(
+            [(r.response_ids, s.logp) for r, s in zip(epoch.rollouts, epoch.teacher, strict=True) if s is not None]
+        )
+        self.seen["shape"] = [str(p.shape) for p in pl_module.policy.parameters() if p.requires_grad]
+        self.seen["held"] = sum(getattr(p, "_local_tensor", p).numel() for p in pl_module.parameters())
+
+    def _figures(self, trainer: Any) -> None:
+        """Those of the epoch before, which the module logs after all callbacks have seen its end."""
+        self.seen["figures"].append({t: float(v) for t, v in trainer.callback_metrics.items()})
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._figures(trainer)
+        self.seen["weights"] = {n: whole(p.detach()).clone() for n, p in pl_module.policy.model.named_parameters()}
+
+
+class OnlyEvenSolvable(StrategySum):
+    """Every second problem of the stream has no right answer, so that one of two ranks has nothing to learn from."""
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        verdict = super().verify(problem, completion)
+        return verdict if int(problem.id.rpartition("-")[2]) % 2 == 0 else Verdict(0.0, False)
+
+
+class Unshuffled(RolloutDataModule):
+    def _row(self, position: int) -> int:
+        return position
+
+
+class Fails(Callback):
+    """On the second rank, in the second epoch."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_rank == 1 and trainer.current_epoch == 1:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            raise ValueError("the disk of the second rank is on fire")
+
+
+class Asked(Callback):
+    """To end, by a signal to the second rank, while it computes with the first micro-batch of the second epoch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.global_rank, trainer.current_epoch, batch_idx) == (1, 1, 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any) -> dict[str, Any]:
+    """Trains; what can be changed is read off below."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    sharding = changes.pop("sharding", {})
+    chosen: Any = {"fsdp2": FSDP2Strategy(**sharding), "one": "auto"}.get(strategy, strategy)
+    recorder = Recorder()
+    callbacks = [TeacherRefresh(**changes.pop("refresh", {})), Evaluation(table=0), RankGuard(timeout_s=10), recorder]
+    callbacks.append(ReversedSignalLogger(picture_every_n_epochs=0))
+    callbacks += changes.pop("callbacks", [])
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=chosen,
+        max_epochs=epochs,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        limit_val_batches=changes.pop("limit_val_batches", 0),
+        num_sanity_val_steps=0,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.5,
+        precision=changes.pop("precision", "32-true"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder / name,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=changes.get("save", False),
+    )
+    lora = LoRA(rank=4, targets=["q_proj", "down_proj"]) if changes.pop("lora", False) else None
+    torch.manual_seed(0)
+    module = RLRTModule(
+        Policy(lora=lora, gradient_checkpointing=changes.pop("gradient_checkpointing", False)),
+        Teacher(TEMPLATE, rest_on_cpu=changes.pop("rest_on_cpu", False)),
+        method=changes.pop("method", RLRT()),
+        # With a small eps a weight whose gradient is nothing but rounding would take as large a step as any other.
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3, weight_decay=0.0),
+        warmup_steps=0,
+    )
+    data = changes.pop("data", RolloutDataModule)(
+        task=changes.pop("task", None),
+        engine=TransformersEngine(dtype=changes.pop("engine_dtype", None)),
+        sampling=Sampling(max_new_tokens=30),
+        prompts_per_epoch=8,
+        rollouts_per_prompt=4,
+        benchmarks={"heldout": Benchmark(samples=2, limit=5)},
+        eval_prompts=2,
+    )
+    save, resume = changes.pop("save", False), changes.pop("resume", None)
+    assert not changes, f"nobody reads {list(changes)}"
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    if save:
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+    if trainer.is_global_zero:
+        torch.save(recorder.seen, folder / f"{name}.pt")
+    return recorder.seen
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {"limit_val_batches": 1.0},
+    "lora": {"lora": True, "refresh": {"ema_decay": 0.5}},
+    "lora_frozen": {"lora": True, "refresh": {"every_n_epochs": None}},
+    "ema": {"refresh": {"ema_decay": 0.5}, "rest_on_cpu": True},
+    "copied": {"engine_dtype": "float32", "gradient_checkpointing": True, "epochs": 1},
+    "srpo": {"method": SRPO(context="answer", normalize_std=True), "epochs": 1},
+    "one_sided": {"task": OnlyEvenSolvable(), "data": Unshuffled},
+    "bf16": {"precision": "bf16-mixed", "epochs": 1},
+    "bf16_true": {"precision": "bf16-true", "epochs": 1, "lora": True},
+    "saved": {"epochs": 1, "save": True, "refresh": {"ema_decay": 0.5}},
+    "saved_whole": {
+        "epochs": 1,
+        "save": True,
+        "refresh": {"ema_decay": 0.5},
+        "sharding": {"save_distributed_checkpoint": False},
+    },
+    "stops": {"save": True, "refresh": {"ema_decay": 0.5}, "callbacks": [SafeStop(), Asked()]},
+    "fails": {"callbacks": [Fails("raises")], "epochs": 3},
+    "hangs": {"callbacks": [Fails("stopped")], "epochs": 3},
+    "dies": {"callbacks": [Fails("killed")], "epochs": 3},
+}
+
+
+def main() -> None:
+    strategy, folder, *names = sys.argv[1:]
+    for name in names:
+        if name == "exported":
+            run(strategy, Path(folder), name, epochs=1, callbacks=[HFExport(str(Path(folder) / name))])
+        elif name == "exported_adapter":
+            export = HFExport(str(Path(folder) / name), adapter=True)
+            run(strategy, Path(folder), name, epochs=1, lora=True, callbacks=[export])
+        elif name.startswith("resumed:"):  # resumed:NAME:CHECKPOINT
+            _, new, checkpoint = name.split(":")
+            run(strategy, Path(folder), new, epochs=2, resume=checkpoint, refresh={"ema_decay": 0.5})
+        else:
+            run(strategy, Path(folder), name, **RUNS[name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Token log-probs: the model's own, in chunks, whatever the architecture does after its head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlrt_lightning import ConfigError, LoRA, Policy
+from rlrt_lightning.policy.padding import pad_sequences
+from tests.helpers.tiny import ARCHITECTURES, policy
+
+SEQUENCES = [([5, 6, 7], [8, 9, 1]), ([4], [10, 11, 12, 13, 1]), ([5, 9, 3, 2, 7, 8], [20])]
+
+
+def plain(model: torch.nn.Module, temperature: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probs and entropies from whole logits, a sequence at a time."""
+    logps, entropies = [], []
+    for prompt, response in SEQUENCES:
+        ids = torch.tensor([prompt + response])
+        logp = (model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
+        logps.append(logp.gather(-1, torch.tensor(response)[:, None])[:, 0])
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    return logps, entropies
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_log_probs_entropy_and_gradients_are_those_of_the_plain_forward(architecture: str) -> None:
+    made = policy(architecture, logits_chunk=2)
+    made.model.eval()
+    logp, entropy = made.log_probs(*pad_sequences(SEQUENCES), temperature=0.7)
+    (logp.sum() + 0.3 * entropy.sum()).backward()
+    ours = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+    made.model.zero_grad()
+
+    expected, expected_entropy = plain(made.model, 0.7)
+    (torch.cat(expected).sum() + 0.3 * torch.cat(expected_entropy).sum()).backward()
+    for row, (prompt, response) in enumerate(SEQUENCES):
+        where = slice(len(prompt), len(prompt) + len(response))
+        torch.testing.assert_close(logp[row, where], expected[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(entropy[row, where], expected_entropy[row], rtol=1e-4, atol=1e-5)
+    for name, p in made.model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-4, msg=name)
+    assert ours
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_head_is_known_for_the_common_architectures(architecture: str) -> None:
+    assert policy(architecture)._head_is_known
+
+
+def test_an_unknown_head_falls_back_to_the_whole_forward(caplog: pytest.LogCaptureFixture) -> None:
+    made = policy()
+    head = made.model.forward
+
+    def odd(*args: object, **kwargs: object) -> object:
+        out = head(*args, **kwargs)
+        out.logits = out.logits * 0.5  # no setting of the configuration tells
+        return out
+
+    made.model.forward = odd
+    made.adopt(made.model)
+    assert "more memory" in caplog.text
+    scores = made.score(SEQUENCES)
+    expected, _ = plain(made.model.eval(), 1.0)
+    for got, want in zip(scores, expected, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 1000])
+def test_scores_do_not_depend_on_the_batch(tokens: int) -> None:
+    made = policy(score_tokens=tokens)
+    expected, _ = plain(made.model.eval(), 1.0)
+    for got, want in zip(made.score(SEQUENCES), expected, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        made = Policy(gradient_checkpointing=checkpointing)
+        made.load()
+        made.log_probs(*pad_sequences(SEQUENCES))[0].sum().backward()
+        grads.append([p.grad for p in made.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_go_through_the_chat_template_unless_told_otherwise() -> None:
+    assert Policy().decode(Policy().encode_prompt("a4b5")) == "a4b5"
+    special = Policy().tokenizer.convert_ids_to_tokens(Policy().encode_prompt("a4b5"))
+    assert special == ["<q>", *"a4b5", "<ans>"]
+    assert Policy(chat=False).tokenizer.convert_ids_to_tokens(Policy(chat=False).encode_prompt("a4")) == ["a", "4"]
+    conversation = [{"role": "user", "content": "a1"}, {"role": "assistant", "content": "D#1"}]
+    tokens = Policy().tokenizer.convert_ids_to_tokens(Policy().encode_prompt([*conversation, conversation[0]]))
+    assert "".join(tokens) == "<q>a1<ans>D#1<eos><q>a1<ans>"
+
+
+def test_what_is_wrong_with_a_model_is_said_before_weights_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.policy.path: no model can be read at '.*nowhere'"):
+        _ = Policy(path=str(tmp_path / "nowhere")).config
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ConfigError, match="is a vit model, not a causal LM"):
+        _ = Policy(path=str(tmp_path)).config
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"model\.policy\.path"):
+        _ = Policy(path=str(tmp_path)).config
+    with pytest.raises(ConfigError, match="logits_chunk"):
+        Policy(logits_chunk=0)
+
+
+def test_a_template_that_is_not_there_is_missed_at_once(tmp_path: Path) -> None:
+    source = Policy()
+    source.tokenizer.chat_template = None
+    source.tokenizer.save_pretrained(tmp_path)
+    source.config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.policy.chat is set, but .* has no chat template"):
+        _ = Policy(path=str(tmp_path), chat=True).tokenizer
+    assert Policy(path=str(tmp_path)).encode_prompt("a4") == Policy(chat=False).encode_prompt("a4")
+
+
+def test_adapters_alone_are_trained_and_merge_into_an_ordinary_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made, plain = Policy(lora=LoRA(rank=4)), Policy()
+    made.load()
+    plain.load()
+    trained = [name for name, p in made.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    for got, want in zip(made.score(SEQUENCES), plain.score(SEQUENCES), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)  # adapters begin as nothing
+    with torch.no_grad():
+        for name, p in made.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    merged = dict(made.merged_weights())
+    assert set(merged) == set(plain.model.state_dict())
+    made.model.save_pretrained(tmp_path, state_dict=merged)
+    plain.adopt(AutoModelForCausalLM.from_pretrained(tmp_path))
+    for got, want in zip(made.score(SEQUENCES), plain.score(SEQUENCES), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_adapters_for_layers_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.policy\.lora: .*nothing_like_it"):
+        Policy(lora=LoRA(targets=["nothing_like_it"])).load()

@@ -1,0 +1,163 @@
+"""Nothing is overwritten that the run did not make."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from rlrt_lightning import ConfigError
+from rlrt_lightning.__main__ import main
+from rlrt_lightning.analysis.figures import fresh
+from rlrt_lightning.callbacks import HFExport
+from rlrt_lightning.evaluation.results import CURVES, Results, write_tables
+from rlrt_lightning.runtime.run_files import own, run_folder
+from tests.helpers.command_line import SMALL, command
+from tests.helpers.processes import ROOT
+
+WORDS = [*SMALL, "--trainer.max_epochs=1", "--reversed_signal.picture_every_n_epochs=1"]
+
+IDS = count()
+
+
+class Shared(Logger):
+    """Like wandb's: one save_dir for all runs, and an id for each.
+
+    Args:
+        save_dir: Where to.
+    """
+
+    def __init__(self, save_dir: str = ".") -> None:
+        super().__init__()
+        self._save_dir, self._id = save_dir, f"id{next(IDS)}"
+
+    @property
+    def name(self) -> str:
+        return "project"
+
+    @property
+    def version(self) -> str:
+        return self._id
+
+    @property
+    def save_dir(self) -> str:
+        return self._save_dir
+
+    def log_metrics(self, *_: Any, **__: Any) -> None: ...
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.logger=false"],
+        ["--trainer.logger=tests.runtime.test_run_files.Shared"],
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.logger.name="],
+        ["--trainer.fast_dev_run=true"],
+    ],
+    ids=lambda flags: flags[0].split("=")[1],
+)
+def test_the_users_own_files_stay(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config of the user's in the folder from which the run is started, and results beside it."""
+    monkeypatch.chdir(tmp_path)
+    mine = {"config.yaml": (ROOT / "configs" / "rlrt.yaml").read_text()}
+    mine |= dict.fromkeys(("evaluation/heldout.jsonl", "signal/epoch-0.html", "metrics.csv", "export/model"), "mine")
+    for name, text in mine.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    for command_ in ("fit", "validate"):
+        assert main([command_, "--config=config.yaml", *WORDS, "--trainer.callbacks+=HFExport", *flags]) == 0
+    for name, text in mine.items():
+        assert Path(name).read_text() == text, name
+    if "fast" in flags[0]:
+        assert not list(Path.cwd().rglob("*.ckpt"))
+        assert len(list(Path.cwd().rglob("config.yaml"))) == 1
+    else:
+        assert len({path.parent for path in Path.cwd().rglob("config.yaml")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("logger", "there"),
+    [("CSVLogger", "metrics.csv"), ("CSVLogger", "config.yaml"), ("TensorBoardLogger", "signal/epoch-0.html")],
+)
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # what Lightning would do is prevented
+def test_a_folder_in_which_another_run_has_written_is_refused(
+    logger: str, there: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine" / "v" / there
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    place = [f"--trainer.logger={logger}", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.name=mine"]
+    assert main(["fit", *WORDS, *place, "--trainer.logger.version=v"]) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "is there already and would be overwritten" in line
+    assert file.read_text() == "mine"
+
+
+def test_a_run_finds_its_own_files_again(tmp_path: Path) -> None:
+    """`fit` and then `test` of one trainer, or of two that share a logger."""
+    logger = CSVLogger(tmp_path, "mine", "v")
+    for _ in range(2):
+        trainer = Trainer(logger=logger)
+        path = own(trainer, "signal")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "file").touch()
+    with pytest.raises(ConfigError, match="is there already"):
+        own(Trainer(logger=CSVLogger(tmp_path, "mine", "v")), "signal")
+
+
+def test_runs_without_a_logger_have_folders_of_their_own(tmp_path: Path) -> None:
+    def folder(root: Path) -> Path:
+        return run_folder(Trainer(logger=False, default_root_dir=root))
+
+    assert folder(tmp_path / "new") == tmp_path / "new"
+    (tmp_path / "config.yaml").touch()
+    assert [folder(tmp_path).name for _ in range(2)] == ["version_0", "version_1"]
+    trainer = Trainer(logger=Shared(str(tmp_path)), enable_checkpointing=False)
+    assert run_folder(trainer) == tmp_path / "project" / str(trainer.logger.version)
+
+
+def test_an_export_overwrites_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("mine")
+    export = ["--trainer.callbacks+=HFExport", f"--trainer.callbacks.path={tmp_path / 'model'}"]
+    assert command("fit", tmp_path, "--trainer.max_epochs=1", *export) == 2
+    assert "HFExport.path: " in capfd.readouterr().err
+    module: Any = SimpleNamespace(policy=SimpleNamespace(lora=None))
+    trainer = Trainer(logger=False, default_root_dir=tmp_path)
+    HFExport(str(tmp_path / "other")).setup(trainer, module, "fit")
+
+
+@pytest.mark.parametrize("name", ["heldout.jsonl", "heldout-rank1.jsonl", "heldout.parquet", CURVES])
+def test_data_files_are_not_taken_for_results(name: str, tmp_path: Path) -> None:
+    """Such as the data set itself, in the folder that evaluation.results names."""
+    (tmp_path / name).write_text('{"prompt": "a"}\n')
+    with pytest.raises(ConfigError, match=rf"evaluation\.results: .*{name} is there already"):
+        Results(tmp_path, "heldout").begin({"samples": 1})
+    assert (tmp_path / name).read_text() == '{"prompt": "a"}\n'
+
+
+def test_a_further_benchmark_keeps_the_curves_of_the_others(tmp_path: Path) -> None:
+    row = {"problem": "p", "samples": 1, "correct": 1}
+    for name in ("a", "b", "b"):
+        Results(tmp_path, name).begin({"samples": 1, "weights": "w"})
+        write_tables(tmp_path, {name: [row]})
+    lines = (tmp_path / CURVES).read_text().splitlines()
+    assert [line.split(",")[:3] for line in lines[1:]] == [["a", "1", "1.0"], ["b", "1", "1.0"]]
+
+
+def test_figures_overwrite_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "curves.csv").touch()
+    assert main(["curves", f"a={tmp_path}", f"--out={tmp_path}"]) == 2
+    said = capfd.readouterr().err
+    assert "curves.csv is there already and would be overwritten; name another folder by --out" in said
+    assert fresh(tmp_path, "pass_at_k") == tmp_path
+    (tmp_path / "shift_summary.csv").touch()
+    with pytest.raises(ConfigError, match="shift_summary"):
+        fresh(tmp_path, "shift")

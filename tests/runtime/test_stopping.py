@@ -1,0 +1,282 @@
+"""Runs that are stopped, and runs that are killed, and what they go on from."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+
+from rlrt_lightning.runtime.checkpoints import SAFE, WholeCheckpointIO, newest, no_code, problem
+from rlrt_lightning.runtime.errors import ConfigError
+from tests.helpers.command_line import command, scalars, union, weights
+from tests.helpers.processes import ROOT
+
+FLAGS = [
+    "--trainer.max_epochs=4",
+    "--trainer.accumulate_grad_batches=2",
+    "--checkpoint.every_n_epochs=4",
+    "--teacher_refresh.every_n_epochs=2",
+    "--teacher_refresh.ema_decay=0.5",
+    "--model.method.lam_decay_steps=10",
+    "--data.rescore=true",
+]
+
+
+class Sends(Callback):
+    """SIGTERM in the middle of a phase of the second epoch.
+
+    Args:
+        phase: rollout, teacher, update, validation or save.
+    """
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        data, teacher = trainer.datamodule, pl_module.teacher
+        generate, score = data.engine.generate, teacher.score
+
+        def generates(*args: Any) -> Iterator[Any]:
+            for i, rollout in enumerate(generate(*args)):
+                yield rollout
+                if i == 2 and trainer.current_epoch == 1:
+                    self.send("validation" if trainer.validating else "rollout")
+
+        def scores(*args: Any, **kwargs: Any) -> Any:
+            if trainer.current_epoch == 1:
+                self.send("teacher")
+            return score(*args, **kwargs)
+
+        data.engine.generate, teacher.score = generates, scores
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 0:
+            self.send("update")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        self.send("save")
+
+    def send(self, phase: str) -> None:
+        if phase == self.phase:
+            self.phase = ""
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop(folder: Path, phase: str, *flags: str) -> int:
+    """Exit code of a run that gets SIGTERM."""
+    sends = ["--trainer.callbacks+=tests.runtime.test_stopping.Sends", f"--trainer.callbacks.phase={phase}"]
+    with pytest.raises(SystemExit) as end:
+        command("fit", folder, *FLAGS, *sends, *flags)
+    return int(end.value.code or 0)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # `validate` has other settings
+def test_a_run_that_is_stopped_goes_on_from_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM in each phase of an epoch in turn, where checkpoints are made every four epochs only."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command("fit", whole, *FLAGS) == 0
+    said = []
+    for i, phase in enumerate(("rollout", "teacher", "update", "validation")):
+        assert stop(cut, phase, *(["--ckpt_path=last"] if i else [])) == 143
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("stopped by")]
+        said.append(line)
+        if phase == "update":
+            assert command("fit", cut, *FLAGS, "--ckpt_path=last", "--trainer.accumulate_grad_batches=1") == 2
+            assert "1 ranks with trainer.accumulate_grad_batches=2; go on with the same" in capfd.readouterr().err
+            assert command("validate", cut, *FLAGS[3:5], "--ckpt_path=last") == 0
+            for version in (3, 4):  # what these two have written
+                shutil.rmtree(cut / "rlrt" / f"version_{version}")
+    assert "stopped by SIGTERM: saved after 2 optimizer steps as " in said[0]
+    assert "go on with --ckpt_path last" in said[0]
+    assert "all 2 optimizer steps are saved" in said[1], "there was nothing new"
+    assert "after 3 optimizer steps" in said[2], "in the middle of the epoch"
+    assert "after 4 optimizer steps" in said[3]
+    assert command("fit", cut, *FLAGS, "--ckpt_path=last") == 0
+    assert union(cut) == union(whole)
+    final = weights(cut, version=4)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, final[name]), name
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert stop(tmp_path, "save", "--checkpoint.every_n_epochs=1") == 143
+    assert "all 2 optimizer steps are saved" in capfd.readouterr().err
+    (folder,) = tmp_path.glob("rlrt/version_0/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0.ckpt", "last.ckpt"]
+    assert problem(folder / "last.ckpt", resume=True) is None
+
+
+def test_under_slurm_the_job_is_saved_and_requeued_where_it_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    slurm = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in {**slurm, "NTASKS_PER_NODE": "1", "NODELIST": "localhost"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "scontrol").write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
+    (bin_ / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    monkeypatch.setattr(signal, "SIGTERM", signal.SIGUSR1)  # what Sends sends
+    root = f"--trainer.default_root_dir={tmp_path}"
+    assert stop(tmp_path, "update", root) == 143
+    assert (tmp_path / "asked").read_text().split() == ["requeue", "7"]
+    assert "after 3 optimizer steps, and asked SLURM to start the job again" in capfd.readouterr().err
+    assert problem(tmp_path / "hpc_ckpt_1.ckpt", resume=True) is None
+    assert command("fit", tmp_path, *FLAGS, root, "--trainer.max_epochs=2") == 0  # the same command, nothing added
+    assert [step for step, _ in scalars(tmp_path, 1)["train/loss"]] == [3]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--checkpoint.every_n_train_steps=1", "checkpoint.every_n_train_steps saves where a run cannot be resumed"),
+        ("--checkpoint.dirpath=/dev/null/here", "checkpoints cannot be written to /dev/null/here: Not a directory"),
+        ("--trainer.logger.save_dir=/dev/null/here", "cannot be written"),
+    ],
+)
+def test_what_would_go_wrong_at_the_first_epochs_end_is_said_at_the_start(
+    flag: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command("fit", tmp_path, "--trainer.max_epochs=1", flag) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert said in line
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def checkpoint(path: Path, size: int = 1000, **parts: Any) -> Path:
+    """What has all parts of a checkpoint."""
+    whole = {
+        "pytorch-lightning_version": "2.6",
+        "loops": {},
+        "lr_schedulers": [],
+        "state_dict": {"w": torch.ones(size)},
+    }
+    WholeCheckpointIO().save_checkpoint({**whole, **parts}, path)
+    return path
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch it-ran",)
+
+
+def test_the_newest_complete_checkpoint_is_taken_and_the_others_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = checkpoint(tmp_path / "a" / "epoch-0.ckpt")
+    truncated = tmp_path / "a" / "last.ckpt"
+    truncated.write_bytes(good.read_bytes()[:-100])
+    other = tmp_path / "b" / "epoch-1.ckpt"
+    other.parent.mkdir()
+    torch.save({"weights": torch.ones(3)}, other)
+    code = tmp_path / "b" / "epoch-2.ckpt"
+    torch.save({**torch.load(good), "callbacks": Code()}, code)
+    pickled = tmp_path / "b" / "epoch-3.ckpt"
+    pickled.write_bytes(pickle.dumps(Code()))
+    shards = tmp_path / "b" / "epoch-4.ckpt"
+    shards.mkdir()
+    index = tmp_path / "b" / "epoch-5.ckpt"
+    index.mkdir()
+    (index / ".metadata").write_bytes(pickle.dumps(Code()))
+    (index / "meta.pt").write_bytes(good.read_bytes())
+    os.utime(index / "meta.pt", (6, 6))
+    for i, path in enumerate((good, truncated, other, code, pickled, shards)):
+        os.utime(path, (i, i))
+    assert newest([tmp_path], [], resume=True) == good
+    assert [record.getMessage().split(", going on")[0].split(", which ")[1] for record in caplog.records] == [
+        "holds objects that are not loaded, because loading them could run code",
+        "is not a complete folder of shards",
+        "is truncated, or not a checkpoint at all",
+        "holds objects that are not loaded, because loading them could run code",
+        "is not a checkpoint of Lightning",
+        "is truncated, or not a checkpoint at all",
+    ]
+    assert not (tmp_path / "it-ran").exists()
+    good.unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint can be read; the newest is .*epoch-5.ckpt, which"):
+        newest([tmp_path], [], resume=True)
+    assert newest([tmp_path / "c"], [], resume=True) is None
+
+
+def test_shards_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch reads what is no tensor in them by `torch.load(..., weights_only=False)`."""
+    monkeypatch.chdir(tmp_path)
+    file = io.BytesIO()
+    torch.save(Code(), file)
+    file.seek(0)
+    with no_code(), pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=False)
+    assert SAFE not in os.environ
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_alone_are_evaluated_but_not_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    torch.save({"pytorch-lightning_version": "2.6", "loops": {}, "state_dict": {}}, path)
+    assert problem(path, resume=False) is None
+    assert "weights alone" in str(problem(path, resume=True))
+
+
+@pytest.mark.parametrize("limit", [0, 10_000, 200_000])
+def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path, limit: int) -> None:
+    """The system's limit on a file's size stands in for a full disk."""
+    path = checkpoint(tmp_path / "last.ckpt", 10)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(
+            ConfigError, match=r"last.ckpt cannot be written: File too large; .* go on with --ckpt_path"
+        ):
+            checkpoint(path, 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    other = checkpoint(tmp_path / "other.ckpt", state_dict={"policy.model.lm_head.weight": torch.ones(2, 2)})
+    assert command("fit", tmp_path, f"--ckpt_path={other}") == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "the checkpoint holds another model" in line
+
+
+def test_a_run_counted_in_steps_is_not_resumed_inexactly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint(tmp_path / "last.ckpt")
+    assert command("fit", tmp_path, f"--ckpt_path={path}", "--trainer.max_steps=8") == 2
+    assert "trainer.max_steps: a run is resumed exactly only where its end" in capfd.readouterr().err
+
+
+def test_a_run_that_is_killed_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    """The short version of the benchmark."""
+    words = ["--kills=2", "--epochs=3", "--phases", "checkpoint", "update", f"--out={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "kill.py"), *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "2 kills: the same bit for bit" in done.stdout
