@@ -210,12 +210,10 @@ class Reflection:
         seeds = [derive_seed(data.seed, "continuations", i) for i in range(len(prompts))]
         verdicts: list[list[Future[Verdict]]] = [[] for _ in prompts]
         with data.computing():
-            for continuation in data.engine.generate(
-                prompts, self.continuations, spec.sampling or data.sampling, seeds
-            ):
-                rollout, prefix = prefixes[continuation.group]
-                text = module.policy.decode(prefix + continuation.response_ids)
-                verdicts[continuation.group].append(verifier.submit(problems[rollout.group], text))
+            for drawn in data.engine.generate(prompts, self.continuations, spec.sampling or data.sampling, seeds):
+                rollout, prefix = prefixes[drawn.group]
+                text = module.policy.decode(prefix + drawn.response_ids)
+                verdicts[drawn.group].append(verifier.submit(problems[rollout.group], text))
         return [[future.result() for future in futures] for futures in verdicts]
 
     def _write(self, rows: list[dict[str, Any]], out: Path) -> list[Path]:
