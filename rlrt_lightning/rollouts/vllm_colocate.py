@@ -138,7 +138,7 @@ class VllmColocateEngine(VllmEngine):
         )
         self._awake = True
         torch.set_num_threads(threads)
-        # vLLM has initialized torch.distributed, which Lightning takes for a distributed run of its own.
+        # vLLM has initialized torch.distributed, so Lightning takes its single device for a distributed run.
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         return self._llm
 
