@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.analysis.reflection import choose_positions, flip_rates, kind_of, position_kl
-from rlrt_lightning.analysis.shift import compare_positions, summarise
+from rlrt_lightning.analysis.reflection import choose_positions, difficulty, flip_rates, position_kl
+from rlrt_lightning.analysis.shift import compare_positions, summarize
 from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.evaluation.results import pass_curve
 from tests.helpers.command_line import command
@@ -72,15 +72,15 @@ def test_compared_positions_are_those_of_the_definitions() -> None:
 
 def test_the_summary_counts_shifted_positions_only() -> None:
     js = torch.tensor([0.05, 0.2, 0.3])
-    figures = summarise(js, torch.tensor([1e-9, 0.5, 0.005]), torch.tensor([[0.0], [1.0], [0.0]]))
+    figures = summarize(js, torch.tensor([1e-9, 0.5, 0.005]), torch.tensor([[0.0], [1.0], [0.0]]))
     assert figures["shifted"] == pytest.approx(2 / 3)
     assert figures["overlap@1"] == 0.5
     assert [figures[f"base_below_{t}"] for t in ("0.1", "0.01", "0.001")] == [0.5, 0.5, 0.0]
-    assert "overlap@1" not in summarise(js[:1], torch.ones(1), torch.ones(1, 1)), "nothing has moved"
+    assert "overlap@1" not in summarize(js[:1], torch.ones(1), torch.ones(1, 1)), "nothing has moved"
 
 
 def test_which_problems_are_hard_and_easy() -> None:
-    assert [kind_of(c, 8) for c in range(9)] == ["hard"] * 3 + [None, None] + ["easy"] * 3 + [None]
+    assert [difficulty(c, 8) for c in range(9)] == ["hard"] * 3 + [None, None] + ["easy"] * 3 + [None]
 
 
 def test_positions() -> None:
@@ -213,7 +213,7 @@ def test_shift(trained: Path, tmp_path: Path) -> None:
 
 def test_shift_needs_a_trained_policy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["shift", f"--config={ROOT / 'configs' / 'rlrt.yaml'}", "--trainer.logger=false"]) == 2
-    assert "give --ckpt_path" in capfd.readouterr().err
+    assert "set --ckpt_path" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "P"])
@@ -239,8 +239,8 @@ def test_reflection(text: str, trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--text=Wait, let me reconsider.",), "of which the tokenizer does not know all"),
-        (("--text=", "--benchmark=nothing"), "there is no benchmark nothing; there are heldout, longer"),
+        (("--text=Wait, let me reconsider.",), "which the tokenizer cannot encode"),
+        (("--text=", "--benchmark=nothing"), "benchmark is nothing; it has to be one of heldout, longer"),
         (("--text=", "--limit=1", "--samples=2"), "no rollout can be cut"),
     ],
 )
@@ -252,7 +252,7 @@ def test_reflection_says_what_is_wrong(
 
 
 def test_styles_differ_in_colour_line_and_marker() -> None:
-    from rlrt_lightning.analysis.figures import STYLES
+    from rlrt_lightning.analysis.plots import STYLES
 
     for field in range(4):
         values = [str(style[field]) for style in STYLES]

@@ -181,7 +181,7 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path, canary: Path, monkeypat
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **settings: load(str(tmp_path / "evil"), **settings))
-    with pytest.raises(ConfigError, match="nor a data set that can be loaded"):
+    with pytest.raises(ConfigError, match="nor a dataset that can be loaded"):
         DatasetTask(train="owner/evil").problems("train")
     with pytest.raises(ConfigError, match="holds no"):
         DatasetTask(train=str(tmp_path / "evil")).problems("train")

@@ -165,7 +165,7 @@ def test_values_of_another_type(cli: Ready, capsys: pytest.CaptureFixture[str]) 
         ),
         (["--trainer.callbacks+=HFExprt"], "trainer.callbacks: there is no class HFExprt (did you mean HFExport?)"),
         (["--data=null"], "data: it has to hold settings by name; it is null"),
-        (["--data.task=DatasetTask"], "data.task.train: a DatasetTask needs `train`, `heldout` or both"),
+        (["--data.task=DatasetTask"], "data.task.train: DatasetTask needs `train`, `heldout` or both"),
         (["--data.task.digits=[2, 3]"], "data.task.digits: digits must be within 4 to 8"),
         (["--data.engine.max_rows=0"], "data.engine.max_rows is 0; it has to be at least 1"),
         (["--data.engine=RLRT"], "data.engine: there is no class RLRT; there are "),

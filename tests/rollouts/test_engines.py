@@ -92,7 +92,7 @@ def test_an_answer_that_old_weights_have_begun_is_asked_for_again(
 ) -> None:
     """Another worker gives a server that was started again its weights while this request is under way."""
     server = _Server("http://127.0.0.1:9", 1.0, 1.0, 1)
-    server.wanted = "7", tmp_path
+    server.target = "7", tmp_path
     version, answers = "", ["begun by old weights", "by new ones"]
 
     def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

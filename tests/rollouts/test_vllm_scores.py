@@ -132,7 +132,7 @@ def test_after_a_sync_nothing_of_old_weights_is_read(engine: VllmColocateEngine,
         for rollout, logp in zip(rollouts, policy.score(sequences), strict=True):
             torch.testing.assert_close(rollout.logp_sampler, logp, rtol=0, atol=1e-3)
         assert apart(engine, policy, sequences) < 1e-3
-    with pytest.raises(RuntimeError, match="given up"):
+    with pytest.raises(RuntimeError, match="aborted"):
         list(abandoned)
 
 
@@ -140,7 +140,7 @@ def test_a_cache_that_vllm_does_not_empty_ends_the_run(
     engine: VllmColocateEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
-    with pytest.raises(EngineError, match="vLLM did not empty its prefix cache"):
+    with pytest.raises(EngineError, match="vLLM did not reset its prefix cache"):
         engine.sync(policy)
 
 

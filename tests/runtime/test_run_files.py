@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from rlrt_lightning import ConfigError
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.analysis.figures import fresh
+from rlrt_lightning.analysis.plots import prepare_folder
 from rlrt_lightning.callbacks import HFExport
 from rlrt_lightning.evaluation.results import CURVES, Results, write_tables
 from rlrt_lightning.runtime.run_files import own, run_folder
@@ -156,8 +156,8 @@ def test_figures_overwrite_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[
     (tmp_path / "curves.csv").touch()
     assert main(["curves", f"a={tmp_path}", f"--out={tmp_path}"]) == 2
     said = capfd.readouterr().err
-    assert "curves.csv is there already and would be overwritten; name another folder by --out" in said
-    assert fresh(tmp_path, "pass_at_k") == tmp_path
+    assert "curves.csv already exists and would be overwritten; set --out to another folder" in said
+    assert prepare_folder(tmp_path, "pass_at_k") == tmp_path
     (tmp_path / "shift_summary.csv").touch()
     with pytest.raises(ConfigError, match="shift_summary"):
-        fresh(tmp_path, "shift")
+        prepare_folder(tmp_path, "shift")

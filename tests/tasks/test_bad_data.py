@@ -25,7 +25,7 @@ from tests.helpers.epochs import fit
 
 NO_PROMPT = "no prompt in prompt"
 NO_ANSWER = "no answer in answer"
-NO_MESSAGES = "the prompt in prompt holds something else than messages with a role and a content in text"
+NO_MESSAGES = "the prompt in prompt has items that are not messages with a role and text content"
 BROKEN = "holds bytes that are not UTF-8, or half of a surrogate pair"
 TWICE = "the same id as an earlier row"
 USER = {"role": "user", "content": "1+1?"}
@@ -50,7 +50,10 @@ def flaws(i):
                 [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}],
             )
         ],
-        ({"prompt": [USER, {"role": "assistant", "content": "2"}]}, "the prompt in prompt does not end with a message"),
+        (
+            {"prompt": [USER, {"role": "assistant", "content": "2"}]},
+            "the prompt in prompt does not end with a user message",
+        ),
         *[({"answer": a}, NO_ANSWER) for a in (None, "", "\t", [], {}, [None], float("nan"), float("inf"))],
         *[({"prompt": f"half a pair {half}"}, f"prompt {BROKEN}") for half in ("\ud800", "\udfff", "\ud83d")],
         ({"prompt": [{"role": "user", "content": "\udc00"}]}, f"prompt {BROKEN}"),
@@ -204,7 +207,7 @@ def test_parquet_with_columns_of_other_types(tmp_path):
     assert "no usable row: rows 1, 2, 3, 4: no answer in empty (4 rows, such as null)" in said(
         "prompt", "empty", answer="empty"
     )
-    assert "1 of 4 rows cannot be used: row 2: a value that Python cannot hold" in said(
+    assert "1 of 4 rows cannot be used: row 2: a value that cannot be converted to Python" in said(
         "prompt", "price", "far", answer="price"
     )
     assert "1 of 4 rows cannot be used: row 2: text that is not UTF-8 (b'caf\\xe9')" in said(
