@@ -26,7 +26,7 @@ from rlrt_lightning.policy.forward import TokenCounter
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
 from rlrt_lightning.rollouts.base import Stops
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
-from rlrt_lightning.runtime.precision import computing
+from rlrt_lightning.runtime.precision import computing, half_precision
 from rlrt_lightning.runtime.progress import Progress
 from rlrt_lightning.runtime.ranks import gather, mean_over_ranks, rank, world_size
 from rlrt_lightning.runtime.run_files import own_metrics
@@ -329,6 +329,7 @@ class RolloutDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads the data and checks what can be checked before the weights are loaded."""
         self._synced = self._made = self._begun = None
+        self.engine.half = half_precision(self._trainer)
         policy = self._module.policy
         _ = policy.tokenizer, policy.end_tokens, Stops.of(policy, self.sampling)
         self._reader = PromptReader(policy, self.overlong_prompts)

@@ -20,6 +20,7 @@ from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.rollouts.vllm_common import require_vllm
 from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, server_command, server_environment
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.precision import half_precision
 
 
 class InstrumentTrainer(Trainer):
@@ -114,6 +115,7 @@ class InstrumentTrainer(Trainer):
         if not isinstance(engine, VllmServerEngine):
             raise ConfigError("serve needs data.engine=VllmServerEngine, and the config has another engine")
         require_vllm("serve")
+        engine.half = half_precision(self)
         # vLLM replaces this process, so that signals and the exit code are its own.
         os.execve(sys.executable, server_command(policy, engine, host, port, flags or []), server_environment())
 

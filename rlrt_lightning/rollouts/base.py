@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
+from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.tasks.base import Verdict
 
 if TYPE_CHECKING:
@@ -168,6 +169,10 @@ class RolloutEngine(Protocol):
     beside_training: bool = False
     """Whether it samples with its own weights on its own devices, so that the policy can train meanwhile
     (`data.ahead`)."""
+
+    half: Dtype | None = None
+    """The half precision that the trainer computes in, which the data module sets; None if it computes in the type of
+    the weights."""
 
     @property
     def ready(self) -> bool:

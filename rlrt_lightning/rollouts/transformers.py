@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from rlrt_lightning.policy.caching import cache_argument
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.runtime.seeding import generator
 
 if TYPE_CHECKING:
@@ -30,13 +31,13 @@ class TransformersEngine(RolloutEngine):
     Args:
         max_rows: Maximum number of rollouts decoded at once; bounds the memory of the key-value cache.
         dtype: Sample with a copy of the weights in this type, which is updated before each epoch and freed before
-            training; null samples with the policy's weights themselves. The copy is worth its memory with
-            `--trainer.precision=bf16-mixed`, where each step would otherwise cast all weights (also set
-            `--data.rescore=true`), and with sharded weights (fsdp2), which would otherwise be gathered from all ranks
-            for every token.
+            training; null samples with the policy's weights themselves, in the autocast of `trainer.precision`. The
+            copy is worth its memory with `--trainer.precision=bf16-mixed`, where each step would otherwise cast all
+            weights (also set `--data.rescore=true`), and with sharded weights (fsdp2), which would otherwise be
+            gathered from all ranks for every token.
     """
 
-    def __init__(self, max_rows: int = 256, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+    def __init__(self, max_rows: int = 256, dtype: Dtype | None = None) -> None:
         if max_rows < 1:
             raise ConfigError(f"data.engine.max_rows is {max_rows}; it has to be at least 1")
         self.max_rows = max_rows

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
-from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request, require_vllm
+from rlrt_lightning.rollouts.vllm_common import EngineError, VllmEngine, as_rollout, request, require_vllm
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.precision import Dtype
 
 if TYPE_CHECKING:
     from rlrt_lightning.policy.model import Policy
@@ -29,7 +30,8 @@ class VllmColocateEngine(VllmEngine):
     With top-p, top-k or min-p the log-probs are those of the truncated distribution.
 
     Args:
-        dtype: Type of vLLM's weights; null uses the policy's.
+        dtype: Type of vLLM's weights; null follows `trainer.precision`: bfloat16 for bf16-*, float16 for 16-*, and else
+            the type of the policy's weights.
         max_rows: Maximum number of rollouts decoded at once.
         memory: Fraction of the GPU's memory that vLLM uses while awake, for weights and key-value cache.
         cpu_cache_gb: Size of the key-value cache in GiB when there is no GPU.
@@ -121,7 +123,7 @@ class VllmColocateEngine(VllmEngine):
         threads = torch.get_num_threads()
         self._llm = LLM(
             policy.path,
-            dtype=self.dtype or policy.dtype,
+            dtype=self.dtype_for(policy),
             load_format="dummy",  # the first sync sends the weights
             max_model_len=policy.max_positions,
             max_num_seqs=self.max_rows,

@@ -6,18 +6,17 @@ import importlib.util
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.runtime.seeding import derive_seed
 
 if TYPE_CHECKING:
     from rlrt_lightning.policy.model import Policy
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 """Largest mean |difference|, in nats, between vLLM's log-probs and the policy's that rounding can explain. In float32
@@ -36,7 +35,7 @@ class VllmEngine(RolloutEngine):
     """Base class of the engine in the training process and the engine on servers.
 
     Args:
-        dtype: Type of vLLM's weights; None uses the policy's.
+        dtype: Type of vLLM's weights; None uses the type that the trainer computes in.
         tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's; None means 1e-4 in
             float32 and 0.05 in half precision.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
@@ -54,6 +53,10 @@ class VllmEngine(RolloutEngine):
         self.check_rollouts = check_rollouts
         self._policy: Policy | None = None
         self._unchecked = False
+
+    def dtype_for(self, policy: Policy) -> Dtype:
+        """Type of vLLM's weights: `dtype`, or the trainer's half precision, or the type of the policy's weights."""
+        return self.dtype or self.half or policy.dtype
 
     def sync(self, policy: Policy) -> None:
         """See `RolloutEngine.sync`."""
@@ -115,7 +118,7 @@ class VllmEngine(RolloutEngine):
         difference = torch.cat([(r.logp_sampler - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
         if not len(difference):  # all responses are empty
             return
-        limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
+        limit = self.tolerance or TOLERANCE[self.dtype_for(self._policy)]
         if not float(difference.mean()) <= limit:  # also true for NaN
             raise EngineError(
                 "data.engine: after a sync vLLM's log-probs differ from the policy's by "

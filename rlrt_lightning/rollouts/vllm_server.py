@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
-from rlrt_lightning.rollouts.vllm_common import Dtype, EngineError, VllmEngine, as_rollout, request
+from rlrt_lightning.rollouts.vllm_common import EngineError, VllmEngine, as_rollout, request
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.runtime.ranks import of_first_rank
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class VllmServerEngine(VllmEngine):
     Args:
         urls: Addresses of the servers, such as http://127.0.0.1:8000.
         weights: Folder for the weights, at the same path for the trainer and the servers.
-        dtype: Type of the weights that are sent, and of the servers' weights; null uses the policy's.
+        dtype: Type of the weights that are sent, and of the servers' weights; null follows `trainer.precision`:
+            bfloat16 for bf16-*, float16 for 16-*, and else the type of the policy's weights.
         concurrency: Maximum number of concurrent requests to each server.
         timeout_s: Timeout of one request, in seconds.
         patience_s: How long to wait for an unresponsive server, in seconds, before the remaining servers take over its
@@ -106,7 +108,7 @@ class VllmServerEngine(VllmEngine):
         self._version = of_first_rank(max(self._version + 1, time.time_ns()))
         folder = Path(self.weights).resolve() / str(self._version)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        write_weights(policy, folder, self.dtype, write=first)
+        write_weights(policy, folder, self.dtype_for(policy), write=first)
         for server in self._servers:
             server.target = str(self._version), folder
         if first:
@@ -406,7 +408,7 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
             port,
         )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy.path]
-    command += ["--dtype", engine.dtype or policy.dtype, "--host", host, "--port", str(port)]
+    command += ["--dtype", engine.dtype_for(policy), "--host", host, "--port", str(port)]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
     command += ["--generation-config", "vllm"]  # ignore the model's own limits and penalties
     if policy.max_positions is not None:

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def half_precision(trainer: Any) -> Dtype | None:
+    """The type that the trainer computes in where that is half precision: bfloat16 for `--trainer.precision=bf16-*`,
+    float16 for `16-*`; None if it computes in the type of the weights."""
+    precision = str(trainer.precision)
+    if precision.startswith("bf16"):
+        return "bfloat16"
+    return "float16" if precision.startswith("16") else None
 
 
 @contextmanager
