@@ -330,7 +330,7 @@ class RLRTModule(LightningModule):
             return  # by an earlier fit or validate of this trainer
         for own in (self.policy, self.teacher):
             if "model" in own._modules:
-                strategy.shard(cast(Any, own.model))
+                strategy.shard(cast(Any, own.model), self.policy.head_is_float32)
         if self.teacher.adapters is not None:
             self.teacher.adapters.copy(self.policy.model)  # in the same shards
 

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from rlrt_lightning.policy.caching import cache_argument, copy_rows
-from rlrt_lightning.policy.log_probs import Compute, in_chunks, token_log_probs
+from rlrt_lightning.policy.log_probs import Compute, apply_head, in_chunks, token_log_probs
 from rlrt_lightning.policy.lora import TeacherAdapters
 from rlrt_lightning.policy.padding import Shared, at_mask, batches, pad_sequences, share_prompts, worth_sharing
 from rlrt_lightning.policy.sharding import decoder_states, in_step
@@ -47,6 +47,7 @@ class ForwardPasses(TokenSide, nn.Module):
     logits_chunk: int
     score_tokens: int
     gradient_checkpointing: bool
+    head_dtype: Literal["float32"] | None
     counter: TokenCounter
     _head_is_known: bool
     _continues_prompts: bool
@@ -355,11 +356,12 @@ class ForwardPasses(TokenSide, nn.Module):
         logits = self._logits(states).float()
         return logits if temperature == 1 else logits / temperature
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def _logits(self, states: Tensor, model: PreTrainedModel | None = None) -> Tensor:
         """What the model's forward does after its decoder, for the architectures that do more than the head."""
         if not self._head_is_known:
             return states  # they are logits already
-        logits = self.model.get_output_embeddings()(states)
+        head = (self.model if model is None else model).get_output_embeddings()
+        logits = apply_head(head, states, in_float32=self.head_dtype is not None)
         config = self.config.get_text_config()
         if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
             logits = logits / scaling
@@ -368,6 +370,18 @@ class ForwardPasses(TokenSide, nn.Module):
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @property
+    def head_is_float32(self) -> bool:
+        """Whether logits are computed in float32 even where the rest of the model is in half precision."""
+        return self.head_dtype is not None and self._head_is_known
+
+    def next_logits(self, model: PreTrainedModel, **inputs: Any) -> Tensor:
+        """Logits [B, V] of the token that follows each row of the inputs of a model of the policy's kind, such as a
+        copy of it, computed as in training."""
+        if not self._head_is_known:
+            return model(logits_to_keep=1, **inputs).logits[:, -1]
+        return self._logits(decoder_states(model, **inputs).last_hidden_state[:, -1], model)
 
     def _chunks_match_the_model(self) -> bool:
         """Whether decoder plus head gives the model's own logits. Architectures do odd things after the head, and a
@@ -385,7 +399,7 @@ class ForwardPasses(TokenSide, nn.Module):
         if not same:
             log.warning(
                 "The logits of %s are not its head applied to its decoder's states; they are computed for whole "
-                "batches at once, which takes more memory.",
+                "batches at once, which takes more memory, and without model.policy.head_dtype.",
                 type(self.model).__name__,
             )
         return same

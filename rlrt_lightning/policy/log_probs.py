@@ -8,7 +8,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from rlrt_lightning.objective.ratios import LOG_ZERO
@@ -17,6 +18,21 @@ Compute = Callable[..., tuple[Tensor, ...]]
 """From the logits [C, V] of some tokens, and what else is known of each, to figures [C, ...] of each."""
 
 Sums = tuple[Tensor, Tensor]
+
+
+def apply_head(head: nn.Module, states: Tensor, in_float32: bool) -> Tensor:
+    """Logits [..., V] of states [..., H].
+
+    Args:
+        head: The linear layer, possibly with adapters.
+        states: The decoder's states.
+        in_float32: Convert states and weights to float32 and compute without autocast; double precision is kept.
+    """
+    if not in_float32 or states.dtype == torch.float64:
+        return head(states)
+    with torch.autocast(states.device.type, enabled=False):
+        weights = {name: weight.float() for name, weight in head.named_parameters()}
+        return functional_call(head, weights, (states.float(),))
 
 
 def in_chunks(

@@ -34,6 +34,9 @@ class Policy(ForwardPasses):
         path: A folder, a Hugging Face id, or `embedded` for the small model that ships with the package.
         dtype: Type of the weights. Keep float32 for training and let `--trainer.precision=bf16-mixed` compute in bf16:
             an update of 1e-6 vanishes in the 8 bits of a bfloat16 weight.
+        head_dtype: Type in which the head computes logits, from states and weights in that type. In half precision,
+            logits rounded to bfloat16 are the largest part of the difference between sampler and trainer; null
+            computes them as the rest of the model.
         attention: Attention implementation of transformers: sdpa, eager, flash_attention_2, ...
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         logits_chunk: Tokens whose logits exist at once while log-probs are computed; memory is this times the
@@ -50,6 +53,7 @@ class Policy(ForwardPasses):
         self,
         path: str = "embedded",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        head_dtype: Literal["float32"] | None = "float32",
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         logits_chunk: int = 1024,
@@ -68,6 +72,7 @@ class Policy(ForwardPasses):
                 raise ConfigError(f"model.policy.{name} is for a chat template, and model.policy.chat is false")
         self.path = str(EMBEDDED) if path == "embedded" else path
         self.dtype = dtype
+        self.head_dtype = head_dtype
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self.logits_chunk = logits_chunk

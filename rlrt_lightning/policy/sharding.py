@@ -100,8 +100,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         except (Exception, CheckpointException) as error:
             raise ConfigError(f"ckpt_path: {checkpoint_path} does not fit this model: {first_line(error)}") from error
 
-    def shard(self, model: PreTrainedModel) -> None:
-        """Leaves this rank's share of each weight in the model; a decoder layer is what is fetched at once."""
+    def shard(self, model: PreTrainedModel, head_is_float32: bool = False) -> None:
+        """Leaves this rank's share of each weight in the model; a decoder layer is what is fetched at once.
+
+        Args:
+            model: The model.
+            head_is_float32: The head, and with it embeddings and last norm, are fetched in the type of the weights even
+                where the decoder layers are fetched in bfloat16.
+        """
         half = torch.bfloat16 if self._computes_in_bf16 else None
         settings: Any = {
             "mesh": self.device_mesh["data_parallel"],
@@ -109,6 +115,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         }
         for layer in decoder_layers(model):
             fully_shard(layer, reshard_after_forward=self.reshard_after_forward, **settings)
+        if head_is_float32:
+            settings["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
         fully_shard(model, **settings)  # embeddings, norm and head stay until the backward pass has used them
         cast(Any, model).decode = MethodType(lambda of, **inputs: of.get_decoder()(**inputs), model)
         register_fsdp_forward_method(model, "decode")

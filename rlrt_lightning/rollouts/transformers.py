@@ -181,15 +181,14 @@ class _Decoding:
         # A finished row may stay in the batch past the model's last position.
         last = None if self.policy.max_positions is None else self.policy.max_positions - 1
         positions = (mask.cumsum(1) - 1).clamp(min=0, max=last)[:, -ids.shape[1] :]
-        out = self.model(
+        return self.policy.next_logits(
+            self.model,
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
             **cache_argument(self.model, cache),
         )
-        return out.logits[:, -1]
 
     def _at_stop_string(self, rows: Tensor, step: int) -> Tensor:
         """Whether the newest token of each row completes a stop string, [R]."""

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
-from rlrt_lightning.rollouts.vllm_common import EngineError, VllmEngine, as_rollout, request, require_vllm
+from rlrt_lightning.rollouts.vllm_common import (
+    EngineError,
+    VllmEngine,
+    as_rollout,
+    head_overrides,
+    request,
+    require_vllm,
+)
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.precision import Dtype
 
@@ -124,6 +131,7 @@ class VllmColocateEngine(VllmEngine):
         self._llm = LLM(
             policy.path,
             dtype=self.dtype_for(policy),
+            hf_overrides=head_overrides(policy),
             load_format="dummy",  # the first sync sends the weights
             max_model_len=policy.max_positions,
             max_num_seqs=self.max_rows,

@@ -127,6 +127,12 @@ class VllmEngine(RolloutEngine):
             )
 
 
+def head_overrides(policy: Policy) -> dict[str, Any]:
+    """vLLM's `hf_overrides` that have it compute logits in the type in which the policy does. Its weights keep their
+    type; vLLM converts the head's for the product."""
+    return {"head_dtype": policy.head_dtype} if policy.head_is_float32 else {}
+
+
 def require_vllm(engine: str) -> None:
     """Checks that vLLM is installed.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
-from rlrt_lightning.rollouts.vllm_common import EngineError, VllmEngine, as_rollout, request
+from rlrt_lightning.rollouts.vllm_common import EngineError, VllmEngine, as_rollout, head_overrides, request
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.precision import Dtype
@@ -400,6 +400,10 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
     for flag in flags:
         if (name := flag.partition("=")[0]) in ("--host", "--port", "--model"):
             raise ConfigError(f"serve.flags sets {name}; use serve's --host and --port, or model.policy.path, instead")
+        if name == "--hf-overrides" and head_overrides(policy):  # the last one would replace ours
+            raise ConfigError(
+                "serve.flags sets --hf-overrides, which sets head_dtype here: set model.policy.head_dtype=null"
+            )
     if not _is_loopback(host):
         log.warning(
             "anyone who can reach %s, port %s, can replace the model's weights without a key: use a trusted network "
@@ -411,6 +415,8 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
     command += ["--dtype", engine.dtype_for(policy), "--host", host, "--port", str(port)]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
     command += ["--generation-config", "vllm"]  # ignore the model's own limits and penalties
+    if overrides := head_overrides(policy):
+        command += ["--hf-overrides", json.dumps(overrides)]
     if policy.max_positions is not None:
         command += ["--max-model-len", str(policy.max_positions)]
     if not torch.cuda.is_available():
