@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,6 +32,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PART_TOKENS = 2048
+"""Tokens for which one scoring request computes logits, plus at most one block of the prefix cache."""
+
+LONG_AT_ONCE = 4
+"""Sequences that are scored in parts at the same time."""
+
 
 class VllmColocateEngine(VllmEngine):
     """Samples with vLLM in the training process. The weights are copied into vLLM tensor by tensor before each epoch's
@@ -46,8 +55,9 @@ class VllmColocateEngine(VllmEngine):
             consecutive ranks on one machine.
         enforce_eager: Do not capture CUDA graphs: faster start, slower decoding. Always on without a GPU.
         sleep: Free the GPU's memory between rollouts; false keeps the weights and the cache there.
-        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's after a sync; null
-            means 1e-4 in float32 and 0.05 in half precision.
+        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's in float32 after a
+            sync; null means 1e-4 in float32, and in half precision four times the policy's own rounding on the same
+            tokens.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
     """
 
@@ -180,12 +190,13 @@ class VllmColocateEngine(VllmEngine):
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses, as returned by `Policy.score`. A shared prompt is processed once, except for
-        its last tokens if they do not fill a block of the prefix cache.
+        its last tokens if they do not fill a block of the prefix cache. Long sequences are scored in parts, since vLLM
+        may hold the logits of all tokens of a request at once (vllm#5907).
 
         vLLM computes no log-prob after a token that it finds in its prefix cache, and no setting limits a cache hit to
-        the prompt. If the hit includes the beginning of a response, the missing log-probs are copied from a sibling
-        with the same beginning. If no sibling has them, as when the prompt ends at a block boundary, one of these
-        siblings is scored without the cache.
+        the prompt. If the hit includes a part of a response, the missing log-probs are copied from a sibling with the
+        same beginning. If no sibling has them, as when the prompt ends at a block boundary, one of these siblings is
+        scored without reading what others have left in the cache.
 
         Raises:
             ConfigError: If the temperature is not 1; vLLM computes log-probs of prompts at temperature 1 only.
@@ -195,42 +206,68 @@ class VllmColocateEngine(VllmEngine):
                 f"data.sampling.temperature is {temperature}; vLLM scores given tokens at temperature 1 only: set it "
                 "to 1, or set model.teacher.scored_by to trainer"
             )
-        scores = self._score(sequences, read_cache=True)
-        missing = [len(response) - len(score) for (_, response), score in zip(sequences, scores, strict=True)]
+        scores = self._score(sequences, alone=False)
+        missing = [int(score.isnan().nonzero().max()) + 1 if score.isnan().any() else 0 for score in scores]
         sources = siblings_with_same_beginning(sequences, missing)
         uncached = [i for i, source in sources.items() if source is None]
         # Even if there are none: ranks that share the engine must call it together.
-        for i, score in zip(uncached, self._score([sequences[i] for i in uncached], read_cache=False), strict=True):
+        for i, score in zip(uncached, self._score([sequences[i] for i in uncached], alone=True), strict=True):
             scores[i] = score
         for i, source in sources.items():
             if source is not None:
-                scores[i] = torch.cat([scores[source][: missing[i]], scores[i]])
+                scores[i][: missing[i]] = scores[source][: missing[i]]
         return scores
 
-    def _score(self, sequences: Sequence[tuple[list[int], list[int]]], read_cache: bool) -> list[Tensor]:
-        """Log-probs of the last tokens of each response, those that vLLM did not find in its prefix cache."""
-        from vllm import SamplingParams
+    def _score(self, sequences: Sequence[tuple[list[int], list[int]]], alone: bool) -> list[Tensor]:
+        """Log-probs of each response, NaN after tokens that vLLM found in its prefix cache.
 
-        params = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, skip_reading_prefix_cache=not read_cache, detokenize=False
-        )
-        requests: dict[str, int] = {}
+        Args:
+            sequences: Pairs of prompt and response token ids.
+            alone: Let each sequence find nothing of other sequences in the cache.
+        """
+        jobs: list[_Scoring] = []
         for mine, pairs in self._gather_from_group(list(sequences)):
             for i, (prompt, response) in enumerate(pairs):
+                salt = f"{self._requests}-{len(jobs)}" if alone else None
                 if response:
-                    requests[self._add(prompt + response, params)] = i if mine else -1
-        scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for key, done in self._finished(set(requests)):
-            if requests[key] < 0:
-                continue
-            prompt, response = sequences[requests[key]]
-            unknown = len(prompt + response)  # if vLLM does not report its cache hit, assume that it found everything
-            found = (unknown if done.num_cached_tokens is None else done.num_cached_tokens) if read_cache else 0
-            # The first computed position predicts the token after it.
-            first = max(len(prompt), min(found + 1, len(prompt + response)))
-            computed = zip(done.prompt_logprobs[first:], response[first - len(prompt) :], strict=True)
-            scores[requests[key]] = torch.tensor([step[token].logprob for step, token in computed])
+                    ends = part_ends(len(prompt), len(response), PART_TOKENS)
+                    jobs.append(_Scoring(i if mine else None, prompt + response, len(prompt), ends, salt))
+        scores = [torch.full((len(response),), torch.nan) for _, response in sequences]
+        running: dict[str, _Scoring] = {}
+        keys: set[str] = set()
+
+        def begin(job: _Scoring) -> None:
+            key = self._add_part(job)
+            keys.add(key)
+            running[key] = job
+
+        # A long sequence reads its earlier parts from the cache, so few at a time: the cache has to hold them.
+        long = deque(job for job in jobs if len(job.ends) > 1)
+        for job in (*(job for job in jobs if len(job.ends) == 1), *islice(long, LONG_AT_ONCE)):
+            begin(job)
+        for _ in range(min(LONG_AT_ONCE, len(long))):
+            long.popleft()
+        for key, done in self._finished(keys):
+            job = running.pop(key)
+            end = job.ends.pop(0)
+            if job.index is not None and end > job.prompt:
+                job.fill(scores[job.index], end, done)
+            if job.ends:
+                begin(job)
+            elif long and job.in_parts:
+                begin(long.popleft())
         return scores
+
+    def _add_part(self, job: _Scoring) -> str:
+        from vllm import SamplingParams
+
+        end = job.ends[0]
+        logprobs = 0 if end > job.prompt else None  # the end of a long prompt needs none
+        # By default, vLLM does not read its prefix cache for prompt log-probs.
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=logprobs, skip_reading_prefix_cache=False, detokenize=False
+        )
+        return self._add(job.tokens[:end], params, job.salt)
 
     def _engine_group(self) -> Any:
         """The process group of the ranks that share this rank's engine; None if the rank has its own engine."""
@@ -255,10 +292,13 @@ class VllmColocateEngine(VllmEngine):
         own_rank = torch.distributed.get_rank(self._group)
         return [(rank == own_rank, values) for rank, values in enumerate(gathered)]
 
-    def _add(self, tokens: list[int], params: Any) -> str:
+    def _add(self, tokens: list[int], params: Any, salt: str | None = None) -> str:
         self._requests += 1
         key = str(self._requests)
-        self._llm.llm_engine.add_request(key, {"prompt_token_ids": tokens}, params)
+        prompt: dict[str, Any] = {"prompt_token_ids": tokens}
+        if salt is not None:  # requests share cached blocks only if they have the same salt
+            prompt["cache_salt"] = salt
+        self._llm.llm_engine.add_request(key, prompt, params)
         self._in_flight.add(key)
         return key
 
@@ -284,6 +324,50 @@ class VllmColocateEngine(VllmEngine):
         self._llm, self._awake = None, False
         self._in_flight.clear()
         gc.collect()
+
+
+@dataclass
+class _Scoring:
+    """A sequence to score.
+
+    Args:
+        index: Its index in the call; None if it belongs to another rank.
+        tokens: Prompt and response.
+        prompt: Length of the prompt.
+        ends: Numbers of first tokens of the requests that are still to be made.
+        salt: Salt of its blocks in the prefix cache.
+    """
+
+    index: int | None
+    tokens: list[int]
+    prompt: int
+    ends: list[int]
+    salt: str | None
+
+    def __post_init__(self) -> None:
+        self.in_parts = len(self.ends) > 1
+
+    def fill(self, score: Tensor, end: int, done: Any) -> None:
+        """Writes the log-probs that a request with the first `end` tokens has computed."""
+        # If vLLM does not report its cache hit, assume that it found everything.
+        found = end if done.num_cached_tokens is None else done.num_cached_tokens
+        # The first computed position predicts the token after it.
+        first = max(self.prompt, min(found + 1, end))
+        computed = zip(done.prompt_logprobs[first:], self.tokens[first:end], strict=True)
+        score[first - self.prompt : end - self.prompt] = torch.tensor([step[token].logprob for step, token in computed])
+
+
+def part_ends(prompt: int, response: int, size: int) -> list[int]:
+    """Where the parts end in which a sequence is scored, each from the beginning. A part has `size` new tokens; a
+    prompt longer than that is a part without log-probs, whatever its length.
+
+    Args:
+        prompt: Length of the prompt, in tokens.
+        response: Length of the response, in tokens.
+        size: Number of tokens in a part.
+    """
+    before = prompt if prompt > size else 0
+    return [*([before] if before else []), *range(before + size, prompt + response, size), prompt + response]
 
 
 def siblings_with_same_beginning(

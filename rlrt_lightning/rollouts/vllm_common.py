@@ -9,19 +9,16 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
+from rlrt_lightning.rollouts.sync_check import Measured, Probe, policy_log_probs, stale
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.runtime.seeding import derive_seed
 
 if TYPE_CHECKING:
     from rlrt_lightning.policy.model import Policy
-
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""Largest mean |difference|, in nats, between vLLM's log-probs and the policy's that rounding can explain. In float32
-it is about 1e-6; if the output head was not sent, a 1 % change of its weights causes more than 1e-2."""
-
 
 MAX_TEMPERATURE = 2.0
 """The highest temperature that vLLM accepts."""
@@ -34,10 +31,16 @@ class EngineError(ConfigError):
 class VllmEngine(RolloutEngine):
     """Base class of the engine in the training process and the engine on servers.
 
+    After each sync, the first rollouts' log-probs are compared with the policy's (`tolerance`), and those of some
+    prompts with what they were after the sync before (`sync_check.stale`). The latter finds a skipped sync whose
+    weights differ at all in vLLM's type, and a tensor that was not sent if it accounts for a change of about
+    6 / sqrt(N) times the rounding, N being the number of tokens of up to 16 prompts: 0.01 nats for N = 500 and rounding
+    of 0.03 nats.
+
     Args:
         dtype: Type of vLLM's weights; None uses the type that the trainer computes in.
-        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's; None means 1e-4 in
-            float32 and 0.05 in half precision.
+        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's in float32; None means
+            `sync_check.Measured.limit`.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
     """
 
@@ -52,7 +55,9 @@ class VllmEngine(RolloutEngine):
         self.tolerance = tolerance
         self.check_rollouts = check_rollouts
         self._policy: Policy | None = None
-        self._unchecked = False
+        self._unchecked = self._unprobed = False
+        self._probe: Probe | None = None
+        self._measured: Measured | None = None
 
     def dtype_for(self, policy: Policy) -> Dtype:
         """Type of vLLM's weights: `dtype`, or the trainer's half precision, or the type of the policy's weights."""
@@ -62,7 +67,7 @@ class VllmEngine(RolloutEngine):
         """See `RolloutEngine.sync`."""
         self._policy = policy
         self._send_weights(policy)
-        self._unchecked = True
+        self._unchecked = self._unprobed = True
 
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
@@ -75,6 +80,8 @@ class VllmEngine(RolloutEngine):
                 f"sampling.temperature is {sampling.temperature}; vLLM takes at most {MAX_TEMPERATURE:g}: lower it, or "
                 "use TransformersEngine"
             )
+        if self._unprobed:
+            self._check_change(prompts)
         yield from empty_rollouts(self._policy, prompts, n, sampling)
         rollouts = self._sample_fitting(prompts, n, sampling, seeds)
         if self._unchecked and sampling.temperature > 0 and not sampling.cuts:
@@ -103,27 +110,50 @@ class VllmEngine(RolloutEngine):
     ) -> Iterator[Rollout]:
         """See `generate`; the weights are not checked yet."""
 
+    @abstractmethod
+    def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
+        """See `ScoringEngine.score`."""
+
+    def _check_change(self, prompts: Sequence[list[int]]) -> None:
+        """Compares the change of vLLM's log-probs since the sync before with the policy's, on prompts of the first
+        call.
+
+        Raises:
+            EngineError: If vLLM has outdated weights.
+        """
+        policy = self._policy
+        assert policy is not None
+        self._unprobed = False
+        if self._probe is None:
+            self._probe = Probe.of([prompt for prompt in prompts if room(policy, prompt, Sampling())])
+        engine = self.score(self._probe.sequences)
+        before, after = self._measured, self._probe.measure(policy, self.dtype_for(policy), engine)
+        self._measured = after
+        if before is not None and (wrong := stale(before, after)) is not None:
+            raise EngineError(f"data.engine: after a sync vLLM has outdated weights: {wrong}")
+
     def _check(self, rollouts: Sequence[Rollout], temperature: float) -> None:
         """Compares vLLM's log-probs with the policy's.
 
         Raises:
             EngineError: If they differ by more than rounding can explain.
         """
-        assert self._policy is not None
+        policy = self._policy
+        assert policy is not None
         self._unchecked = False
         # Even without rollouts: with sharded weights every rank must take part.
-        own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
-        if not rollouts:
+        sequences, dtype = [(r.prompt_ids, r.response_ids) for r in rollouts], self.dtype_for(policy)
+        own = torch.cat([torch.empty(0), *(r.logp_sampler for r in rollouts)])
+        measured = Measured(own, *policy_log_probs(policy, sequences, dtype, temperature))
+        difference = measured.difference
+        if not len(difference):  # no rollouts, or all responses are empty
             return
-        difference = torch.cat([(r.logp_sampler - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
-        if not len(difference):  # all responses are empty
-            return
-        limit = self.tolerance or TOLERANCE[self.dtype_for(self._policy)]
+        limit = measured.limit(dtype) if self.tolerance is None else self.tolerance
         if not float(difference.mean()) <= limit:  # also true for NaN
             raise EngineError(
                 "data.engine: after a sync vLLM's log-probs differ from the policy's by "
                 f"{float(difference.mean()):.3g} nats on average (maximum {float(difference.max()):.3g}), more than "
-                f"data.engine.tolerance ({limit:g}) allows: vLLM has different weights or another precision"
+                f"data.engine.tolerance ({limit:.3g}) allows: vLLM has different weights or another precision"
             )
 
 

@@ -57,8 +57,9 @@ class VllmServerEngine(VllmEngine):
         timeout_s: Timeout of one request, in seconds.
         patience_s: How long to wait for an unresponsive server, in seconds, before the remaining servers take over its
             requests; the run stops when none is left.
-        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's after a sync; null
-            means 1e-4 in float32 and 0.05 in half precision.
+        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's in float32 after a
+            sync; null means 1e-4 in float32, and in half precision four times the policy's own rounding on the same
+            tokens.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
     """
 

@@ -43,15 +43,17 @@ class Cached(VllmColocateEngine):
         self.cache: set[tuple[int, ...]] = set()
         self.read = 0
 
-    def _score(self, sequences: Sequence[tuple[list[int], list[int]]], read_cache: bool) -> list[torch.Tensor]:
+    def _score(self, sequences: Sequence[tuple[list[int], list[int]]], alone: bool) -> list[torch.Tensor]:
         scores = []
         for prompt, response in sequences:
             tokens, found = tuple(prompt + response), 0
-            while read_cache and found + self.block < len(tokens) and tokens[: found + self.block] in self.cache:
+            while not alone and found + self.block < len(tokens) and tokens[: found + self.block] in self.cache:
                 found += self.block
             self.read += len(tokens) - found
             self.cache |= {tokens[:end] for end in range(self.block, len(tokens) + 1, self.block)}
-            scores.append(checksums(prompt, response)[max(0, found + 1 - len(prompt)) :])
+            score = checksums(prompt, response)
+            score[: max(0, found + 1 - len(prompt))] = torch.nan
+            scores.append(score)
         return scores
 
 
