@@ -3,12 +3,13 @@ of half precision on these tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from rlrt_lightning.runtime.precision import Dtype
@@ -32,8 +33,15 @@ LEAST_ROUNDING = 0.005
 UNKNOWN_ROUNDING = 0.04
 """Nats; assumed where the policy cannot be computed in float32."""
 
-MOST_ERRORS = 6.0
-"""Standard errors by which the change of an engine's log-probs may fall short of the policy's."""
+MOST_ERRORS, LEAST_LACK = 6.0, 0.1
+"""Standard errors by which the change of an engine's log-probs may fall short of the policy's, and the share that it may
+fall short by in any case."""
+
+LEAST_CHANGE = 1e-4
+"""Change of the policy's log-probs, in nats, below which an engine's are not compared with it."""
+
+LEAST_TENSORS = 0.1
+"""Share of tensors that must differ in the engine's type for log-probs to change."""
 
 PROBE_PROMPTS, PROBE_TOKENS = 16, 256
 """Largest number of prompts whose log-probs are compared from sync to sync, and of tokens of each."""
@@ -46,7 +54,7 @@ class Measured:
     Args:
         engine: By the engine.
         rounded: By the policy in the engine's type.
-        exact: By the policy in float32; None if it cannot be computed in float32.
+        exact: By the policy in float32, from its weights rounded to the engine's type; None if that cannot be computed.
     """
 
     engine: Tensor
@@ -74,20 +82,49 @@ class Measured:
 def policy_log_probs(
     policy: Policy, sequences: Sequences, dtype: Dtype, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """The policy's log-probs of some responses in an engine's type and in float32 (see `Measured`), [N] each. If the
-    weights are sharded, all ranks must call it."""
+    """`rounded` and `exact` of `Measured`, [N] each. If the weights are sharded, all ranks must call it."""
 
-    def score(computed_in: Dtype) -> Tensor:
-        half = computed_in != "float32"
-        with torch.autocast(policy.device.type, dtype=getattr(torch, computed_in) if half else None, enabled=half):
+    def score(half: bool) -> Tensor:
+        with torch.autocast(policy.device.type, dtype=getattr(torch, dtype) if half else None, enabled=half):
             return torch.cat([torch.empty(0), *policy.score(sequences, temperature)])
 
-    rounded = score(dtype)
+    rounded = score(dtype != "float32")
     if dtype == "float32":
         return rounded, rounded
-    # Shards in half precision are fetched in that type, and weights in half precision have no float32 computation.
-    cannot = policy.dtype != "float32" or isinstance(policy.model, FSDPModule)
-    return rounded, None if cannot else score("float32")
+    # Shards in half precision are fetched in that type, weights in half precision are not computed with in float32, and
+    # the sum of weights and adapters is not rounded before it is sent.
+    if policy.dtype != "float32" or policy.lora is not None or isinstance(policy.model, FSDPModule):
+        return rounded, None
+    with weights_rounded(policy.model, getattr(torch, dtype)):
+        return rounded, score(False)
+
+
+@contextmanager
+def weights_rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Computes with weights that are rounded to another type, one module's at a time. Without gradient.
+
+    Args:
+        model: The model, in float32.
+        dtype: The type.
+    """
+    kept: dict[nn.Parameter, Tensor] = {}
+
+    def enter(module: nn.Module, _: object) -> None:
+        for weight in module.parameters(recurse=False):
+            kept[weight] = weight.data
+            weight.data = weight.data.to(dtype).to(weight.dtype)
+
+    def leave(module: nn.Module, *_: object) -> None:
+        for weight in module.parameters(recurse=False):
+            weight.data = kept.pop(weight)
+
+    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    hooks += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True)
@@ -125,36 +162,55 @@ class Probe:
         return Measured(own, rounded[chosen], None if exact is None else exact[chosen])
 
 
-def stale(before: Measured, after: Measured) -> str | None:
-    """What two measurements of the same tokens, each after a sync, say of the weights that the second one sent.
-
-    A skipped sync leaves the engine's log-probs as they were, while the policy's change in the engine's type, be it
-    only by other rounding. If only a part of the weights arrived, the engine's log-probs change by too little in the
-    direction in which the policy's changed in float32: with a slope s below 1, where rounding is noise.
+def skipped(before: Measured, after: Measured) -> str | None:
+    """Whether the engine still has the weights of the sync before. Its log-probs are then as they were, while the
+    policy's changed, be it only by other rounding.
 
     Args:
         before: After the sync before.
-        after: After this sync.
+        after: After a sync whose weights differ in the engine's type.
 
     Returns:
         What is wrong with the engine's weights, or None.
     """
-    engine, rounded = after.engine - before.engine, after.rounded - before.rounded
-    if not len(engine) or _rms(rounded) < 1e-5:  # the weights are the same in the engine's type
+    engine, policy = _rms(after.engine - before.engine), _rms(after.rounded - before.rounded)
+    if engine < 0.2 * policy:
+        return f"its log-probs changed by {engine:.2g} nats where the policy's changed by {policy:.2g}"
+    return None
+
+
+def incomplete(first: Measured, after: Measured) -> str | None:
+    """Whether a part of the weights has not arrived since the first sync, such as an output head that is never sent.
+    The engine's log-probs have then changed by too little in the direction in which the policy's have: with a slope
+    below 1. Rounding is noise, of which a hundred tokens average out much.
+
+    Args:
+        first: After the first sync.
+        after: After a later one.
+
+    Returns:
+        What is wrong with the engine's weights, or None.
+    """
+    if first.exact is None or after.exact is None:
         return None
-    if _rms(engine) < 0.2 * _rms(rounded):
-        return f"its log-probs changed by {_rms(engine):.2g} nats where the policy's changed by {_rms(rounded):.2g}"
-    if before.exact is None or after.exact is None:
+    engine, exact = after.engine - first.engine, after.exact - first.exact
+    rounding = (after.rounded - after.exact) - (first.rounded - first.exact)
+    if _rms(exact) < LEAST_CHANGE:
         return None
-    exact = after.exact - before.exact
     slope = float(engine @ exact / (exact @ exact))
-    # Robust to tokens of different noise (White); never below that of the policy's own rounding.
-    noise = torch.maximum((engine - slope * exact).abs(), (rounded - exact).abs())
+    # Robust to tokens of different noise (White), and never below the error that the policy's own rounding causes.
+    noise = torch.maximum((engine - slope * exact).abs(), rounding.abs())
     error = float((exact * noise).norm() / (exact @ exact))
-    if 1 - slope > max(MOST_ERRORS * error, 0.1):
+    if 1 - slope > max(MOST_ERRORS * error, LEAST_LACK):
         return f"its log-probs changed by {slope:.2f} (+- {error:.2f}) of what the policy's changed by"
     return None
 
 
+def bits(weight: Tensor) -> Tensor:
+    """The sum of a tensor's values read as integers: another one for nearly every change, int64 scalar."""
+    integers = {4: torch.int32, 2: torch.int16}[weight.element_size()]
+    return weight.contiguous().view(integers).sum(dtype=torch.int64)
+
+
 def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
+    return float(values.square().mean().sqrt()) if len(values) else 0.0

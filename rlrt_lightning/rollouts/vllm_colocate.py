@@ -114,7 +114,7 @@ class VllmColocateEngine(VllmEngine):
         asleep = not self._awake
         if asleep:
             llm.wake_up(tags=["weights"])  # the cache only after loading: both at once may not fit
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.merged_weights()})
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(policy)})
         if asleep:
             llm.wake_up(tags=["kv_cache"])
         if llm.reset_prefix_cache() is False:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
-from rlrt_lightning.rollouts.sync_check import Measured, Probe, policy_log_probs, stale
+from rlrt_lightning.rollouts.sync_check import (
+    LEAST_TENSORS,
+    Measured,
+    Probe,
+    bits,
+    incomplete,
+    policy_log_probs,
+    skipped,
+)
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.runtime.seeding import derive_seed
@@ -57,7 +65,10 @@ class VllmEngine(RolloutEngine):
         self._policy: Policy | None = None
         self._unchecked = self._unprobed = False
         self._probe: Probe | None = None
-        self._measured: Measured | None = None
+        self._first: Measured | None = None
+        self._latest: Measured | None = None
+        self._sent: dict[str, Tensor] = {}  # a checksum of each tensor
+        self._changed = False
 
     def dtype_for(self, policy: Policy) -> Dtype:
         """Type of vLLM's weights: `dtype`, or the trainer's half precision, or the type of the policy's weights."""
@@ -66,7 +77,10 @@ class VllmEngine(RolloutEngine):
     def sync(self, policy: Policy) -> None:
         """See `RolloutEngine.sync`."""
         self._policy = policy
+        before, self._sent = self._sent, {}
         self._send_weights(policy)
+        differ = [not torch.equal(bits, before[name]) for name, bits in self._sent.items() if name in before]
+        self._changed = sum(differ) > LEAST_TENSORS * len(differ)
         self._unchecked = self._unprobed = True
 
     def generate(
@@ -100,6 +114,14 @@ class VllmEngine(RolloutEngine):
             rollout.group = fitting[rollout.group]
             yield rollout
 
+    def _weights(self, policy: Policy) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights in vLLM's type, as `Policy.merged_weights` yields them."""
+        dtype = getattr(torch, self.dtype_for(policy))
+        for name, weight in policy.merged_weights():
+            sent = weight.to(dtype)
+            self._sent[name] = bits(sent)
+            yield name, sent
+
     @abstractmethod
     def _send_weights(self, policy: Policy) -> None:
         """Sends the policy's weights to vLLM and resets its prefix cache."""
@@ -127,9 +149,13 @@ class VllmEngine(RolloutEngine):
         if self._probe is None:
             self._probe = Probe.of([prompt for prompt in prompts if room(policy, prompt, Sampling())])
         engine = self.score(self._probe.sequences)
-        before, after = self._measured, self._probe.measure(policy, self.dtype_for(policy), engine)
-        self._measured = after
-        if before is not None and (wrong := stale(before, after)) is not None:
+        before, after = self._latest, self._probe.measure(policy, self.dtype_for(policy), engine)
+        self._latest = after
+        if before is None or self._first is None:
+            self._first = after
+            return
+        wrong = (skipped(before, after) if self._changed else None) or incomplete(self._first, after)
+        if wrong is not None:
             raise EngineError(f"data.engine: after a sync vLLM has outdated weights: {wrong}")
 
     def _check(self, rollouts: Sequence[Rollout], temperature: float) -> None:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,7 @@ class VllmServerEngine(VllmEngine):
         self._version = of_first_rank(max(self._version + 1, time.time_ns()))
         folder = Path(self.weights).resolve() / str(self._version)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        write_weights(policy, folder, self.dtype_for(policy), write=first)
+        write_weights(self._weights(policy), folder, write=first)
         for server in self._servers:
             server.target = str(self._version), folder
         if first:
@@ -348,19 +348,18 @@ class _Unreachable(Exception):
     """One request to the server failed; it can be retried."""
 
 
-def write_weights(policy: Policy, folder: Path, dtype: Dtype | None = None, write: bool = True) -> None:
-    """Writes the policy's weights as safetensors shards to a temporary folder, which is then renamed.
+def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, write: bool = True) -> None:
+    """Writes weights as safetensors shards to a temporary folder, which is then renamed.
 
     Args:
-        policy: The policy.
+        weights: The weights by name.
         folder: The target folder, which must not exist.
-        dtype: Type of the weights; None uses the policy's.
         write: False on the ranks that only take part in gathering sharded weights.
     """
     from safetensors.torch import save_file
 
     if not write:
-        for _ in policy.merged_weights():
+        for _ in weights:
             pass
         return
     aside = folder.with_name(folder.name + ".part")
@@ -374,9 +373,9 @@ def write_weights(policy: Policy, folder: Path, dtype: Dtype | None = None, writ
         save_file(shard, aside / f"model-{number:05}.safetensors")
         shard, number, size = {}, number + 1, 0
 
-    for name, tensor in policy.merged_weights():
+    for name, tensor in weights:
         # A copy, since safetensors rejects tensors that share memory, such as a tied head.
-        shard[name] = tensor.to("cpu", getattr(torch, dtype) if dtype else tensor.dtype, copy=True).contiguous()
+        shard[name] = tensor.to("cpu", copy=True).contiguous()
         size += shard[name].numel() * shard[name].element_size()
         if size >= SHARD_BYTES:
             flush()
