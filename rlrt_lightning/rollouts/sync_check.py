@@ -30,12 +30,15 @@ ROUNDINGS = 4.0
 LEAST_ROUNDING = 0.005
 """Nats; where the policy's own rounding happens to be smaller, as on tokens that are nearly certain."""
 
+OUTLIER = 1.0
+"""Difference in nats that rounding may cause at one token, which counts where there are few."""
+
 UNKNOWN_ROUNDING = 0.04
 """Nats; assumed where the policy cannot be computed in float32."""
 
 MOST_ERRORS, LEAST_LACK = 6.0, 0.1
-"""Standard errors by which the change of an engine's log-probs may fall short of the policy's, and the share that it may
-fall short by in any case."""
+"""Standard errors by which the change of an engine's log-probs may fall short of the policy's, and the share by
+which it may in any case."""
 
 LEAST_CHANGE = 1e-4
 """Change of the policy's log-probs, in nats, below which an engine's are not compared with it."""
@@ -75,8 +78,10 @@ class Measured:
         if dtype == "float32":
             return FLOAT32_TOLERANCE
         if self.exact is None:
-            return ROUNDINGS * UNKNOWN_ROUNDING
-        return ROUNDINGS * max(float((self.rounded - self.exact).abs().mean()), LEAST_ROUNDING)
+            rounding = UNKNOWN_ROUNDING
+        else:
+            rounding = max(float((self.rounded - self.exact).abs().mean()), LEAST_ROUNDING)
+        return ROUNDINGS * rounding + OUTLIER / len(self.engine)
 
 
 def policy_log_probs(

@@ -28,6 +28,9 @@ from rlrt_lightning.runtime.seeding import derive_seed
 if TYPE_CHECKING:
     from rlrt_lightning.policy.model import Policy
 
+HEAD = "lm_head.weight"
+"""The output head, which vLLM may keep apart from the embeddings that it is tied to."""
+
 MAX_TEMPERATURE = 2.0
 """The highest temperature that vLLM accepts."""
 
@@ -39,11 +42,12 @@ class EngineError(ConfigError):
 class VllmEngine(RolloutEngine):
     """Base class of the engine in the training process and the engine on servers.
 
-    After each sync, the first rollouts' log-probs are compared with the policy's (`tolerance`), and those of some
-    prompts with what they were after the sync before (`sync_check.stale`). The latter finds a skipped sync whose
-    weights differ at all in vLLM's type, and a tensor that was not sent if it accounts for a change of about
-    6 / sqrt(N) times the rounding, N being the number of tokens of up to 16 prompts: 0.01 nats for N = 500 and rounding
-    of 0.03 nats.
+    After each sync, the first rollouts' log-probs are compared with the policy's (`tolerance`), and those of up to 16
+    prompts with what they were after earlier syncs (`sync_check.skipped` and `incomplete`). The latter finds a skipped
+    sync of any size, such as one optimizer step with a learning rate of 1e-6, if a tenth of the tensors differ in
+    vLLM's type. It finds weights that vLLM does not take over once they account for a change since the first sync of
+    about 6 / sqrt(N) times the rounding, where N is the number of prompt tokens: 0.01 nats in bfloat16 for N = 500 and
+    rounding of 0.04 nats, and 1e-5 nats in float32. A tensor that is not sent at all is an error at any size.
 
     Args:
         dtype: Type of vLLM's weights; None uses the type that the trainer computes in.
@@ -79,8 +83,12 @@ class VllmEngine(RolloutEngine):
         self._policy = policy
         before, self._sent = self._sent, {}
         self._send_weights(policy)
+        if missing := (before.keys() or {HEAD}) - self._sent.keys():
+            raise EngineError(
+                f"data.engine: a sync did not send {sorted(missing)[0]}, which would stay outdated in vLLM"
+            )
         differ = [not torch.equal(bits, before[name]) for name, bits in self._sent.items() if name in before]
-        self._changed = sum(differ) > LEAST_TENSORS * len(differ)
+        self._changed = not differ or sum(differ) > LEAST_TENSORS * len(differ)
         self._unchecked = self._unprobed = True
 
     def generate(
