@@ -21,8 +21,11 @@ Sequences = Sequence[tuple[list[int], list[int]]]
 """Pairs of prompt and response token ids."""
 
 FLOAT32_TOLERANCE = 1e-4
-"""Largest mean |difference| in float32, in nats. It is about 1e-6; if the output head was not sent, a 1 % change of its
-weights causes more than 1e-2."""
+"""Largest mean |difference| in float32, in nats; it is about 1e-6."""
+
+GROWTH, LEAST_FLOAT32 = 10.0, 1e-6
+"""Factor by which the mean |difference| in float32 may grow after the first sync, and the least value in nats that is
+multiplied."""
 
 ROUNDINGS = 4.0
 """Largest mean |difference| in half precision, in units of the policy's own rounding on the same tokens."""
@@ -182,6 +185,28 @@ def skipped(before: Measured, after: Measured) -> str | None:
     if engine < 0.2 * policy:
         return f"its log-probs changed by {engine:.2g} nats where the policy's changed by {policy:.2g}"
     return None
+
+
+def apart(first: Measured, after: Measured, dtype: Dtype) -> str | None:
+    """Whether the engine's log-probs differ from the policy's by more than rounding explains.
+
+    Args:
+        first: After the first sync.
+        after: After a later one.
+        dtype: The engine's type.
+
+    Returns:
+        What is wrong with the engine's weights, or None.
+    """
+    if not len(after.engine):
+        return None
+    limit = after.limit(dtype)
+    if dtype == "float32":
+        limit = min(limit, GROWTH * max(float(first.difference.mean()), LEAST_FLOAT32))
+    mean = float(after.difference.mean())
+    if mean <= limit:  # never true for NaN
+        return None
+    return f"its log-probs differ by {mean:.2g} nats on average, where rounding explains {limit:.2g}"
 
 
 def incomplete(first: Measured, after: Measured) -> str | None:

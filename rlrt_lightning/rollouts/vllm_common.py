@@ -16,6 +16,7 @@ from rlrt_lightning.rollouts.sync_check import (
     LEAST_TENSORS,
     Measured,
     Probe,
+    apart,
     bits,
     incomplete,
     policy_log_probs,
@@ -43,11 +44,13 @@ class VllmEngine(RolloutEngine):
     """Base class of the engine in the training process and the engine on servers.
 
     After each sync, the first rollouts' log-probs are compared with the policy's (`tolerance`), and those of up to 16
-    prompts with what they were after earlier syncs (`sync_check.skipped` and `incomplete`). The latter finds a skipped
-    sync of any size, such as one optimizer step with a learning rate of 1e-6, if a tenth of the tensors differ in
-    vLLM's type. It finds weights that vLLM does not take over once they account for a change since the first sync of
-    about 6 / sqrt(N) times the rounding, where N is the number of prompt tokens: 0.01 nats in bfloat16 for N = 500 and
-    rounding of 0.04 nats, and 1e-5 nats in float32. A tensor that is not sent at all is an error at any size.
+    prompts with what they were after earlier syncs (`sync_check`). The latter finds a skipped sync of any size, such as
+    one optimizer step with a learning rate of 1e-6, if a tenth of the tensors differ in vLLM's type. A tensor that is
+    not sent is an error at any size. Weights that are sent and that vLLM does not take over are found once they change
+    log-probs by 1e-5 nats in float32, as the output head does in one such step. In half precision they have to account
+    for a tenth of the change since the first sync and for 6 / sqrt(N) times the rounding, where N is the number of
+    prompt tokens (0.01 nats for N = 500 and rounding of 0.04 nats), or for four times the rounding: there, a head alone
+    is found late, and changes little until then.
 
     Args:
         dtype: Type of vLLM's weights; None uses the type that the trainer computes in.
@@ -83,10 +86,8 @@ class VllmEngine(RolloutEngine):
         self._policy = policy
         before, self._sent = self._sent, {}
         self._send_weights(policy)
-        if missing := (before.keys() or {HEAD}) - self._sent.keys():
-            raise EngineError(
-                f"data.engine: a sync did not send {sorted(missing)[0]}, which would stay outdated in vLLM"
-            )
+        if missing := {HEAD, *before} - self._sent.keys():
+            raise EngineError(f"data.engine: a sync did not send {min(missing)}, which would stay outdated in vLLM")
         differ = [not torch.equal(bits, before[name]) for name, bits in self._sent.items() if name in before]
         self._changed = not differ or sum(differ) > LEAST_TENSORS * len(differ)
         self._unchecked = self._unprobed = True
@@ -163,6 +164,7 @@ class VllmEngine(RolloutEngine):
             self._first = after
             return
         wrong = (skipped(before, after) if self._changed else None) or incomplete(self._first, after)
+        wrong = wrong or (apart(self._first, after, self.dtype_for(policy)) if self.tolerance is None else None)
         if wrong is not None:
             raise EngineError(f"data.engine: after a sync vLLM has outdated weights: {wrong}")
 

@@ -13,6 +13,7 @@ from rlrt_lightning import LoRA, Policy
 from rlrt_lightning.rollouts.sync_check import (
     Measured,
     Probe,
+    apart,
     bits,
     incomplete,
     policy_log_probs,
@@ -52,7 +53,7 @@ def test_a_thousand_good_syncs_raise_no_alarm(tokens: int) -> None:
             after = measured(exact, g)
             assert skipped(before, after) is None
             assert incomplete(first, after) is None
-            assert float(after.difference.mean()) <= after.limit("bfloat16")
+            assert apart(first, after, "bfloat16") is None
             before = after
 
 
@@ -89,6 +90,14 @@ def test_missing_weights_are_found_once_their_share_exceeds_the_noise(share: flo
         after = measured(exact + change, g, exact + share * change)
         found.append(incomplete(first, after) is not None)
     assert found == [False, False, True, True]
+
+
+def test_in_float32_small_differences_are_found_and_rounding_is_not() -> None:
+    exact = torch.zeros(100)
+    first, rounding = Measured(exact + 2e-6, exact, exact), Measured(exact - 1e-5, exact, exact)
+    assert apart(first, rounding, "float32") is None
+    assert apart(first, Measured(exact + 3e-5, exact, exact), "float32") is not None
+    assert apart(first, Measured(exact * torch.nan, exact, exact), "float32") is not None
 
 
 def test_without_a_float32_computation_the_limit_is_fixed() -> None:

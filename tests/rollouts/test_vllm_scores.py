@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlrt_lightning import Policy, Sampling, VllmColocateEngine
+from rlrt_lightning.rollouts import vllm_colocate
 from rlrt_lightning.rollouts.vllm_common import EngineError
 
 pytestmark = [
@@ -83,9 +84,13 @@ RESPONSES = {
 }
 
 
+@pytest.mark.parametrize("part", [100, vllm_colocate.PART_TOKENS])
 @pytest.mark.parametrize("kind", RESPONSES)
-def test_scores_of_siblings_are_the_policys(kind: str, engine: VllmColocateEngine, policy: Policy) -> None:
-    """Prompts shorter than a block, of one or two blocks exactly, and a token more or less."""
+def test_scores_of_siblings_are_the_policys(
+    kind: str, part: int, engine: VllmColocateEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts shorter than a block, of one or two blocks exactly, and a token more or less; whole and in parts."""
+    monkeypatch.setattr(vllm_colocate, "PART_TOKENS", part)
     for length in (5, BLOCK - 1, BLOCK, BLOCK + 1, 133, 2 * BLOCK):
         sequences = [(tokens(length), response) for response in RESPONSES[kind]]
         for _ in range(2):  # the cache knows the second round from the first
@@ -116,6 +121,27 @@ def test_a_demonstration_is_read_once_for_its_siblings(
     prompt = tokens(3 * BLOCK + 20)
     assert apart(engine, policy, [(prompt, tokens(30, i)) for i in range(5)]) < 1e-3
     assert sorted(found) == [0] + [3 * BLOCK] * 4
+
+
+def test_long_sequences_are_scored_in_parts(
+    engine: VllmColocateEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM computes logits of few tokens a request, and none of the prompt; the others it has in its cache."""
+    monkeypatch.setattr(vllm_colocate, "PART_TOKENS", 100)
+    logits: list[int] = []
+    finished = VllmColocateEngine._finished
+
+    def watched(self: VllmColocateEngine, keys: set[str]) -> Iterator[tuple[str, Any]]:
+        for key, done in finished(self, keys):
+            if done.prompt_logprobs is not None:
+                logits.append(len(done.prompt_token_ids) - done.num_cached_tokens)
+            yield key, done
+
+    monkeypatch.setattr(VllmColocateEngine, "_finished", watched)
+    sequences = [(tokens(300, i), tokens(650, i)) for i in range(6)]
+    assert apart(engine, policy, sequences) < 1e-3
+    assert len(logits) == 6 * 7
+    assert max(logits) < 100 + BLOCK
 
 
 def test_after_a_sync_nothing_of_old_weights_is_read(engine: VllmColocateEngine, policy: Policy) -> None:

