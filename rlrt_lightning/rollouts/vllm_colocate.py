@@ -358,16 +358,19 @@ class _Scoring:
 
 
 def part_ends(prompt: int, response: int, size: int) -> list[int]:
-    """Where the parts end in which a sequence is scored, each from the beginning. A part has `size` new tokens; a
-    prompt longer than that is a part without log-probs, whatever its length.
+    """Where the parts end in which a sequence is scored, each from the beginning.
+
+    A part has `size` new tokens, and a longer prompt is a part without log-probs. All ends but the last are odd numbers
+    below or beyond the prompt's: a part that fills the blocks of the prefix cache, whose sizes are even, would take the
+    position that predicts the next part's first token.
 
     Args:
         prompt: Length of the prompt, in tokens.
         response: Length of the response, in tokens.
-        size: Number of tokens in a part.
+        size: Number of tokens in a part, even.
     """
-    before = prompt if prompt > size else 0
-    return [*([before] if before else []), *range(before + size, prompt + response, size), prompt + response]
+    begin = prompt - 1 - prompt % 2 if prompt > size else -1
+    return [*([begin] if begin > 0 else []), *range(begin + size, prompt + response, size), prompt + response]
 
 
 def siblings_with_same_beginning(

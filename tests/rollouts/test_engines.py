@@ -13,6 +13,7 @@ import torch
 
 from rlrt_lightning import ConfigError, Policy, Sampling, VllmColocateEngine
 from rlrt_lightning.rollouts.base import Stops
+from rlrt_lightning.rollouts.vllm_colocate import part_ends
 from rlrt_lightning.rollouts.vllm_common import request
 from rlrt_lightning.rollouts.vllm_server import _Server
 
@@ -75,6 +76,18 @@ def test_log_probs_after_tokens_from_the_prefix_cache_are_those_of_a_sibling(blo
         for _ in range(2):  # the cache knows the second round from the first
             for got, sequence in zip(engine.score(sequences), sequences, strict=True):
                 assert torch.equal(got, checksums(*sequence))
+
+
+def test_parts_of_long_sequences_lose_no_position_to_the_cache() -> None:
+    for prompt in range(1, 40):
+        for response in range(1, 40):
+            *ends, last = part_ends(prompt, response, 8)
+            assert last == prompt + response
+            assert all(end % 2 and 0 < end < last for end in ends)
+            after = [end for end in (*ends, last) if end > prompt]
+            begins = [max(end for end in (0, *ends) if end < stop) for stop in after]
+            assert all(stop - begin <= 8 + 1 for begin, stop in zip(begins, after, strict=True))
+    assert part_ends(5, 2, 8) == [7]
 
 
 @pytest.mark.parametrize("length", [160, 170, 175])
