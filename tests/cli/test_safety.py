@@ -250,6 +250,8 @@ def test_a_server_is_for_this_machine_unless_asked_and_says_so(caplog: pytest.Lo
     assert "trusted network" in caplog.text
     with pytest.raises(ConfigError, match=r"serve\.flags sets --host"):
         server_command(Policy(), engine, "127.0.0.1", 8000, ["--host=0.0.0.0"])
+    with pytest.raises(ConfigError, match=r"serve\.flags sets --hf-overrides.*model\.policy\.head_dtype=null"):
+        server_command(Policy(), engine, "127.0.0.1", 8000, ["--hf-overrides", "{}"])
     assert "--trust-remote-code" not in server_command(Policy(), engine, "127.0.0.1", 8000, [])
 
 

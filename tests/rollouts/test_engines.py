@@ -6,16 +6,18 @@ import random
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from rlrt_lightning import ConfigError, Policy, Sampling, VllmColocateEngine
+from rlrt_lightning import ConfigError, Policy, Sampling, VllmColocateEngine, VllmServerEngine
 from rlrt_lightning.rollouts.base import Stops
 from rlrt_lightning.rollouts.vllm_colocate import part_ends
 from rlrt_lightning.rollouts.vllm_common import request
-from rlrt_lightning.rollouts.vllm_server import _Server
+from rlrt_lightning.rollouts.vllm_server import _Server, server_command
+from rlrt_lightning.runtime.precision import half_precision
 
 
 def test_vllm_is_asked_for_the_stops_the_room_and_nothing_of_its_own() -> None:
@@ -33,6 +35,27 @@ def test_a_temperature_that_vllm_does_not_take_is_refused_before_anything_is_dra
     engine._policy, engine._awake = Policy(), True
     with pytest.raises(ConfigError, match=r"sampling\.temperature is 2\.5; vLLM takes at most 2"):
         next(engine.generate([[3]], 1, Sampling(temperature=2.5), [0]))
+
+
+@pytest.mark.parametrize(
+    ("precision", "half"),
+    [
+        ("bf16-mixed", "bfloat16"),
+        ("bf16-true", "bfloat16"),
+        ("16-mixed", "float16"),
+        ("32-true", None),
+        ("64-true", None),
+    ],
+)
+def test_vllm_has_the_type_that_the_trainer_computes_in(precision: str, half: Any) -> None:
+    engine = VllmServerEngine(["http://127.0.0.1:8000"])
+    engine.half = half_precision(SimpleNamespace(precision=precision))
+    assert engine.half == half
+    flags = server_command(Policy(), engine, "127.0.0.1", 8000, [])
+    assert flags[flags.index("--dtype") + 1] == engine.dtype_for(Policy()) == (half or "float32")
+    assert flags[flags.index("--hf-overrides") + 1] == '{"head_dtype": "float32"}'
+    assert "--hf-overrides" not in server_command(Policy(head_dtype=None), engine, "127.0.0.1", 8000, [])
+    assert VllmServerEngine(["http://127.0.0.1:8000"], dtype="float16").dtype_for(Policy()) == "float16"
 
 
 class Cached(VllmColocateEngine):

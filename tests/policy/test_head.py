@@ -1,0 +1,89 @@
+"""The head in float32 under autocast: training, scoring, sampling, with adapters and with weights in bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlrt_lightning import LoRA, Policy, Sampling, TransformersEngine
+from rlrt_lightning.policy.padding import pad_sequences
+from rlrt_lightning.rollouts.vllm_common import head_overrides
+
+SEQUENCES = [([2, 3, 4, 5], [6, 7, 8, 9]), ([5, 2], [3, 4, 6])]
+
+
+def loaded(**settings: Any) -> Policy:
+    policy = Policy(**settings)
+    policy.load()
+    return policy
+
+
+def logits_of(policy: Policy) -> torch.Tensor:
+    """Of the tokens that follow two sequences, under autocast."""
+    ids = torch.tensor([[2, 3, 4, 5], [5, 2, 3, 4]])
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        return policy.next_logits(policy.model, input_ids=ids, use_cache=False)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "weights in bfloat16": {"dtype": "bfloat16"},
+    "adapters": {"lora": LoRA(rank=2)},
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_logits_are_those_of_states_and_weights_in_float32(kind: str) -> None:
+    policy = loaded(**SETTINGS[kind])
+    ids = torch.tensor([[2, 3, 4, 5], [5, 2, 3, 4]])
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        states = policy.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+    expected = states.double() @ policy.model.get_output_embeddings().weight.double().T
+    torch.testing.assert_close(logits_of(policy).double(), expected, rtol=1e-5, atol=1e-5)
+    assert policy.head_is_float32
+    assert head_overrides(policy) == {"head_dtype": "float32"}
+
+
+def test_null_computes_the_head_as_the_rest() -> None:
+    policy = loaded(head_dtype=None)
+    logits = logits_of(policy)
+    assert logits.dtype == torch.bfloat16
+    assert head_overrides(policy) == {}
+    assert (logits - logits_of(loaded())).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["tied", "weights in bfloat16"])
+def test_gradients_reach_head_and_embeddings_in_float32(kind: str) -> None:
+    """Against autograd through logits of whole sequences; chunks are smaller than the batch."""
+    policy = loaded(logits_chunk=2, **SETTINGS[kind])
+    ids, mask, asked = pad_sequences(SEQUENCES, policy.device)
+    weight = policy.model.get_output_embeddings().weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp, _ = policy.log_probs(ids, mask, asked)
+        logp.sum().backward()
+        got, weight.grad = weight.grad.clone(), None
+        states = policy.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    logits = states.float() @ weight.float().T
+    whole = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    whole[asked[:, 1:].bool()].sum().backward()
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp[:, 1:][asked[:, 1:].bool()], whole[asked[:, 1:].bool()], rtol=1e-5, atol=1e-5)
+    assert float((got - weight.grad).norm() / weight.grad.norm()) < (1e-2 if kind == "tied" else 3e-2)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"], ids=["own weights", "copy"])
+def test_the_transformers_engine_samples_from_a_head_in_float32(dtype: Any) -> None:
+    """Its log-probs differ from the trainer's by the rounding of the decoder alone."""
+    policy, engine = loaded(), TransformersEngine(dtype=dtype)
+    rough, other = loaded(head_dtype=None), TransformersEngine(dtype=dtype)
+    mean = []
+    for p, e in ((policy, engine), (rough, other)):
+        prompts = [p.encode_prompt(f"a{i}b{i}c7d0") for i in range(8)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            e.sync(p)
+            rollouts = list(e.generate(prompts, 4, Sampling(max_new_tokens=20, temperature=1.5), list(range(8))))
+        exact = p.score([(r.prompt_ids, r.response_ids) for r in rollouts], 1.5)
+        mean.append(float(torch.cat([(r.logp_sampler - x).abs() for r, x in zip(rollouts, exact, strict=True)]).mean()))
+    assert mean[0] < mean[1]
