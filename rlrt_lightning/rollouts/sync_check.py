@@ -101,7 +101,8 @@ def policy_log_probs(
         return rounded, rounded
     # Shards in half precision are fetched in that type, weights in half precision are not computed with in float32, and
     # the sum of weights and adapters is not rounded before it is sent.
-    if policy.dtype != "float32" or policy.lora is not None or isinstance(policy.model, FSDPModule):
+    half = any(weight.dtype != torch.float32 for weight in policy.model.parameters())
+    if half or policy.lora is not None or isinstance(policy.model, FSDPModule):
         return rounded, None
     with weights_rounded(policy.model, getattr(torch, dtype)):
         return rounded, score(False)

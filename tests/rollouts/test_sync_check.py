@@ -134,10 +134,12 @@ def test_weights_are_whole_again_after_an_error() -> None:
     assert torch.equal(weight, before)
 
 
-def test_adapters_have_no_float32_reference() -> None:
-    policy = Policy(lora=LoRA(rank=2))
-    policy.load()
-    assert policy_log_probs(policy, SEQUENCES, "bfloat16")[1] is None
+def test_adapters_and_weights_in_half_precision_have_no_float32_reference() -> None:
+    for policy in (Policy(lora=LoRA(rank=2)), Policy(dtype="bfloat16"), Policy()):
+        policy.load()
+        if policy.dtype == "float32" and policy.lora is None:
+            policy.model.bfloat16()  # as --trainer.precision=bf16-true does
+        assert policy_log_probs(policy, SEQUENCES, "bfloat16")[1] is None
 
 
 def test_a_probe_counts_shared_beginnings_once() -> None:
