@@ -16,7 +16,7 @@ from rlrt_lightning.evaluation.metrics import AvgAtK, PassAtK
 from rlrt_lightning.evaluation.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import gather
-from rlrt_lightning.runtime.run_files import own
+from rlrt_lightning.runtime.run_files import claim_path
 
 from .boards import tensorboards
 
@@ -131,7 +131,7 @@ class Evaluation(Callback):
                 write_tables(folder, tables)
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.results) if self.results else own(trainer, "evaluation")
+        return Path(self.results) if self.results else claim_path(trainer, "evaluation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the engine give back its memory."""

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rlrt_lightning.runtime.errors import ConfigError
-from rlrt_lightning.runtime.run_files import occupied, own
+from rlrt_lightning.runtime.run_files import claim_path, occupied
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -62,4 +62,4 @@ class HFExport(Callback):
         self._written = True
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.path) if self.path else own(trainer, "export")
+        return Path(self.path) if self.path else claim_path(trainer, "export")

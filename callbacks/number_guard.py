@@ -15,7 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from rlrt_lightning.policy.sharding import local
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import gather
-from rlrt_lightning.runtime.run_files import own
+from rlrt_lightning.runtime.run_files import claim_path
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -59,7 +59,7 @@ class NumberGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that no other run's files are in the way."""
         if stage == "fit":
-            own(trainer, "bad_numbers")
+            claim_path(trainer, "bad_numbers")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the epoch's rollouts that have bad log-probs.
@@ -173,7 +173,7 @@ class NumberGuard(Callback):
 
     def _write(self, trainer: Trainer, name: str, rows: list[Row]) -> Path:
         """Writes what all ranks have; all have to call."""
-        folder = own(trainer, "bad_numbers")
+        folder = claim_path(trainer, "bad_numbers")
         path = folder / f"{name}.jsonl"
         every = [row for of_rank in gather(rows) for row in of_rank]
         if trainer.is_global_zero:

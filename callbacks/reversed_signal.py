@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import Mean, mean_over_ranks
-from rlrt_lightning.runtime.run_files import own
+from rlrt_lightning.runtime.run_files import claim_path
 
 from .boards import tensorboards
 from .signal_picture import Scored, Token, draw, html_page
@@ -46,7 +46,7 @@ class ReversedSignalLogger(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that no other run's pictures are in the way."""
         if stage == "fit":
-            own(trainer, "signal")
+            claim_path(trainer, "signal")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's signal before it is trained on."""
@@ -56,7 +56,7 @@ class ReversedSignalLogger(Callback):
         if epoch is None or module.method.context == "none":
             return
         data.rollout_metrics |= mean_over_ranks(signal_statistics(epoch))
-        folder = own(trainer, "signal")
+        folder = claim_path(trainer, "signal")
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
         scored = epoch.mask & epoch.has_context[:, None]

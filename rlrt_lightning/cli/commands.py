@@ -25,7 +25,7 @@ from rlrt_lightning.resume import check_file
 from rlrt_lightning.runtime.checkpoints import newest, problem
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, check_finite
-from rlrt_lightning.runtime.run_files import own
+from rlrt_lightning.runtime.run_files import claim_path
 from rlrt_lightning.runtime.trainer_checks import RELOAD
 from rlrt_lightning.runtime.trainer_limits import check_folders, check_limits
 
@@ -61,7 +61,7 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See `SaveConfigCallback.setup`."""
-        path = own(trainer, self.config_filename)
+        path = claim_path(trainer, self.config_filename)
         if trainer.is_global_zero and not self.already_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)

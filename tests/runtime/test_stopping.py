@@ -18,7 +18,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from rlrt_lightning.runtime.checkpoints import SAFE, WholeCheckpointIO, newest, no_code, problem
+from rlrt_lightning.runtime.checkpoints import WEIGHTS_ONLY_VARIABLE, WholeCheckpointIO, newest, no_code, problem
 from rlrt_lightning.runtime.errors import ConfigError
 from tests.helpers.command_line import command, scalars, union, weights
 from tests.helpers.processes import ROOT
@@ -199,17 +199,17 @@ def test_the_newest_complete_checkpoint_is_taken_and_the_others_named(
     for i, path in enumerate((good, truncated, other, code, pickled, shards)):
         os.utime(path, (i, i))
     assert newest([tmp_path], [], resume=True) == good
-    assert [record.getMessage().split(", going on")[0].split(", which ")[1] for record in caplog.records] == [
-        "holds objects that are not loaded, because loading them could run code",
+    assert [record.getMessage().split("; using")[0].split(", which ")[1] for record in caplog.records] == [
+        "holds pickled objects that could run code when loaded",
         "is not a complete folder of shards",
-        "is truncated, or not a checkpoint at all",
-        "holds objects that are not loaded, because loading them could run code",
-        "is not a checkpoint of Lightning",
-        "is truncated, or not a checkpoint at all",
+        "is truncated or not a checkpoint",
+        "holds pickled objects that could run code when loaded",
+        "is not a Lightning checkpoint",
+        "is truncated or not a checkpoint",
     ]
     assert not (tmp_path / "it-ran").exists()
     good.unlink()
-    with pytest.raises(ConfigError, match=r"no checkpoint can be read; the newest is .*epoch-5.ckpt, which"):
+    with pytest.raises(ConfigError, match=r"no checkpoint can be used; the newest is .*epoch-5.ckpt, which"):
         newest([tmp_path], [], resume=True)
     assert newest([tmp_path / "c"], [], resume=True) is None
 
@@ -222,7 +222,7 @@ def test_shards_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file.seek(0)
     with no_code(), pytest.raises(pickle.UnpicklingError):
         torch.load(file, weights_only=False)
-    assert SAFE not in os.environ
+    assert WEIGHTS_ONLY_VARIABLE not in os.environ
     assert not list(tmp_path.iterdir())
 
 
@@ -230,7 +230,7 @@ def test_weights_alone_are_evaluated_but_not_resumed(tmp_path: Path) -> None:
     path = tmp_path / "weights.ckpt"
     torch.save({"pytorch-lightning_version": "2.6", "loops": {}, "state_dict": {}}, path)
     assert problem(path, resume=False) is None
-    assert "weights alone" in str(problem(path, resume=True))
+    assert "only weights" in str(problem(path, resume=True))
 
 
 @pytest.mark.parametrize("limit", [0, 10_000, 200_000])
@@ -243,7 +243,7 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path, limit: int) ->
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(
-            ConfigError, match=r"last.ckpt cannot be written: File too large; .* go on with --ckpt_path"
+            ConfigError, match=r"last.ckpt cannot be written: File too large; .* resume with --ckpt_path"
         ):
             checkpoint(path, 100_000)
     finally:
