@@ -17,7 +17,7 @@ from rlrt_lightning.runtime.trainer_limits import check_limits
 
 log = logging.getLogger(__name__)
 
-TRAINER_DEFAULTS: dict[str, tuple[float, float]] = {
+REPLACED_DEFAULTS: dict[str, tuple[float, float]] = {
     # Each epoch trains on new rollouts.
     "reload_dataloaders_every_n_epochs": (0, 1),
     # Lightning's sanity check, over the whole validation set, is the evaluation before training.
@@ -49,7 +49,7 @@ REFUSED = {
 def set_up_trainer(trainer: Any, data: Any) -> None:
     """Replaces trainer settings that a script left at Lightning's defaults by ours, and checks all settings."""
     changed = []
-    for name, (theirs, ours) in TRAINER_DEFAULTS.items():
+    for name, (theirs, ours) in REPLACED_DEFAULTS.items():
         if getattr(trainer, name) == theirs:
             setattr(trainer, name, ours)
             changed.append(f"{name}={-1 if ours == math.inf else ours}")
@@ -160,7 +160,7 @@ def _never_evaluated(trainer: Any, data: Any, saves: bool) -> str | None:
     batches, interval = data.minibatches * trainer.accumulate_grad_batches, trainer.val_check_interval
     steps = max(1, int(batches * interval)) if isinstance(interval, float) else interval
     if saves and not (isinstance(steps, int) and (batches % steps == 0 or steps % batches == 0)):
-        return "trainer.val_check_interval evaluates within epochs, not at their ends, where checkpoints are saved; set it to 1"
+        return "trainer.val_check_interval evaluates within epochs, but checkpoints are saved at the end; set it to 1.0"
     return None
 
 

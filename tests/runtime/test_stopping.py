@@ -99,7 +99,7 @@ def test_a_run_that_is_stopped_goes_on_from_where_it_was(tmp_path: Path, capfd: 
             for version in (3, 4):  # what these two have written
                 shutil.rmtree(cut / "rlrt" / f"version_{version}")
     assert "stopped by SIGTERM: saved after 2 optimizer steps as " in said[0]
-    assert "go on with --ckpt_path last" in said[0]
+    assert "resume with --ckpt_path last" in said[0]
     assert "all 2 optimizer steps are saved" in said[1], "there was nothing new"
     assert "after 3 optimizer steps" in said[2], "in the middle of the epoch"
     assert "after 4 optimizer steps" in said[3]
@@ -133,7 +133,7 @@ def test_under_slurm_the_job_is_saved_and_requeued_where_it_can_be_resumed(
     root = f"--trainer.default_root_dir={tmp_path}"
     assert stop(tmp_path, "update", root) == 143
     assert (tmp_path / "asked").read_text().split() == ["requeue", "7"]
-    assert "after 3 optimizer steps, and asked SLURM to start the job again" in capfd.readouterr().err
+    assert "after 3 optimizer steps, and asked SLURM to requeue the job" in capfd.readouterr().err
     assert problem(tmp_path / "hpc_ckpt_1.ckpt", resume=True) is None
     assert command("fit", tmp_path, *FLAGS, root, "--trainer.max_epochs=2") == 0  # the same command, nothing added
     assert [step for step, _ in scalars(tmp_path, 1)["train/loss"]] == [3]
