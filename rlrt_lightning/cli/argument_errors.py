@@ -122,8 +122,8 @@ class RLRTParser(LightningArgumentParser):
         if message.startswith('expected "subcommand"'):
             return _Problem((), f"no command given; choose {COMMANDS} (each lists its settings with --help)")
         if found := re.search(r"the following arguments are required: (.*)", message):
-            keys = (found[1],) if "," not in found[1] else ()
-            return _Problem(keys, f"{self.class_name or 'this command'} needs a value for {found[1]}")
+            required = (found[1],) if "," not in found[1] else ()
+            return _Problem(required, f"{self.class_name or 'this command'} needs a value for {found[1]}")
         return _Problem((), message)
 
     def _type(self, key: str) -> Any:
