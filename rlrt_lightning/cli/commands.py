@@ -234,5 +234,5 @@ def _stream_seed(seed: bool | int) -> int:
     value = os.environ.get("PL_GLOBAL_SEED", "0") if seed is True else str(int(seed))
     if not (value.isdecimal() and int(value) < 2**32):
         name = "seed_everything: the environment's PL_GLOBAL_SEED" if seed is True else "seed_everything"
-        raise ConfigError(f"{name} is {value}; it has to be a whole number from 0 to {2**32 - 1}")
+        raise ConfigError(f"{name} is {value}; it has to be an integer from 0 to {2**32 - 1}")
     return int(value)

@@ -14,7 +14,7 @@ class Progress:
     """A progress bar for one phase, below Lightning's own bar.
 
     Args:
-        hidden: Show nothing.
+        hidden: Disable the bar.
     """
 
     def __init__(self, hidden: bool = True) -> None:

@@ -94,7 +94,7 @@ def check_trainer(trainer: Any, data: Any) -> None:
             "few problems instead"
         )
     limit = trainer.limit_train_batches
-    if (limit != 1 or isinstance(limit, int)) and not trainer.fast_dev_run:  # 1 is one batch, and 1.0 all
+    if (limit != 1 or isinstance(limit, int)) and not trainer.fast_dev_run:  # 1 is one batch, 1.0 is all
         raise ConfigError(
             f"trainer.limit_train_batches is {limit}, which would drop part of each epoch's rollouts; set "
             "data.prompts_per_epoch instead, and limit_train_batches to null"

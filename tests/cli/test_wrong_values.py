@@ -152,7 +152,7 @@ def test_values_of_another_type(cli: Ready, capsys: pytest.CaptureFixture[str]) 
         (["--model.optimizer.lr=.inf"], "model.optimizer.lr is inf; it has to be a finite number"),
         (["--model.optimizer.betas=[2, 3]"], "model.optimizer.betas: Invalid beta parameter at index 0: 2.0"),
         (["--model.optimizer=null"], "model.optimizer: it has to be Optimizer; it is null"),
-        (["--seed_everything=99999999999"], "seed_everything is 99999999999; it has to be a whole number from 0 to"),
+        (["--seed_everything=99999999999"], "seed_everything is 99999999999; it has to be an integer from 0 to"),
         (["--trainer.val_check_interval=5"], "trainer.val_check_interval is 5; it has to be at most 2, the batches"),
         (["--trainer.devices=99999"], "trainer.devices is 99999; it has to be at most "),
         (["--trainer.devices=0"], "trainer.devices: `Trainer(devices='0')`"),
