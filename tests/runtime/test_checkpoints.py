@@ -167,7 +167,7 @@ def test_a_time_limit_ends_a_run_after_an_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--trainer.max_steps=3"], "trainer.max_steps is 3, which ends within an epoch: take a multiple of"),
+        (["--trainer.max_steps=3"], "trainer.max_steps is 3, which ends within an epoch; set it to a multiple of"),
         (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0"),
         (["--trainer.limit_train_batches=0.5"], "trainer.limit_train_batches is 0.5"),
         (["--trainer.limit_train_batches=1"], "trainer.limit_train_batches is 1,"),

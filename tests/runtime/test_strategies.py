@@ -225,7 +225,7 @@ def test_when_a_rank_is_asked_to_end_all_save_and_end(runs: dict[str, Path], tmp
     (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "stops"), timeout=60)
     assert (first, second) == (143, 0)
     saved = tmp_path / "stops" / "checkpoints" / "last.ckpt"
-    assert f"saved after 3 optimizer steps as {saved}; go on with --ckpt_path last" in said
+    assert f"saved after 3 optimizer steps as {saved}; resume with --ckpt_path last" in said
     complete(2, "fsdp2", str(tmp_path), f"resumed:after:{saved}")
     undisturbed, resumed = seen(runs["one"], "ema"), seen(tmp_path, "after")
     assert len(resumed["gradients"]) == 1
@@ -247,7 +247,7 @@ def test_when_a_rank_is_killed_the_others_end_and_say_so(tmp_path: Path) -> None
     (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "dies"), timeout=60)
     assert second == -signal.SIGKILL
     assert first not in (0, -signal.SIGKILL)
-    assert "of rank 1" in said
+    assert re.search("rank 1 (does|did) not respond", said)
     assert "--ckpt_path last" in said
 
 
@@ -257,4 +257,4 @@ def test_when_a_rank_hangs_the_others_end_within_the_time_limit(tmp_path: Path) 
     os.kill(processes[1].pid, signal.SIGKILL)
     processes[1].communicate()
     assert code == 3
-    assert "nothing was heard of rank 1 for 10 s" in said
+    assert "rank 1 did not respond for 10 s" in said
