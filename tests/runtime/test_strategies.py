@@ -18,20 +18,23 @@ from transformers import AutoModelForCausalLM
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.policy.model import EMBEDDED
 from tests.helpers.command_line import SMALL, scalars
-from tests.helpers.processes import ROOT, run_cli, unused_port
+from tests.helpers.processes import ROOT, run_cli
 
 STRATEGIES = ["ddp", "fsdp2"]
 COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided"]
 OTHERS = ["bf16", "bf16_true", "saved", "exported", "exported_adapter"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+MEETINGS: list[torch.distributed.TCPStore] = []
+"""Where the ranks of each run meet, as those of torchrun do: the port is chosen and kept by this process."""
 
 
 def start(ranks: int, *words: str) -> list[subprocess.Popen[str]]:
     """Starts each rank by itself, so that nobody but us ends the one when the other does."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if ranks > 1:
-        env |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
-        env["WORLD_SIZE"] = str(ranks)
+        MEETINGS.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        env |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(ranks)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(MEETINGS[-1].port)}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.on_ranks", *words],
