@@ -28,8 +28,7 @@ def run_cli(*words: str, timeout: float = 300) -> None:
 
 
 def unused_port() -> int:
-    """A port of this machine that nobody listens on, from a range that systems do not give to programs by themselves, so
-    that nobody gets it until it is used."""
+    """A port that nobody listens on, from below the range that systems hand out, so that nobody gets it by chance."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as free:
