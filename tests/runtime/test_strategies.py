@@ -236,7 +236,7 @@ def test_a_strategy_under_which_roll_outs_would_go_wrong_is_refused(
 @pytest.mark.slow
 def test_when_a_rank_is_asked_to_end_all_save_and_end(runs: dict[str, Path], tmp_path: Path) -> None:
     """In the middle of the updates, of which each rank has its own left."""
-    (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "stops"), timeout=60)
+    (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "stops"))
     assert (first, second) == (143, 0)
     saved = tmp_path / "stops" / "checkpoints" / "last.ckpt"
     assert f"saved after 3 optimizer steps as {saved}; go on with --ckpt_path last" in said
@@ -250,7 +250,7 @@ def test_when_a_rank_is_asked_to_end_all_save_and_end(runs: dict[str, Path], tmp
 
 
 def test_when_a_rank_fails_the_others_end_and_say_why(tmp_path: Path) -> None:
-    (first, said), (second, own) = finish(start(2, "ddp", str(tmp_path), "fails"), timeout=60)
+    (first, said), (second, own) = finish(start(2, "ddp", str(tmp_path), "fails"))
     assert first != 0
     assert second == 1
     assert "on fire" in own
@@ -259,7 +259,7 @@ def test_when_a_rank_fails_the_others_end_and_say_why(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_when_a_rank_is_killed_the_others_end_and_say_so(tmp_path: Path) -> None:
-    (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "dies"), timeout=60)
+    (first, said), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "dies"))
     assert second == -signal.SIGKILL
     assert first not in (0, -signal.SIGKILL)
     assert "of rank 1" in said
@@ -269,7 +269,7 @@ def test_when_a_rank_is_killed_the_others_end_and_say_so(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_when_a_rank_hangs_the_others_end_within_the_time_limit(tmp_path: Path) -> None:
     processes = start(2, "ddp", str(tmp_path), "hangs")
-    code, said = finish(processes[:1], timeout=60)[0]
+    code, said = finish(processes[:1])[0]
     os.kill(processes[1].pid, signal.SIGKILL)
     processes[1].communicate()
     assert code == 3
