@@ -23,6 +23,7 @@ from rlrt_lightning.runtime.errors import ConfigError
 from tests.helpers.command_line import command, scalars, union, weights
 from tests.helpers.processes import ROOT
 
+ONE_KILL = ["--epochs=3", "--phases=update"]
 FLAGS = [
     "--trainer.max_epochs=4",
     "--trainer.accumulate_grad_batches=2",
@@ -266,17 +267,18 @@ def test_a_run_counted_in_steps_is_not_resumed_inexactly(tmp_path: Path, capfd: 
     assert "trainer.max_steps: a run is resumed exactly only where its end" in capfd.readouterr().err
 
 
-def test_a_run_that_is_killed_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
-    """The short version of the benchmark."""
-    words = ["--kills=2", "--epochs=3", "--phases", "checkpoint", "update", f"--out={tmp_path}"]
+@pytest.mark.parametrize(("kills", "words"), [(1, ONE_KILL), pytest.param(14, [], marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_ends_as_the_undisturbed_one(kills: int, words: list[str], tmp_path: Path) -> None:
+    """The short version of the benchmark: in an update, or twice in each phase."""
+    words = [f"--kills={kills}", *words, f"--out={tmp_path}"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "kill.py"), *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "2 kills: the same bit for bit" in done.stdout
+    assert f"{kills} kills: the same bit for bit" in done.stdout
