@@ -113,7 +113,7 @@ def test_nothing_of_a_method_config_is_left_where_another_comes_after_it(first: 
 
 @pytest.mark.parametrize("name", ["paper", "local"])
 def test_benchmarks_take_the_place_of_the_configs_own(name: str, resolved: Any) -> None:
-    benchmarks = resolved(f"--config={ROOT / 'configs' / 'benchmarks' / name}.yaml")["data"]["benchmarks"]
+    benchmarks = resolved(f"--config={ROOT / 'configs' / 'evaluation' / name}.yaml")["data"]["benchmarks"]
     paper = {"aime24", "aime25", "aime26", "hmmt26", "amc23", "math500"}
     assert set(benchmarks) == (paper if name == "paper" else paper - {"aime26", "hmmt26"})
     for benchmark in benchmarks.values():
