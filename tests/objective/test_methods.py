@@ -49,7 +49,7 @@ def test_each_method_has_a_config() -> None:
     assert set(SETTINGS) == {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", in_part(SETTINGS, "rlrt", "srpo", "diver"))
+@pytest.mark.parametrize("name", in_part(SETTINGS, "rlrt", "srpo"))
 def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     flags = ("--trainer.max_epochs=3", "--data.rollouts_per_prompt=8", "--trainer.enable_checkpointing=false")

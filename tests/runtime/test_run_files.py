@@ -57,7 +57,7 @@ class Shared(Logger):
     "flags",
     [
         ["--trainer.logger=false"],
-        ["--trainer.logger=tests.runtime.test_run_files.Shared"],
+        pytest.param(["--trainer.logger=tests.runtime.test_run_files.Shared"], marks=pytest.mark.slow),
         ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.logger.name="],
         ["--trainer.fast_dev_run=true"],
     ],
