@@ -34,12 +34,12 @@ SETTINGS = {
 }
 
 TEACHERS = {
-    "rlrt": "the weights of the policy that draws the rollouts",
-    "rlrt_all": "the weights of the policy that draws the rollouts",
+    "rlrt": "the weights of the policy that generates the rollouts",
+    "rlrt_all": "the weights of the policy that generates the rollouts",
     "rlsd": "the initial weights",
-    "teacher_predicted": "the weights of the policy that draws the rollouts",
+    "teacher_predicted": "the weights of the policy that generates the rollouts",
     "sdpo": "a moving average of the policy's weights (decay 0.95), updated every epoch",
-    "srpo": "the weights of the policy that draws the rollouts",
+    "srpo": "the weights of the policy that generates the rollouts",
 }
 """Of the methods that have one."""
 
