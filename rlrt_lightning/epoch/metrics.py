@@ -50,10 +50,10 @@ def epoch_metrics(record: EpochRecord, clock: Clock, counter: TokenCounter, cap:
         compared = record.mask & record.rescored[:, None]
         difference = (record.logp_old - record.logp_sampler)[compared]
         metrics |= mismatch(difference, record.importance[compared] == cap)
-    if counter.places:
+    if counter.padded_tokens:
         tokens, seconds = float(counter.tokens), metrics["time/rescore"] + metrics["time/teacher"]
         metrics["speed/score_tokens_per_s"] = tokens / max(seconds, 1e-9)
-        metrics["speed/score_padding"] = Mean(1 - tokens / counter.places, counter.places)
+        metrics["speed/score_padding"] = Mean(1 - tokens / counter.padded_tokens, counter.padded_tokens)
     metrics["rollout/shaped_reward"] = float(record.shaped_rewards.mean())
     metrics["signal/context_truncated"] = float(record.contexts_truncated)
     return metrics

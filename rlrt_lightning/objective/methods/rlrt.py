@@ -44,7 +44,7 @@ class RLRT(Method):
         if not 0 <= self.lam <= 1:
             raise ValueError(f"{name}.lam is {self.lam}; it has to be from 0 to 1")
         if not 0 <= self.eps_w <= 1:
-            raise ValueError(f"{name}.eps_w is {self.eps_w}; it has to be from 0 to 1, or weights could be negative")
+            raise ValueError(f"{name}.eps_w is {self.eps_w}; it has to be from 0 to 1, so that 1 - eps_w is at least 0")
         if self.context == "none":
             raise ValueError(f"{name}.context is 'none', so there is no teacher; set a context, or use GRPO")
         if self.lam_decay_steps is not None and self.lam_decay_steps < 1:
