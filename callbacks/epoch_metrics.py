@@ -49,7 +49,7 @@ class EpochMetrics(Callback):
     ) -> None:
         """Collects what the micro-batch and, where it was the last of one, the optimizer step say."""
         self._tokens = self._tokens + batch.tokens
-        self._places += batch.places
+        self._places += batch.padded_tokens
         for tag, (mean, of) in outputs["metrics"].items():
             self._updates.setdefault(tag, []).append((mean, of))
         module = cast("RLRTModule", pl_module)
