@@ -227,7 +227,7 @@ def test_a_strategy_under_which_roll_outs_would_go_wrong_is_refused(
     words = [f"--config={ROOT / 'configs/rlrt.yaml'}", *SMALL, f"--trainer.logger.save_dir={tmp_path}"]
     strategy = "--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"
     assert main(["fit", *words, strategy, "--trainer.accelerator=cpu", "--trainer.devices=1"]) == 2
-    assert "ModelParallelStrategy is not supported; take ddp" in capsys.readouterr().err
+    assert "ModelParallelStrategy is not supported; use ddp" in capsys.readouterr().err
 
 
 # -- a rank that is asked to end, or fails -------------------------------------------------------------------------
