@@ -15,8 +15,8 @@ def non_finite_log_probs(rollouts: Sequence[Rollout]) -> dict[int, str]:
     """The indices of rollouts with non-finite log-probs, with a description of each one's first non-finite value."""
     faults = {}
     for i, rollout in enumerate(rollouts):
-        log_probs = {"logp of the policy": rollout.logp_policy, "logp of the sampler": rollout.logp_sampler}
-        if wrong := first_non_finite(log_probs):
+        values = {"logp of the policy": rollout.logp_policy, "logp of the sampler": rollout.logp_sampler}
+        if wrong := first_non_finite(values):
             faults[i] = wrong
     return faults
 

@@ -47,8 +47,8 @@ class ForwardPasses(TokenSide, nn.Module):
     score_tokens: int
     gradient_checkpointing: bool
     counter: TokenCounter
-    _applies_head: bool
-    _caches_prompts: bool
+    _applies_head: bool  # see `_head_matches_model`
+    _caches_prompts: bool  # see `_cache_matches_model`
 
     @property
     def shares_prompts(self) -> bool:

@@ -60,8 +60,8 @@ class TokenSide:
             raise ConfigError(
                 f"model.policy.path: no tokenizer can be read at {self.path!r}: {reason(error)}"
             ) from error
-        asked = {"chat": self.chat, "system_prompt": self.system_prompt is not None, "chat_kwargs": self.chat_kwargs}
-        for setting, given in asked.items():
+        needs = {"chat": self.chat, "system_prompt": self.system_prompt is not None, "chat_kwargs": self.chat_kwargs}
+        for setting, given in needs.items():
             if given and not tokenizer.chat_template:
                 raise ConfigError(
                     f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template"

@@ -260,7 +260,7 @@ def test_what_is_too_long_for_the_model_is_counted_in_benchmarks(tmp_path, actio
     benchmark = Benchmark(DatasetTask(heldout=str(path), **COLUMNS), samples=2, sampling=Sampling(max_new_tokens=4))
     data = RolloutDataModule(benchmarks={"x": benchmark}, overlong_prompts=action)
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
-    words = r"the longest prompt of the model is 127: 1 of 3 prompts of data.benchmarks.x are longer \(problem 1: "
+    words = r"the model.s maximum prompt length is 127: 1 of 3 prompts of data.benchmarks.x are longer \(problem 1: "
     with pytest.raises(ConfigError, match=words) if action == "error" else pytest.warns(UserWarning, match=words):
         trainer.validate(RLRTModule(Policy(), Teacher()), datamodule=data, verbose=False)
 
