@@ -133,10 +133,10 @@ def test_a_checkpoint_is_evaluated(name: str, run4: Path, tmp_path: Path) -> Non
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    flags = ["--trainer.max_epochs=25", "--data.prompts_per_epoch=16", "--trainer.check_val_every_n_epoch=25"]
+    flags = ["--trainer.max_epochs=10", "--data.prompts_per_epoch=16", "--model.optimizer.lr=1e-3"]
     assert command("fit", tmp_path, *flags) == 0
     reward = [value for _, value in scalars(tmp_path)["rollout/reward"]]
-    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.1
+    assert sum(reward[-3:]) / 3 > sum(reward[:3]) / 3 + 0.2
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,7 @@ def test_a_checkpoint_loads_without_a_trainer(run2: Path) -> None:
     assert module.policy.model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 def test_a_teacher_of_its_own_and_adapters_load_without_a_trainer(tmp_path: Path) -> None:
     runs = [["--model.policy.lora.rank=4", "--teacher_refresh.every_n_epochs=2"], ["--model.method=RLSD"]]
     for version, (flags, kind) in enumerate(zip(runs, ("own", "initial"), strict=True)):

@@ -228,7 +228,7 @@ def test_an_engine_does_not_score_for_a_teacher_with_weights_of_its_own(
     server = ["--data.engine=VllmServerEngine", "--data.engine.urls=[http://127.0.0.1:9]"]
     asked = ["--model.method=RLSD", "--model.teacher.scored_by=engine"]
     assert command("fit", tmp_path, *server, *asked) == 2
-    assert "but the teacher has the initial weights: set teacher_refresh.every_n_epochs=1" in capsys.readouterr().err
+    assert "but the teacher has the initial weights; set teacher_refresh.every_n_epochs=1" in capsys.readouterr().err
 
 
 def test_a_divergence_over_the_whole_vocabulary(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_run_with_vllm_in_the_process(tmp_path: Path) -> None:
         assert curves[tag][0][1] == pytest.approx(scalars(plain)[tag][0][1], abs=1e-3), "scored by engine or trainer"
 
 
-@pytest.mark.parametrize(("strategy", "tensor_parallel"), [("fsdp", 1), ("ddp", 2)])
+@pytest.mark.parametrize(("strategy", "tensor_parallel"), [("fsdp", 1), pytest.param("ddp", 2, marks=pytest.mark.slow)])
 def test_two_ranks_draw_what_one_draws(strategy: str, tensor_parallel: int, tmp_path: Path) -> None:
     """With an engine each, which gets the weights out of their shards, or with one that they share."""
     flags = ["--trainer.max_epochs=1", "--data.prompts_per_epoch=16", "--model.teacher.scored_by=engine"]
@@ -255,7 +255,7 @@ def test_two_ranks_draw_what_one_draws(strategy: str, tensor_parallel: int, tmp_
     words = [f"--config={ROOT / name}" for name in ("configs/rlrt.yaml", *configs)]
     words += [*SMALL, *flags, f"--trainer.logger.save_dir={tmp_path / 'two'}", f"--trainer.strategy={strategy}"]
     words += ["--trainer.devices=2", "--trainer.accelerator=cpu", f"--data.engine.tensor_parallel={tensor_parallel}"]
-    run_cli("fit", *words, timeout=180)
+    run_cli("fit", *words)
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for tag in ("rollout/reward", "rollout/length", "labels/direct", "eval/heldout/avg@8"):
         assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]]), tag

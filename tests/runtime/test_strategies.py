@@ -127,8 +127,8 @@ def test_with_adapters_a_frozen_teacher_needs_no_copy_and_another_one_theirs_alo
     assert frozen["teacher"][1], "it scored after the adapters had changed"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.float32), ("bf16_true", torch.bfloat16)])
 def test_bf16_stays_near(runs: dict[str, Path], strategy: str, name: str, dtype: torch.dtype) -> None:
     one, two = seen(runs["one"], name), seen(runs[strategy], name)
@@ -143,8 +143,8 @@ def test_bf16_stays_near(runs: dict[str, Path], strategy: str, name: str, dtype:
 @pytest.mark.parametrize(
     ("saved_by", "ranks", "resumed_by"),
     [
-        ("ddp/saved", 1, "one"),
         ("fsdp2/saved", 2, "fsdp2"),
+        pytest.param("ddp/saved", 1, "one", marks=pytest.mark.slow),
         pytest.param("ddp/saved", 2, "ddp", marks=pytest.mark.slow),
         pytest.param("ddp/saved", 2, "fsdp2", marks=pytest.mark.slow),
         pytest.param("fsdp2/saved", 1, "fsdp2", marks=pytest.mark.slow),

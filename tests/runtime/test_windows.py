@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.processes import ROOT
 
 WITHOUT = """
@@ -53,6 +55,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_training_resuming_and_evaluating_work_without_what_windows_lacks(tmp_path: Path) -> None:
     (tmp_path / "without.py").write_text(WITHOUT)
     flags = ["--data.benchmarks.heldout.limit=4", "--data.benchmarks.longer.limit=2", "--data.prompts_per_epoch=4"]
