@@ -29,7 +29,7 @@ from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.runtime.precision import computing
 from rlrt_lightning.runtime.progress import Progress
 from rlrt_lightning.runtime.ranks import gather, mean_over_ranks, rank, world_size
-from rlrt_lightning.runtime.run_files import own_metrics
+from rlrt_lightning.runtime.run_files import claim_metrics
 from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.runtime.stopping import StopSignal
 from rlrt_lightning.runtime.trainer_checks import set_up_trainer
@@ -213,7 +213,7 @@ class RolloutDataModule(LightningDataModule):
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """A phase of the epoch, which leaves the weights as they are: a run that was asked to stop may end in it."""
-        with self.stop_signal.may_end(self._trainer), self._clock(name):
+        with self.stop_signal.interruptible(self._trainer), self._clock(name):
             yield
 
     def _draw_epoch(self, questions: Questions, seconds: list[float]) -> list[Drawn]:
@@ -289,7 +289,7 @@ class RolloutDataModule(LightningDataModule):
         """The seeds depend on the problem alone: evaluations of one run differ by the policy only."""
         problems = [self._eval_problems[name][i] for i in numbers]
         seeds = [derive_seed(self.seed, "evaluation", name, i) for i in numbers]
-        with self.stop_signal.may_end(self._trainer):
+        with self.stop_signal.interruptible(self._trainer):
             return self.draw(spec.task or self.task, problems, spec.samples, spec.sampling or self.sampling, seeds)
 
     def draw(
@@ -324,7 +324,7 @@ class RolloutDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Lightning's first hook, before the loggers write anything."""
         if self._trainer.is_global_zero:
-            own_metrics(self._trainer)
+            claim_metrics(self._trainer)
 
     def setup(self, stage: str) -> None:
         """Reads the data and checks what can be checked before the weights are loaded."""

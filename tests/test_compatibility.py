@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from tests.helpers.processes import ROOT
 
 UNTESTED_FLOORS = {"setuptools", "torch", "pytest-xdist", "ruff", "mypy", "vllm", "trl", "gguf"}
-"""torch stays the one at hand, tools check the code and are not called by it, and the rest has environments of its
+"""torch is that of ci.txt, tools check the code and are not called by it, and the rest has environments of its
 own."""
 
 
@@ -23,3 +26,9 @@ def test_the_lowest_releases_that_are_tested_are_those_that_are_allowed() -> Non
     assert pinned.keys() == allowed.keys()
     for name, floor in allowed.items():
         assert re.fullmatch(rf"{re.escape(floor)}(\.0)*", pinned[name]), name
+
+
+def test_ci_tests_a_torch_that_is_allowed() -> None:
+    (constraint,) = re.findall(r"^torch==(\S+)$", (ROOT / "tests" / "ci.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    (allowed,) = re.findall(r'"torch(>=.+?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert Version(constraint) in SpecifierSet(allowed)

@@ -23,6 +23,7 @@ def run4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.smoke
 def test_every_run_logs_its_signals(run4: Path) -> None:
     curves = scalars(run4)
     expected = """rollout/reward rollout/correct rollout/length rollout/truncated rollout/faults rollout/entropy

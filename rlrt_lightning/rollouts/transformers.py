@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlrt_lightning.policy.caching import cache_argument
+from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.seeding import generator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from rlrt_lightning.policy.model import Policy
 
 NOISE_BLOCK = 64
 """Random numbers drawn at a time for each row."""

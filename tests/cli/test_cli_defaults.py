@@ -194,7 +194,7 @@ def test_a_setting_of_the_old_class_does_not_pass_for_one_of_the_new(parse: Pars
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["fitt"], "there is no command fitt; there are fit, validate, test, predict"),
+        (["fitt"], "there is no command fitt; choose from fit, validate, test, predict"),
         (["fit", "--config=nothing.yaml"], "nothing.yaml"),
         (["fit", "--model.method=RLTR"], "did you mean RLRT?"),
         (["validate", "--trainer.accelerator=tpu"], "torch_xla"),

@@ -151,7 +151,7 @@ def test_what_a_checkpoint_pickles_beside_weights_is_never_run(
     path = tmp_path / "evil.ckpt"
     torch.save({**checkpoint(run1), "callbacks": {"more": Evil(canary)}}, path)
     assert command(name, tmp_path, f"--ckpt_path={path}") == 2
-    assert "evil.ckpt holds objects that are not loaded" in error_line(capfd)
+    assert "evil.ckpt holds pickled objects that could run code" in error_line(capfd)
     assert not canary.exists()
 
 

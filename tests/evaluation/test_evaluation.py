@@ -46,6 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     return folder / "results", evaluate(folder)
 
 
+@pytest.mark.smoke
 def test_completions_problems_and_curves_are_written(undisturbed: tuple[Path, dict[str, Any]]) -> None:
     folder, figures = undisturbed
     done = rows(folder)

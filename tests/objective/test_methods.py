@@ -18,6 +18,7 @@ from rlrt_lightning import SDPO, ConfigError, Needs, Policy, StrategySum
 from rlrt_lightning.policy.padding import pad_sequences
 from tests.helpers.command_line import command, comparable, scalars, weights
 from tests.helpers.epochs import fit
+from tests.helpers.marks import in_part
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import policy
 
@@ -48,7 +49,7 @@ def test_each_method_has_a_config() -> None:
     assert set(SETTINGS) == {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", in_part(SETTINGS, "rlrt", "srpo", "diver"))
 def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     flags = ("--trainer.max_epochs=3", "--data.rollouts_per_prompt=8", "--trainer.enable_checkpointing=false")
@@ -176,15 +177,15 @@ def followed(folder: Path, decay: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("flags", "decay"),
     [
-        (["--model.method=SDPO"], 0.95),
+        pytest.param(["--model.method=SDPO"], 0.95, marks=pytest.mark.slow),
         (["--model.method=SDPO", "--teacher_refresh.ema_decay=0.5"], 0.5),
-        (["--model.method=SDPO", "--teacher_refresh.every_n_epochs=1"], None),
+        pytest.param(["--model.method=SDPO", "--teacher_refresh.every_n_epochs=1"], None, marks=pytest.mark.slow),
         (["--model.method=SDPO", "--teacher_refresh.ema_decay=0"], None),
         (["--model.method=RLSD"], 1.0),
-        (["--model.method=RLSD", "--model.method.gated=true"], None),
-        (["--model.method=RLSD", "--teacher_refresh.ema_decay=0.9"], 0.9),
-        (["--model.method=RLRT"], None),
-        (["--model.method=RLRT", "--teacher_refresh.every_n_epochs=null"], 1.0),
+        pytest.param(["--model.method=RLSD", "--model.method.gated=true"], None, marks=pytest.mark.slow),
+        pytest.param(["--model.method=RLSD", "--teacher_refresh.ema_decay=0.9"], 0.9, marks=pytest.mark.slow),
+        pytest.param(["--model.method=RLRT"], None, marks=pytest.mark.slow),
+        pytest.param(["--model.method=RLRT", "--teacher_refresh.every_n_epochs=null"], 1.0, marks=pytest.mark.slow),
         (["--model.method=RLSD", "--model.method=GRPO"], None),
     ],
     ids=str,
@@ -201,7 +202,7 @@ def test_a_method_named_by_a_flag_brings_its_teacher(flags: list[str], decay: fl
         torch.testing.assert_close(teacher[name], value, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", ["SDPO", "RLSD"])
+@pytest.mark.parametrize("method", in_part(["SDPO", "RLSD"], "SDPO"))
 def test_a_resumed_run_has_the_methods_teacher(method: str, tmp_path: Path) -> None:
     flags = [f"--model.method={method}"]
     assert command("fit", tmp_path / "whole", *flags, "--trainer.max_epochs=3") == 0

@@ -139,6 +139,7 @@ def test_the_teacher_is_asked_for_just_the_rollouts_that_it_changes(seed: int) -
             assert torch.equal(asked.distillation, all_.distillation)
 
 
+@pytest.mark.smoke
 def test_rlrt_credits_what_the_teacher_did_not_expect_and_rlsd_the_opposite() -> None:
     rewards, groups = torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.long)
     student, teacher = torch.full((2, 2), -1.0), torch.tensor([[-2.0, -0.5]]).expand(2, 2)

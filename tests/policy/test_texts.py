@@ -396,8 +396,8 @@ def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
     policy = byte_policy(tmp_path, CHATML.partition("{% if add")[0].replace("<|im_end|>", END), ["<think>", "</think>"])
     said = preview(tmp_path, policy, caplog, stop=["<|im_end|>", "4"], teacher={"template": "{prompt}<|sol|>{context}"})
     assert "<|im_start|>user\n    2+2?<|sol|>(a correct response)<|endoftext|>" in said
-    assert "the prompt of the student ends in the end token '<|endoftext|>'" in said
-    assert "the prompt of the teacher has '<|sol|>', which is no token of this tokenizer but 7" in said
+    assert "the student prompt ends in the end token '<|endoftext|>'" in said
+    assert "the teacher prompt has '<|sol|>', which this tokenizer splits into 7 tokens" in said
     assert "the stop string '<|im_end|>' has the special token '<|im_end|>'" in said
     assert "<think> is a special token" in said
 
@@ -405,7 +405,7 @@ def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_tag_that_ends_responses_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy = byte_policy(tmp_path, special=["<answer>", "</answer>"])
     policy.end_tokens.append(policy.tokenizer.convert_tokens_to_ids("</answer>"))
-    assert "responses end at '</answer>', which the texts" in preview(tmp_path, policy, caplog)
+    assert "'</answer>' ends responses, and completions omit it" in preview(tmp_path, policy, caplog)
 
 
 def test_nothing_is_said_of_an_ordinary_model_and_long_prompts_are_truncated(

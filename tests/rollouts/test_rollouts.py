@@ -51,6 +51,7 @@ def test_log_probs_are_the_policys(architecture: str, temperature: float) -> Non
         torch.testing.assert_close(rollout.logp_sampler, score, rtol=0, atol=1e-4)
 
 
+@pytest.mark.smoke
 def test_a_rollout_depends_on_its_prompt_and_seed_alone() -> None:
     made, sampling = policy(), Sampling(max_new_tokens=12)
     reference = roll_out(made, PROMPTS, 4, sampling)

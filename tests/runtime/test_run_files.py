@@ -16,7 +16,7 @@ from rlrt_lightning.__main__ import main
 from rlrt_lightning.analysis.plots import prepare_folder
 from rlrt_lightning.callbacks import HFExport
 from rlrt_lightning.evaluation.results import CURVES, Results, write_tables
-from rlrt_lightning.runtime.run_files import own, run_folder
+from rlrt_lightning.runtime.run_files import claim_path, run_folder
 from tests.helpers.command_line import SMALL, command
 from tests.helpers.processes import ROOT
 
@@ -96,7 +96,7 @@ def test_a_folder_in_which_another_run_has_written_is_refused(
     place = [f"--trainer.logger={logger}", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.name=mine"]
     assert main(["fit", *WORDS, *place, "--trainer.logger.version=v"]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "is there already and would be overwritten" in line
+    assert "already exists and would be overwritten" in line
     assert file.read_text() == "mine"
 
 
@@ -105,11 +105,11 @@ def test_a_run_finds_its_own_files_again(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, "mine", "v")
     for _ in range(2):
         trainer = Trainer(logger=logger)
-        path = own(trainer, "signal")
+        path = claim_path(trainer, "signal")
         path.mkdir(parents=True, exist_ok=True)
         (path / "file").touch()
-    with pytest.raises(ConfigError, match="is there already"):
-        own(Trainer(logger=CSVLogger(tmp_path, "mine", "v")), "signal")
+    with pytest.raises(ConfigError, match="already exists"):
+        claim_path(Trainer(logger=CSVLogger(tmp_path, "mine", "v")), "signal")
 
 
 def test_runs_without_a_logger_have_folders_of_their_own(tmp_path: Path) -> None:
