@@ -47,7 +47,7 @@ class EpochMetrics(Callback):
     ) -> None:
         """Collects the metrics of the micro-batch and of any optimizer step that it completed."""
         self._tokens = self._tokens + batch.tokens
-        self._padded_tokens += batch.places
+        self._padded_tokens += batch.padded_tokens
         for tag, (mean, of) in outputs["metrics"].items():
             self._updates.setdefault(tag, []).append((mean, of))
         module = cast("RLRTModule", pl_module)

@@ -109,7 +109,7 @@ def test_what_is_allowed_is_honoured_and_warned_of(
     assert command("fit", tmp_path, *flags, "--model.allow_changes=[model.method]") == 2
     assert "add --model.allow_changes=[model.method,data.seed]" in error(capfd)
     assert command("fit", tmp_path, *flags, "--model.allow_changes=[model.metod]") == 2
-    assert "model.metod, which is no setting of this run (did you mean model.method?)" in error(capfd)
+    assert "model.metod, which is not a setting of this run (did you mean model.method?)" in error(capfd)
     assert command("fit", tmp_path, *flags, "--model.allow_changes=[model.method,seed_everything]") == 0
     (warning,) = [r for r in caplog.records if r.name == "rlrt_lightning.resume" and r.levelname == "WARNING"]
     assert "data.seed was 0 and is 1; model.method was RLRT and is GRPO" in warning.getMessage()
@@ -119,8 +119,8 @@ def test_what_is_allowed_is_honoured_and_warned_of(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model.optimizer=SGD", "--model.allow_changes=[model]"], "which torch.optim.sgd.SGD cannot go on with"),
-        (["--model.optimizer.amsgrad=true"], "does not hold max_exp_avg_sq, which model.optimizer keeps"),
+        (["--model.optimizer=SGD", "--model.allow_changes=[model]"], "which torch.optim.sgd.SGD cannot load"),
+        (["--model.optimizer.amsgrad=true"], "does not contain max_exp_avg_sq, which model.optimizer needs"),
     ],
 )
 def test_an_optimizer_without_its_state_is_always_refused(
@@ -199,7 +199,7 @@ def test_another_format_is_refused_and_an_older_release_said(caplog: pytest.LogC
     with pytest.raises(ConfigError, match=rf"has format 99 .* reads format {FORMAT}"):
         check({KEY: {"format": 99}}, "x.ckpt", now, [], fit=True)
     assert check({}, "x.ckpt", now, [], fit=True) == ([], [])
-    assert "x.ckpt does not hold the settings of its run" in caplog.text
+    assert "x.ckpt does not contain the settings of its run" in caplog.text
 
 
 def test_values_compare_as_yaml_and_python_have_them() -> None:
@@ -218,7 +218,7 @@ def test_the_digest_is_of_all_that_a_problem_says() -> None:
 
 
 def test_objects_of_other_classes_are_not_made_from_a_record() -> None:
-    with pytest.raises(ConfigError, match=r"model.method is os.path.Method in the checkpoint, no class of"):
+    with pytest.raises(ConfigError, match=r"model.method is os.path.Method in the checkpoint, not a class of"):
         rebuilt({"model.method": "os.path.Method"}, "model.method")
 
 

@@ -88,7 +88,7 @@ def test_a_resumed_run_trains_on_what_had_been_drawn_ahead(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"engine": TransformersEngine()}, "TransformersEngine cannot draw while the policy trains"),
+        ({"engine": TransformersEngine()}, "TransformersEngine cannot generate while the policy trains"),
         ({"engine": OfItsOwn(), "rescore": False}, "data.rescore=true"),
     ],
 )

@@ -48,8 +48,8 @@ def test_log_probs_entropy_and_gradients_are_those_of_the_plain_forward(architec
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_head_is_known_for_the_common_architectures(architecture: str) -> None:
-    assert policy(architecture)._head_is_known
+def test_the_head_is_applied_in_chunks_for_common_architectures(architecture: str) -> None:
+    assert policy(architecture)._applies_head
 
 
 def test_an_unknown_head_falls_back_to_the_whole_forward(caplog: pytest.LogCaptureFixture) -> None:

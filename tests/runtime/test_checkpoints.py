@@ -208,7 +208,7 @@ def test_an_accumulation_that_changes_is_refused() -> None:
         pytest.param(["--trainer.callbacks+=LearningRateMonitor"], marks=pytest.mark.slow),
         pytest.param(["--trainer.precision=64-true"], marks=pytest.mark.slow),
         pytest.param(["--trainer.detect_anomaly=true"], marks=pytest.mark.slow),
-        ["--trainer.max_steps=4", "--trainer.max_epochs=-1"],
+        pytest.param(["--trainer.max_steps=4", "--trainer.max_epochs=-1"], marks=pytest.mark.slow),
         ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=3"],
         pytest.param(["--trainer.gradient_clip_algorithm=value"], marks=pytest.mark.slow),
         pytest.param(["--trainer.accumulate_grad_batches=40"], marks=pytest.mark.slow),

@@ -57,7 +57,7 @@ class Shared(Logger):
     "flags",
     [
         ["--trainer.logger=false"],
-        ["--trainer.logger=tests.runtime.test_run_files.Shared"],
+        pytest.param(["--trainer.logger=tests.runtime.test_run_files.Shared"], marks=pytest.mark.slow),
         ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.logger.name="],
         ["--trainer.fast_dev_run=true"],
     ],
@@ -138,7 +138,7 @@ def test_an_export_overwrites_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
 def test_data_files_are_not_taken_for_results(name: str, tmp_path: Path) -> None:
     """Such as the data set itself, in the folder that evaluation.results names."""
     (tmp_path / name).write_text('{"prompt": "a"}\n')
-    with pytest.raises(ConfigError, match=rf"evaluation\.results: .*{name} is there already"):
+    with pytest.raises(ConfigError, match=rf"evaluation\.results: .*{name} already exists"):
         Results(tmp_path, "heldout").begin({"samples": 1})
     assert (tmp_path / name).read_text() == '{"prompt": "a"}\n'
 

@@ -95,7 +95,7 @@ def test_a_run_that_is_stopped_goes_on_from_where_it_was(tmp_path: Path, capfd: 
         said.append(line)
         if phase == "update":
             assert command("fit", cut, *FLAGS, "--ckpt_path=last", "--trainer.accumulate_grad_batches=1") == 2
-            assert "1 ranks with trainer.accumulate_grad_batches=2; go on with the same" in capfd.readouterr().err
+            assert "1 ranks with trainer.accumulate_grad_batches=2; use the same settings" in capfd.readouterr().err
             assert command("validate", cut, *FLAGS[3:5], "--ckpt_path=last") == 0
             for version in (3, 4):  # what these two have written
                 shutil.rmtree(cut / "rlrt" / f"version_{version}")
@@ -258,13 +258,13 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path, capfd: pytest
     other = checkpoint(tmp_path / "other.ckpt", state_dict={"policy.model.lm_head.weight": torch.ones(2, 2)})
     assert command("fit", tmp_path, f"--ckpt_path={other}") == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "the checkpoint holds another model" in line
+    assert "the checkpoint is of a different model" in line
 
 
 def test_a_run_counted_in_steps_is_not_resumed_inexactly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = checkpoint(tmp_path / "last.ckpt")
     assert command("fit", tmp_path, f"--ckpt_path={path}", "--trainer.max_steps=8") == 2
-    assert "trainer.max_steps: a run is resumed exactly only where its end" in capfd.readouterr().err
+    assert "trainer.max_steps: only runs whose end is given in epochs" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("kills", "words"), [(1, ONE_KILL), pytest.param(14, [], marks=pytest.mark.slow)])

@@ -329,9 +329,9 @@ class Broken(Task):
             r"data.task: Broken.problems\('train'\) failed: KeyError: .*no such file.*test_bad_data.py, line \d+",
         ),
         ("none", r"data.task: Broken.problems\('train'\) failed: TypeError"),
-        ("dicts", r"no Problem with a prompt in text or messages: {'prompt': 'a1'}"),
+        ("dicts", r"not a Problem with a prompt of text or messages: {'prompt': 'a1'}"),
         ("no prompt", r"failed: TypeError"),
-        ("surrogate", r"problem p: its prompt cannot be made tokens"),
+        ("surrogate", r"problem p: its prompt cannot be tokenized"),
     ],
 )
 def test_a_task_that_fails_at_the_start_is_named(tmp_path, how, words):
@@ -354,6 +354,6 @@ def test_a_conversation_that_the_chat_template_refuses_is_named_at_the_start(tmp
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = DatasetTask(train=str(path), **{**COLUMNS, "id": None})
     with pytest.raises(
-        ConfigError, match="problem train-4: its prompt cannot be made tokens: RuntimeError: Conversation"
+        ConfigError, match="problem train-4: its prompt cannot be tokenized: RuntimeError: Conversation"
     ):
         fit(tmp_path, task, policy=Strict())
