@@ -76,7 +76,7 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and runs.csv")
-    parser.add_argument("--seeds", type=int, default=8, help="number of seeds, from 0, of each method")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds per method, from 0")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs")
     parser.add_argument("extra", nargs="*", help="further flags for every run, after --")
