@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Shared fixtures and settings of the tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from rlrt_lightning.__main__ import EXPECTED_WARNINGS
 
-# Random examples are the same in every run; `--hypothesis-profile=random` looks for new ones.
+# Random examples are the same in every run; `--hypothesis-profile=random` searches for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("random", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("fixed")
@@ -29,8 +29,8 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def no_process_group() -> Iterator[None]:
-    """A strategy of several ranks that ran in this process leaves no trace for the tests after it. vLLM's groups live
-    as long as the process."""
+    """Destroys the process group that a multi-rank strategy has left in this process. vLLM's groups live as long as
+    the process."""
     yield
     torch = sys.modules.get("torch")
     if torch is not None and "vllm" not in sys.modules and torch.distributed.is_initialized():
@@ -38,6 +38,6 @@ def no_process_group() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Every other warning is an error (pyproject.toml); these are expected also where a test needs no command line."""
+    """Other warnings are errors (pyproject.toml); these are also expected in tests without a command line."""
     for message in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
