@@ -75,7 +75,7 @@ def test_an_interrupted_evaluation_draws_only_what_is_missing(
     results.mkdir()
     (results / "heldout.json").write_text((whole / "heldout.json").read_text())
     lines = (whole / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    # Two problems are complete; of the third there are one completion and half of another.
+    # Two problems are complete; the third has one completion and half of another.
     (results / "heldout.jsonl").write_text("".join(lines[:17]) + lines[17][:25], encoding="utf-8")
 
     drawn: list[str] = []
