@@ -28,6 +28,6 @@ for line in lines:
         if not re.match(r"torch(audio|vision|codec)?\b", requirement):
             print(requirement)
 PYTHON
-$pip install --quiet --requirement "$wheels/requirements.txt" torch==2.13.0 "$here[test]"
+$pip install --quiet --requirement "$wheels/requirements.txt" --constraint "$here/tests/ci.txt" "$here[test]"
 $pip install --quiet --no-deps "$wheels"/*.whl
 $pip install --quiet --no-deps --editable "$here"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from tests.helpers.processes import ROOT
 
 UNTESTED_FLOORS = {"setuptools", "torch", "pytest-xdist", "ruff", "mypy", "vllm", "trl", "gguf"}
-"""The installed torch is used, the tools check the code and are not called by it, and the others have separate
+"""torch is pinned in ci.txt, the tools check the code and are not called by it, and the others have separate
 environments."""
 
 
@@ -23,3 +26,9 @@ def test_the_lowest_tested_releases_are_the_lowest_allowed() -> None:
     assert pinned.keys() == allowed.keys()
     for name, floor in allowed.items():
         assert re.fullmatch(rf"{re.escape(floor)}(\.0)*", pinned[name]), name
+
+
+def test_ci_tests_an_allowed_torch() -> None:
+    (constraint,) = re.findall(r"^torch==(\S+)$", (ROOT / "tests" / "ci.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    (allowed,) = re.findall(r'"torch(>=.+?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert Version(constraint) in SpecifierSet(allowed)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rlrt_lightning
+from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
 
 PRINT_CALLBACKS_PATH = """
@@ -73,7 +74,7 @@ def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
     assert not [line for line in lines if "user.py:2" in line or 'rlrt_lightning.callbacks"' in line], lines
 
 
-@pytest.mark.parametrize("how", ["wheel", "editable"])
+@pytest.mark.parametrize("how", slow_except(["wheel", "editable"], "wheel"))
 def test_an_installed_package_has_the_callbacks_and_the_model(how: str, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"  # a copy, since a build writes into its source folder

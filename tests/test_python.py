@@ -27,6 +27,7 @@ from rlrt_lightning import (
 from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.runtime.run_files import run_folder
 from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
+from tests.helpers.marks import slow_except
 
 OURS = ["EpochMetrics", "SafeStop", "PromptPreview", "TeacherRefresh", "ReversedSignalLogger", "Evaluation"]
 OURS += ["RankGuard", "NumberGuard", "CollapseGuard", "RunCheckpoint"]
@@ -100,7 +101,7 @@ def test_python_resumes_a_run_of_the_command_line(cli_run: Path, tmp_path: Path)
     assert without_timings(scalars(tmp_path))["eval/heldout/avg@8"][0][0] == 7, "no second evaluation before training"
 
 
-@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+@pytest.mark.parametrize("name", slow_except(["validate", "test", "predict"], "predict"))
 def test_evaluations_from_python_equal_those_of_the_command_line(name: str, cli_run: Path, tmp_path: Path) -> None:
     (last,) = cli_run.glob("rlrt/version_0/checkpoints/last.ckpt")
     assert cli_exit_code(name, tmp_path / "command", f"--ckpt_path={last}") == 0

@@ -114,7 +114,7 @@ def test_allow_changes_permits_named_changes_with_a_warning(
     assert cli_exit_code("fit", tmp_path, *flags, "--model.allow_changes=[model.method]") == 2
     assert "add --model.allow_changes=[model.method,data.seed]" in error_line(capfd)
     assert cli_exit_code("fit", tmp_path, *flags, "--model.allow_changes=[model.metod]") == 2
-    assert "model.metod, which is no setting of this run (did you mean model.method?)" in error_line(capfd)
+    assert "model.metod, which is not a setting of this run (did you mean model.method?)" in error_line(capfd)
     assert cli_exit_code("fit", tmp_path, *flags, "--model.allow_changes=[model.method,seed_everything]") == 0
     (warning,) = [r for r in caplog.records if r.name == "rlrt_lightning.resume" and r.levelname == "WARNING"]
     assert "data.seed was 0 and is 1; model.method was RLRT and is GRPO" in warning.getMessage()
@@ -124,8 +124,8 @@ def test_allow_changes_permits_named_changes_with_a_warning(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model.optimizer=SGD", "--model.allow_changes=[model]"], "which torch.optim.sgd.SGD cannot go on with"),
-        (["--model.optimizer.amsgrad=true"], "does not hold max_exp_avg_sq, which model.optimizer keeps"),
+        (["--model.optimizer=SGD", "--model.allow_changes=[model]"], "which torch.optim.sgd.SGD cannot load"),
+        (["--model.optimizer.amsgrad=true"], "does not contain max_exp_avg_sq, which model.optimizer needs"),
     ],
 )
 def test_an_optimizer_that_cannot_use_the_saved_state_is_always_refused(
@@ -204,7 +204,7 @@ def test_another_format_is_refused_and_missing_settings_are_logged(caplog: pytes
     with pytest.raises(ConfigError, match=rf"has format 99 .* reads format {FORMAT}"):
         check({KEY: {"format": 99}}, "x.ckpt", now, [], fit=True)
     assert check({}, "x.ckpt", now, [], fit=True) == ([], [])
-    assert "x.ckpt does not hold the settings of its run" in caplog.text
+    assert "x.ckpt does not contain the settings of its run" in caplog.text
 
 
 def test_equal_values_of_yaml_and_python_types_are_no_change() -> None:
@@ -223,7 +223,7 @@ def test_the_digest_covers_every_field_of_a_problem() -> None:
 
 
 def test_a_recorded_class_of_another_package_is_not_instantiated() -> None:
-    with pytest.raises(ConfigError, match=r"model.method is os.path.Method in the checkpoint, no class of"):
+    with pytest.raises(ConfigError, match=r"model.method is os.path.Method in the checkpoint, not a class of"):
         rebuilt({"model.method": "os.path.Method"}, "model.method")
 
 
@@ -295,5 +295,5 @@ def test_loading_a_missing_or_broken_checkpoint_is_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="there is no checkpoint at"):
         RLRTModule.load_from_checkpoint(tmp_path / "none.ckpt")
     (tmp_path / "bad.ckpt").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"bad.ckpt is truncated, or not a checkpoint at all"):
+    with pytest.raises(ConfigError, match=r"bad.ckpt is truncated or not a checkpoint"):
         RLRTModule.load_from_checkpoint(tmp_path / "bad.ckpt")

@@ -1,5 +1,5 @@
-"""The paper's instruments (arXiv:2605.10781, Figs. 5 to 9 and 11): each writes its data and a finished figure.
+"""The paper's instruments (arXiv:2605.10781, Figs. 5 to 9 and 11): each writes its data and a plot.
 
-`curves` and `passk` read what runs and evaluations have written; `reflection` and `shift` draw rollouts from a trained
-policy, and are commands of the same command line with the same configs as training.
+`curves` and `pass_at_k` read the output of runs and evaluations. `reflection` and `shift` generate rollouts from a
+trained policy, and take the same configs as training.
 """

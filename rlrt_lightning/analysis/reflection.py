@@ -1,7 +1,7 @@
 """Reflection injection (arXiv:2605.10781, Fig. 6): does it matter *where* the policy is made to reconsider?
 
-A wrong rollout of a hard problem, or a right one of an easy problem, is cut where student and teacher differ most,
-where they differ least, or anywhere; a text is put there and the policy goes on.
+A wrong rollout of a hard problem, or a correct rollout of an easy problem, is cut at the position where student and
+teacher differ most, where they differ least, and at a random one. A text is inserted there and the policy continues.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrt_lightning.analysis.figures import panels, save, style
+from rlrt_lightning.analysis.plots import panels, save, style
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.module import RLRTModule
@@ -31,16 +31,21 @@ from rlrt_lightning.tasks import Problem, Verdict
 
 WHERE = ("largest", "smallest", "random")
 BOUNDS = ("low", "high")
-HARD, EASY = (0.0, 0.25), (0.625, 0.875)  # of 8 rollouts: 0 to 2, and 5 to 7
+HARD, EASY = (0.0, 0.25), (0.625, 0.875)  # fraction of correct rollouts; of 8 rollouts: 0 to 2, and 5 to 7
 
 
 def position_kl(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor]:
-    """KL(P_S || P_T) at each position, nats, [C], from logits [C, V]."""
+    """KL(P_S || P_T) at each position in nats, [C], from logits [C, V]."""
     return (divergence(student_logits, teacher_logits, alpha=1.0),)
 
 
 def choose_positions(kl: Tensor, pick: torch.Generator) -> dict[str, int]:
-    """The position of the largest, the smallest and a random KL [T]."""
+    """The positions of the largest, the smallest and a random KL.
+
+    Args:
+        kl: KL at each position in nats, [T].
+        pick: Random generator.
+    """
     return {
         "largest": int(kl.argmax()),
         "smallest": int(kl.argmin()),
@@ -48,8 +53,8 @@ def choose_positions(kl: Tensor, pick: torch.Generator) -> dict[str, int]:
     }
 
 
-def kind_of(correct: int, samples: int) -> str | None:
-    """Whether a problem with so many right rollouts is "hard" or "easy"; None for neither."""
+def difficulty(correct: int, samples: int) -> str | None:
+    """Whether a problem with this many correct rollouts is "hard" or "easy"; None for neither."""
     share = correct / samples
     if HARD[0] <= share <= HARD[1]:
         return "hard"
@@ -57,11 +62,14 @@ def kind_of(correct: int, samples: int) -> str | None:
 
 
 def flip_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The share of continuations that flipped the verdict, for each kind of problem, text and place: the mean over
-    problems with the bounds of its 95 % confidence interval over problems, `low` and `high`.
+    """The fraction of continuations that flipped the verdict, for each difficulty, text and position.
 
     Args:
-        rows: Dicts with `kind`, `text`, `where`, `problem`, `flipped`.
+        rows: Dicts with `kind` (the difficulty), `text`, `where`, `problem` and `flipped`.
+
+    Returns:
+        Dicts with `kind`, `text`, `where`, `problems`, the mean over problems `flipped`, and the bounds `low` and
+        `high` of its 95 % confidence interval over problems.
     """
     by_problem: dict[tuple[str, str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -77,14 +85,14 @@ def flip_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass
 class Reflection:
-    """The instrument.
+    """Cuts rollouts, inserts a text, and measures how often the continuation flips the verdict.
 
     Args:
-        samples: Rollouts of each problem.
-        text: What is put in.
-        context: What the teacher sees.
-        per_problem: Rollouts of each problem that are cut, at most.
-        continuations: How often the policy goes on from each place.
+        samples: Number of rollouts per problem.
+        text: Inserted text.
+        context: Context of the teacher.
+        per_problem: Maximum number of rollouts to cut per problem.
+        continuations: Number of continuations from each position.
     """
 
     samples: int
@@ -96,10 +104,10 @@ class Reflection:
     def __call__(
         self, module: RLRTModule, data: RolloutDataModule, benchmark: str, limit: int | None, out: Path
     ) -> list[Path]:
-        """Draws, cuts, goes on, counts; returns the files written.
+        """Runs the experiment; returns the written files.
 
         Raises:
-            ConfigError: If the text has unknown tokens, or no rollout can be cut.
+            ConfigError: If the tokenizer cannot encode the text, or no rollout can be cut.
         """
         inserted = self._tokens(module)
         spec = data.benchmarks[benchmark]
@@ -108,7 +116,7 @@ class Reflection:
         seeds = [derive_seed(data.seed, "reflection", i) for i in range(len(problems))]
         rollouts = data.draw(spec.task or data.task, problems, self.samples, sampling, seeds)
 
-        chosen, shown, left_out = self._choose(module, data, problems, rollouts)
+        chosen, shown, skipped = self._choose(module, data, problems, rollouts)
         student = [(r.prompt_ids, r.response_ids) for r, _ in chosen]
         teacher = [(ids, r.response_ids) for ids, (r, _) in zip(shown, chosen, strict=True)]
         with data.computing():
@@ -123,43 +131,47 @@ class Reflection:
                     row = {"problem": problems[rollout.group].id, "sample": rollout.index, "kind": kind, "where": where}
                     rows.append({**row, "text": text, "position": position, "kl": float(kl[position])})
                     prefixes.append((rollout, rollout.response_ids[:position] + ids))
-        finished = self._go_on(module, data, benchmark, problems, prefixes)
+        finished = self._continue(module, data, benchmark, problems, prefixes)
         done = [
             {**row, "continuation": n, "flipped": verdict.correct != (row["kind"] == "easy")}
             for row, verdicts in zip(rows, finished, strict=True)
             for n, verdict in enumerate(verdicts)
         ]
-        print(f"cut {len(chosen)} rollouts; {left_out} others had no context for the teacher")
+        print(f"cut {len(chosen)} rollouts; skipped {skipped} without a context for the teacher")
         return self._write(done, out)
 
     def _tokens(self, module: RLRTModule) -> dict[str, list[int]]:
-        """The texts that are put in, the control among them, with their tokens."""
+        """The tokens of each inserted text, including the empty control."""
         tokenizer = module.policy.tokenizer
         ids = list(tokenizer(self.text, add_special_tokens=False)["input_ids"]) if self.text else []
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             raise ConfigError(
-                f"text is {self.text!r}, of which the tokenizer does not know all; take other words, or --text= to "
-                "let the policy go on from there anew"
+                f"text is {self.text!r}, which the tokenizer cannot encode completely; use another text, or "
+                "--text= to insert nothing"
             )
         return {self.text: ids, "": []}
 
     def _choose(
         self, module: RLRTModule, data: RolloutDataModule, problems: list[Problem], rollouts: list[Rollout]
     ) -> tuple[list[tuple[Rollout, str]], list[list[int]], int]:
-        """The rollouts that are cut, each with the kind of its problem; tokens of what the teacher is shown for them;
-        and how many could not be cut for want of a context."""
+        """Chooses the rollouts to cut.
+
+        Returns:
+            The rollouts with the difficulty of their problems, the teacher's prompt tokens for each, and the number of
+            rollouts skipped because they have no context.
+        """
         correct = torch.tensor([r.verdict is not None and r.verdict.correct for r in rollouts])
         policy, teacher = module.policy, module.teacher
         contexts = teacher.contexts(self.context, problems, rollouts, correct, data.seed, policy=policy)
-        of_problem: dict[int, int] = defaultdict(int)
+        correct_per_problem: dict[int, int] = defaultdict(int)
         for rollout, right in zip(rollouts, correct.tolist(), strict=True):
-            of_problem[rollout.group] += right
+            correct_per_problem[rollout.group] += right
         chosen: list[tuple[Rollout, str]] = []
         shown: list[list[int]] = []
         taken: dict[int, int] = defaultdict(int)
-        left_out = 0
+        skipped = 0
         for rollout, right, context in zip(rollouts, correct.tolist(), contexts, strict=True):
-            kind = kind_of(of_problem[rollout.group], self.samples)
+            kind = difficulty(correct_per_problem[rollout.group], self.samples)
             if kind is None or right != (kind == "easy") or taken[rollout.group] == self.per_problem:
                 continue
             ids: list[int] = []
@@ -167,19 +179,19 @@ class Reflection:
                 room = teacher.room(policy, rollout)
                 ids, _ = teacher.prompt(policy, problems[rollout.group], context, self.context, room)
             if not ids:
-                left_out += 1
+                skipped += 1
                 continue
             taken[rollout.group] += 1
             chosen.append((rollout, kind))
             shown.append(ids)
         if not chosen:
             raise ConfigError(
-                f"no rollout can be cut: of {len(problems)} problems none is hard or easy with a {self.context} for "
-                "the teacher; take more problems, more samples, or another context"
+                f"no rollout can be cut: none of {len(problems)} problems is hard or easy and has a {self.context} for "
+                "the teacher; use more problems, more samples, or another context"
             )
-        return chosen, shown, left_out
+        return chosen, shown, skipped
 
-    def _go_on(
+    def _continue(
         self,
         module: RLRTModule,
         data: RolloutDataModule,
@@ -187,17 +199,21 @@ class Reflection:
         problems: list[Problem],
         prefixes: list[tuple[Rollout, list[int]]],
     ) -> list[list[Verdict]]:
-        """Verdicts of the whole responses that begin with each prefix."""
+        """Continues each prefix and judges the full responses.
+
+        Returns:
+            The verdicts of the continuations of each prefix.
+        """
         spec = data.benchmarks[benchmark]
         verifier = data.verifier(spec.task or data.task)
         prompts = [rollout.prompt_ids + prefix for rollout, prefix in prefixes]
         seeds = [derive_seed(data.seed, "continuations", i) for i in range(len(prompts))]
         verdicts: list[list[Future[Verdict]]] = [[] for _ in prompts]
         with data.computing():
-            for further in data.engine.generate(prompts, self.continuations, spec.sampling or data.sampling, seeds):
-                rollout, prefix = prefixes[further.group]
-                text = module.policy.decode(prefix + further.response_ids)
-                verdicts[further.group].append(verifier.submit(problems[rollout.group], text))
+            for drawn in data.engine.generate(prompts, self.continuations, spec.sampling or data.sampling, seeds):
+                rollout, prefix = prefixes[drawn.group]
+                text = module.policy.decode(prefix + drawn.response_ids)
+                verdicts[drawn.group].append(verifier.submit(problems[rollout.group], text))
         return [[future.result() for future in futures] for futures in verdicts]
 
     def _write(self, rows: list[dict[str, Any]], out: Path) -> list[Path]:
@@ -209,7 +225,7 @@ class Reflection:
                 writer.writeheader()
                 writer.writerows(table)
 
-        figure, axes = panels(["hard problems: wrong to right", "easy problems: right to wrong"])
+        figure, axes = panels(["hard problems: wrong to correct", "easy problems: correct to wrong"])
         texts = list(dict.fromkeys(row["text"] for row in rates))
         for axis, kind in zip(axes, ("hard", "easy"), strict=True):
             width = 0.8 / len(texts)
@@ -225,7 +241,7 @@ class Reflection:
                     hatch=style(i).hatch,
                     edgecolor="white",
                     error_kw={"elinewidth": 0.8, "capsize": 2},
-                    label=f"“{text}”" if text else "nothing: goes on anew",
+                    label=f"“{text}”" if text else "nothing (control)",
                 )
             counts = [rate["problems"] for rate in rates if rate["kind"] == kind]
             axis.set_xticks(range(len(WHERE)), WHERE)

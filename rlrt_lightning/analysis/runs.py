@@ -1,4 +1,4 @@
-"""What several runs or evaluations have written, side by side: training curves and pass@k.
+"""Comparison of several runs or evaluations: training curves and pass@k.
 
 `python -m rlrt_lightning curves GRPO=runs/grpo RLRT=runs/rlrt --out figures`
 `python -m rlrt_lightning pass_at_k GRPO=results/grpo RLRT=results/rlrt --out figures`
@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rlrt_lightning.analysis.figures import fresh, legend, panels, save, style
+from rlrt_lightning.analysis.plots import legend, panels, prepare_folder, save, style
 from rlrt_lightning.runtime.errors import ConfigError
 
 TAGS = {
@@ -22,55 +22,55 @@ TAGS = {
     "rollout/length": "response length (tokens)",
     "rollout/entropy": "policy entropy (nats)",
 }
-"""What the paper's Figs. 5, 9 and 11 show, and what the axes call it."""
+"""The metrics in the paper's Figs. 5, 9 and 11, with their axis labels."""
 
 COMMANDS = ("curves", "pass_at_k")
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Runs one of `COMMANDS`.
 
     Args:
-        words: The command and its arguments.
+        argv: The command and its arguments.
     """
     parser = argparse.ArgumentParser(prog="rlrt_lightning", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    about = {
+    descriptions = {
         "curves": "Training curves of several runs (Figs. 5, 9, 11): curves.csv, curves.png, curves.svg.",
         "pass_at_k": "pass@k of several evaluations (Fig. 8): pass_at_k.csv, pass_at_k.png, pass_at_k.svg.",
     }
-    for name, text in about.items():
+    for name, text in descriptions.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument(
             "folders",
             nargs="+",
             metavar="NAME=FOLDER",
-            help="a name, and a folder with its run or results; where there are several inside, they are its seeds",
+            help="a name, and the folder of its run or results; several runs in one folder count as seeds",
         )
-        command.add_argument("--out", type=Path, default=Path("figures"), help="folder to write to (default: figures)")
+        command.add_argument("--out", type=Path, default=Path("figures"), help="output folder (default: figures)")
     commands.choices["curves"].add_argument(
-        "--tags", nargs="+", default=list(TAGS), metavar="TAG", help=f"a panel for each (default: {' '.join(TAGS)})"
+        "--tags", nargs="+", default=list(TAGS), metavar="TAG", help=f"metrics to plot (default: {' '.join(TAGS)})"
     )
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     folders = _named(args.folders)
-    fresh(args.out, args.command)
+    prepare_folder(args.out, args.command)
     paths = curves(folders, args.out, args.tags) if args.command == "curves" else pass_at_k(folders, args.out)
     print("wrote", *paths)
 
 
 def curves(folders: dict[str, Path], out: Path, tags: Sequence[str] = tuple(TAGS)) -> list[Path]:
-    """Draws the mean over the runs of each folder, with a band of one standard deviation.
+    """Plots the mean over the runs in each folder, with a band of one standard deviation.
 
     Args:
-        folders: Folder of TensorBoard events, by name.
-        out: Folder to write to.
-        tags: A panel for each.
+        folders: Folders with TensorBoard events, by name.
+        out: Output folder.
+        tags: Metrics to plot, one panel each.
 
     Returns:
-        The files written.
+        The written files.
 
     Raises:
-        ConfigError: If a folder has no events, or not one run has a tag.
+        ConfigError: If a folder has no events, or no run has one of the tags.
     """
     values = {name: [_events(run, tags) for run in _runs(name, folder)] for name, folder in folders.items()}
     for tag in tags:
@@ -95,7 +95,7 @@ def curves(folders: dict[str, Path], out: Path, tags: Sequence[str] = tuple(TAGS
             spread = [stdev(by_step[step]) if len(by_step[step]) > 1 else 0.0 for step in steps]
             look = style(i)
             axis.plot(steps, mean, color=look.color, linestyle=look.linestyle, linewidth=1.3, label=name)
-            if any(spread) and len(folders) <= 4:  # more bands hide each other
+            if any(spread) and len(folders) <= 4:  # more bands would hide each other
                 low, high = zip(*((m - s, m + s) for m, s in zip(mean, spread, strict=True)), strict=True)
                 axis.fill_between(steps, low, high, color=look.color, alpha=0.12, linewidth=0)
         axis.set_xlabel("optimizer step")
@@ -104,15 +104,15 @@ def curves(folders: dict[str, Path], out: Path, tags: Sequence[str] = tuple(TAGS
 
 
 def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
-    """Draws pass@k over k with 95 % confidence bands over problems, a panel for each benchmark.
+    """Plots pass@k over k with 95 % confidence bands over problems, one panel per evaluation set.
 
     Args:
-        folders: Folder of evaluation results (`<benchmark>.parquet`), by name. Where there are several inside, those
-            of several seeds, pass@k is their mean.
-        out: Folder to write to.
+        folders: Folders with evaluation results (`<benchmark>.parquet`), by name. If a folder has the results of
+            several seeds, pass@k is their mean.
+        out: Output folder.
 
     Returns:
-        The files written.
+        The written files.
 
     Raises:
         ConfigError: If a folder has no results.
@@ -152,14 +152,15 @@ def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
     return [out / "pass_at_k.csv", *save(figure, out, "pass_at_k")]
 
 
-def _named(words: Sequence[str]) -> dict[str, Path]:
+def _named(arguments: Sequence[str]) -> dict[str, Path]:
+    """Parses NAME=FOLDER arguments."""
     folders: dict[str, Path] = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
         if not (name and equals and folder):
-            raise ConfigError(f"{word} has to be NAME=FOLDER, such as RLRT=runs/rlrt")
+            raise ConfigError(f"{argument} has to be NAME=FOLDER, such as RLRT=runs/rlrt")
         if name in folders:
-            raise ConfigError(f"the name {name} is given twice")
+            raise ConfigError(f"the name {name} is given twice; choose another name for {folder}")
         if not Path(folder).is_dir():
             raise ConfigError(f"{name}: there is no folder {folder}")
         folders[name] = Path(folder)
@@ -167,7 +168,7 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
 
 
 def _runs(name: str, folder: Path) -> list[Path]:
-    """Folders with TensorBoard events."""
+    """The folders with TensorBoard events in a folder."""
     found = sorted({path.parent for path in folder.glob("**/events.out.tfevents.*")})
     if not found:
         raise ConfigError(f"{name}: there is no run with TensorBoard events in {folder}")
@@ -183,14 +184,14 @@ def _events(run: Path, tags: Sequence[str]) -> dict[str, dict[int, float]]:
 
 
 def _problems(name: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """`problem`, `samples` and `correct`, by benchmark, of all results in a folder."""
+    """The rows (`problem`, `samples`, `correct`) of all results in a folder, by evaluation set."""
     import pyarrow.parquet
 
     tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.glob("**/*.parquet")):
         with path.open("rb") as file:
             rows = pyarrow.parquet.read_table(file).to_pylist()
-        if rows and {"benchmark", "problem", "samples", "correct"} <= rows[0].keys():  # not of another instrument
+        if rows and {"benchmark", "problem", "samples", "correct"} <= rows[0].keys():  # skip other instruments' files
             tables[rows[0]["benchmark"]] += rows
     if not tables:
         raise ConfigError(f"{name}: there are no evaluation results (<benchmark>.parquet) in {folder}")

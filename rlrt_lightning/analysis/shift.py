@@ -1,4 +1,4 @@
-"""Distribution shift (arXiv:2605.10781, Fig. 7): how far training has moved the policy, position by position."""
+"""Distribution shift (arXiv:2605.10781, Fig. 7): how much training has changed the policy at each position."""
 
 from __future__ import annotations
 
@@ -10,66 +10,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrt_lightning.analysis.figures import panels, save, style
+from rlrt_lightning.analysis.plots import panels, save, style
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.objective import divergence
 from rlrt_lightning.runtime.seeding import derive_seed
 
 SHIFTED = 0.1
-"""Positions count as shifted from a JS divergence of more than this, in nats."""
-TOP = 20
-UNLIKELY = (1e-1, 1e-2, 1e-3, 1e-4)
+"""A position counts as shifted if its JS divergence exceeds this, in nats."""
+MAX_TOP_K = 20
+THRESHOLDS = (1e-1, 1e-2, 1e-3, 1e-4)
+"""Probabilities under the base below which the fraction of shifted positions is reported."""
 
 
 def compare_positions(trained: Tensor, base: Tensor) -> tuple[Tensor, ...]:
-    """Two policies at each of C positions, from their logits [C, V].
+    """Compares two policies at each of C positions.
+
+    Args:
+        trained: Logits of the trained policy, [C, V].
+        base: Logits of the base policy, [C, V].
 
     Returns:
-        JS divergence in nats, [C]; the trained policy's likeliest token, [C]; that token's probability under the base,
-        [C]; whether that token is the base's likeliest too, [C]; the share of the k likeliest tokens that they have in
-        common for k = 1 to 20 (or V), [C, k].
+        The JS divergence in nats, [C]; the trained policy's top-1 token, [C]; its probability under the base, [C];
+        whether it is also the base's top-1 token, [C]; and the fraction of shared tokens among the top k of both, for
+        k = 1 to K with K = min(20, V), [C, K].
     """
     js = divergence(trained, base, alpha=0.5)
-    k = min(TOP, trained.shape[-1])
+    k = min(MAX_TOP_K, trained.shape[-1])
     ours, theirs = trained.topk(k, -1).indices, base.topk(k, -1).indices
     first = ours[:, 0]
     probability = base.softmax(-1).gather(-1, ours[:, :1])[:, 0]
     same = (ours[:, :, None] == theirs[:, None, :]).float()
-    # Summed over both ranks up to k: how many of the first k of one are among the first k of the other.
+    # Summed over both axes up to k: the number of tokens in the top k of both.
     common = same.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
     overlap = common / torch.arange(1, k + 1, device=common.device)
     return js, first, probability, first == theirs[:, 0], overlap
 
 
-def summarise(js: Tensor, probability: Tensor, overlap: Tensor) -> dict[str, float]:
-    """The figures of the three panels.
+def summarize(js: Tensor, probability: Tensor, overlap: Tensor) -> dict[str, float]:
+    """The metrics of the three panels.
 
     Args:
-        js: [R], nats.
-        probability: Of the trained policy's likeliest token under the base, [R].
-        overlap: [R, k].
+        js: JS divergence in nats, [R].
+        probability: Probability of the trained policy's top-1 token under the base, [R].
+        overlap: Fraction of shared tokens among the top k, [R, K].
     """
     shifted = js > SHIFTED
-    figures: dict[str, float] = {
+    metrics: dict[str, float] = {
         "positions": float(len(js)),
         "shifted": float(shifted.double().mean()),
         "js_mean": float(js.mean()),
         "js_max": float(js.max()),
     }
     if shifted.any():
-        figures |= {f"overlap@{k + 1}": float(v) for k, v in enumerate(overlap[shifted].mean(0))}
-        figures |= {f"base_below_{t:g}": float((probability[shifted] < t).double().mean()) for t in UNLIKELY}
-    return figures
+        metrics |= {f"overlap@{k + 1}": float(v) for k, v in enumerate(overlap[shifted].mean(0))}
+        metrics |= {f"base_below_{t:g}": float((probability[shifted] < t).double().mean()) for t in THRESHOLDS}
+    return metrics
 
 
 @dataclass
 class Shift:
-    """The instrument.
+    """Compares a trained policy with its initial model.
 
     Args:
-        samples: Rollouts of each problem.
-        base: What training began with: a module that has it as `model`.
+        samples: Number of rollouts per problem.
+        base: A module whose `model` is the initial model.
     """
 
     samples: int
@@ -78,7 +83,7 @@ class Shift:
     def __call__(
         self, module: RLRTModule, data: RolloutDataModule, benchmark: str, limit: int | None, out: Path
     ) -> list[Path]:
-        """Draws rollouts of the trained policy and compares; returns the files written."""
+        """Generates rollouts from the trained policy and compares both models on them; returns the written files."""
         spec = data.benchmarks[benchmark]
         problems = list(data.benchmark_problems(benchmark)[:limit])
         sampling = spec.sampling or data.sampling
@@ -114,11 +119,11 @@ class Shift:
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / "shift.parquet")
-        figures = summarise(js, probability, overlap)
+        metrics = summarize(js, probability, overlap)
         with (out / "shift_summary.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("figure", "value"), *figures.items()])
+            csv.writer(file).writerows([("figure", "value"), *metrics.items()])
 
-        titles = ["how far positions moved", "top-k overlap where moved", "how unlikely the new top-1 was"]
+        titles = ["shift by position", "top-k overlap of shifted positions", "base probability of the new top-1"]
         figure, (first, second, third) = panels(titles)
         look = style(0)
         ranked = js.sort().values.clamp(min=1e-6)
@@ -128,17 +133,17 @@ class Shift:
         first.set_xscale("log")
         first.set_yscale("log")
         first.set_xlabel("JS(trained, base) (nats)")
-        first.set_ylabel("share of positions above")
-        if "overlap@1" in figures:
+        first.set_ylabel("fraction of positions above")
+        if "overlap@1" in metrics:
             ks = range(1, overlap.shape[1] + 1)
-            second.plot(ks, [figures[f"overlap@{k}"] for k in ks], color=look.color, marker=look.marker, ms=3, lw=1.2)
-            shares = [100 * figures[f"base_below_{t:g}"] for t in UNLIKELY]
-            third.bar(range(len(UNLIKELY)), shares, color=look.color)
+            second.plot(ks, [metrics[f"overlap@{k}"] for k in ks], color=look.color, marker=look.marker, ms=3, lw=1.2)
+            shares = [100 * metrics[f"base_below_{t:g}"] for t in THRESHOLDS]
+            third.bar(range(len(THRESHOLDS)), shares, color=look.color)
         second.set_xlabel(f"k   ({int((js > SHIFTED).sum())} positions with JS > {SHIFTED})")
         second.set_ylabel("shared tokens / k")
         second.set_ylim(0, 1.02)
         second.set_xticks([1, 5, 10, 15, 20])
-        third.set_xticks(range(len(UNLIKELY)), [f"{t:g}" for t in UNLIKELY])
+        third.set_xticks(range(len(THRESHOLDS)), [f"{t:g}" for t in THRESHOLDS])
         third.set_xlabel("base probability below")
-        third.set_ylabel("share of moved positions (%)")
+        third.set_ylabel("shifted positions (%)")
         return [out / "shift.parquet", out / "shift_summary.csv", *save(figure, out, "shift")]

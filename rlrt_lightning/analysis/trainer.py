@@ -1,4 +1,4 @@
-"""Further commands of the command line beside `fit`: the instruments that draw rollouts, and the vLLM server."""
+"""Additional commands of the command line: the instruments that generate rollouts, and the vLLM server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
-from rlrt_lightning.analysis.figures import fresh
+from rlrt_lightning.analysis.plots import prepare_folder
 from rlrt_lightning.analysis.reflection import Reflection
 from rlrt_lightning.analysis.shift import Shift
 from rlrt_lightning.datamodule import RolloutDataModule
@@ -41,26 +41,27 @@ class InstrumentTrainer(Trainer):
     ) -> None:
         """Reflection injection (Fig. 6): where does it help to reconsider?
 
-        Responses are cut where policy and teacher differ most, least, or anywhere, and the policy goes on. Writes
-        reflection.csv, reflection_summary.csv, reflection.png and reflection.svg.
+        Responses are cut at the position where policy and teacher differ most, where they differ least, and at a random
+        one; a text is inserted and the policy continues. Writes reflection.csv, reflection_summary.csv, reflection.png
+        and reflection.svg.
 
         Args:
             model: The module.
             datamodule: The data module.
-            ckpt_path: Checkpoint whose policy is looked at; null takes the initial weights.
-            out: Folder to write to.
-            benchmark: Name of the benchmark whose problems are taken.
-            limit: Take the first so many of its problems.
-            samples: Rollouts of each problem. Hard problems are those with up to a quarter of them right, easy ones
-                those with five eighths to seven eighths.
-            text: What is put in. Empty: the policy goes on from there anew, which is the control in any case.
-            context: What the teacher sees; rollouts without a context are left out.
-            per_problem: Wrong rollouts of each hard problem, and right ones of each easy one, at most.
-            continuations: How often the policy goes on from each place.
+            ckpt_path: Checkpoint of the policy; null uses the initial weights.
+            out: Output folder.
+            benchmark: Name of the evaluation set.
+            limit: Use only the first `limit` problems.
+            samples: Number of rollouts per problem. A problem is hard if at most a quarter of them are correct, and
+                easy if five eighths to seven eighths are.
+            text: Inserted text. Inserting nothing is always included as the control; empty runs only the control.
+            context: Context of the teacher; rollouts without a context are skipped.
+            per_problem: Maximum number of wrong rollouts per hard problem and of correct rollouts per easy problem.
+            continuations: Number of continuations from each position.
         """
         module, data, _ = self._attach(model, datamodule, ckpt_path)
         instrument = Reflection(samples, text, context, per_problem, continuations)
-        self._look(instrument, module, data, benchmark, limit, out)
+        self._run_instrument(instrument, module, data, benchmark, limit, out)
 
     def shift(
         self,
@@ -72,24 +73,24 @@ class InstrumentTrainer(Trainer):
         limit: int | None = None,
         samples: int = 2,
     ) -> None:
-        """Distribution shift (Fig. 7): how far training has moved the policy.
+        """Distribution shift (Fig. 7): how much training has changed the policy.
 
-        Compares it with the model that it began with, position by position. Writes shift.parquet, shift_summary.csv,
+        Compares the trained policy with its initial model at each position. Writes shift.parquet, shift_summary.csv,
         shift.png and shift.svg.
 
         Args:
             model: The module.
             datamodule: The data module.
-            ckpt_path: Checkpoint of the trained policy; what it began with is `model.policy.path`.
-            out: Folder to write to.
-            benchmark: Name of the benchmark whose problems are taken.
-            limit: Take the first so many of its problems.
-            samples: Rollouts of each problem.
+            ckpt_path: Checkpoint of the trained policy. The initial model is `model.policy.path`.
+            out: Output folder.
+            benchmark: Name of the evaluation set.
+            limit: Use only the first `limit` problems.
+            samples: Number of rollouts per problem.
         """
         if ckpt_path is None:
-            raise ConfigError("shift compares a trained policy with the model that it began with: give --ckpt_path")
+            raise ConfigError("shift compares a trained policy with its initial model: set --ckpt_path")
         module, data, base = self._attach(model, datamodule, ckpt_path)
-        self._look(Shift(samples, base), module, data, benchmark, limit, out)
+        self._run_instrument(Shift(samples, base), module, data, benchmark, limit, out)
 
     def serve(
         self,
@@ -99,26 +100,31 @@ class InstrumentTrainer(Trainer):
         port: int = 8000,
         flags: list[str] | None = None,
     ) -> None:
-        """Starts a vLLM server for the policy, with what the engine of the config needs, and stays until it ends.
+        """Starts a vLLM server for the policy with the flags that the config's engine needs, and runs until it exits.
 
         Args:
             model: The module.
             datamodule: The data module, with a VllmServerEngine.
-            host: Address to listen at. Whoever reaches it can change the weights: loopback or a trusted network only.
-            port: Port to listen at.
-            flags: Further flags of vLLM, such as ["--tensor-parallel-size", "2"].
+            host: Address to listen on. Anyone who can reach it can change the weights: use loopback or a trusted
+                network only.
+            port: Port to listen on.
+            flags: Additional flags of vLLM, such as ["--tensor-parallel-size", "2"].
         """
         engine, policy = cast(RolloutDataModule, datamodule).engine, cast(RLRTModule, model).policy
         if not isinstance(engine, VllmServerEngine):
-            raise ConfigError("serve starts a server for data.engine=VllmServerEngine; the config has another engine")
+            raise ConfigError("serve needs data.engine=VllmServerEngine, and the config has another engine")
         require_vllm("serve")
-        # A process in place of this one: signals and exit code are vLLM's own.
+        # vLLM replaces this process, so that signals and the exit code are its own.
         os.execve(sys.executable, server_command(policy, engine, host, port, flags or []), server_environment())
 
     def _attach(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None
     ) -> tuple[RLRTModule, RolloutDataModule, nn.Module]:
-        """Model and data as in an evaluation, and the initial weights in a module's `model`."""
+        """Sets up model and data as for an evaluation.
+
+        Returns:
+            The module, the data module, and a module whose `model` has the initial weights.
+        """
         if self.world_size > 1:
             raise ConfigError("the instruments run on one device: set --trainer.devices=1")
         module, data = cast(RLRTModule, model), cast(RolloutDataModule, datamodule)
@@ -137,7 +143,7 @@ class InstrumentTrainer(Trainer):
             module.load_state_dict(own)
         return module, data, base
 
-    def _look(
+    def _run_instrument(
         self,
         instrument: Reflection | Shift,
         module: RLRTModule,
@@ -147,8 +153,8 @@ class InstrumentTrainer(Trainer):
         out: str,
     ) -> None:
         if benchmark not in data.benchmarks:
-            raise ConfigError(f"there is no benchmark {benchmark}; there are {', '.join(data.benchmarks)}")
-        folder = fresh(Path(out), type(instrument).__name__.lower())
+            raise ConfigError(f"benchmark is {benchmark}; it has to be one of {', '.join(data.benchmarks)}")
+        folder = prepare_folder(Path(out), type(instrument).__name__.lower())
         try:
             for path in instrument(module, data, benchmark, limit, folder):
                 print("wrote", path)

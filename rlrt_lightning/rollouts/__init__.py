@@ -1,4 +1,4 @@
-"""Rollouts: responses of the policy, with the log-probs that they were drawn with."""
+"""Rollouts: responses sampled from the policy, with their log-probs."""
 
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, ScoringEngine
 from rlrt_lightning.rollouts.transformers import TransformersEngine

@@ -1,34 +1,34 @@
-"""Rollouts, and what an engine that makes them has to do."""
+"""Rollouts, and the interface of the engines that generate them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from rlrt_lightning.policy.model import Policy  # under TYPE_CHECKING the command line would parse this file 85 times
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.tasks.base import Verdict
-
-if TYPE_CHECKING:
-    from rlrt_lightning.policy.model import Policy
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn from the policy.
+    """How responses are sampled from the policy.
 
     Args:
-        max_new_tokens: Longest response, in tokens; one that reaches it without an end counts as truncated.
-        temperature: Divides the logits; 0 takes the likeliest token (for evaluation only).
-        top_p: Keep the likeliest tokens that together have this probability; 1 keeps all.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
-        min_p: Drop tokens less likely than this share of the likeliest one; 0 keeps all.
-        stop: Strings that end a response; the tokens that complete one stay in it. One that is a special token ends
-            it as an end token does; others are looked for in the response's text with special tokens in it.
+        max_new_tokens: Maximum length of a response, in tokens. A response that reaches it without an end token or
+            stop string counts as truncated.
+        temperature: Divides the logits; 0 is greedy decoding (for evaluation only).
+        top_p: Keep the most likely tokens whose probabilities sum to this value; 1 keeps all.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        min_p: Drop tokens whose probability is below this fraction of the most likely token's; 0 keeps all.
+        stop: Strings that end a response. The tokens that complete a stop string stay in the response. A stop string
+            that is a special token acts as an end token; others are searched for in the response's text, which
+            includes special tokens.
     """
 
     max_new_tokens: int = 1024
@@ -40,7 +40,7 @@ class Sampling:
 
     @property
     def cuts(self) -> bool:
-        """Whether some tokens that are possible are not drawn."""
+        """Whether top-p, top-k or min-p truncates the distribution."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     def __post_init__(self) -> None:
@@ -55,18 +55,18 @@ class Sampling:
         if isinstance(self.stop, str) or not all(isinstance(stop, str) for stop in self.stop):
             raise ConfigError(f"sampling.stop is {self.stop!r}; it has to be a list of strings")
         for stop in self.stop:
-            if not stop or "�" in stop:  # what the first bytes of a longer character look like
-                raise ConfigError(f"sampling.stop has {stop!r}, which would end responses anywhere; leave it out")
+            if not stop or "�" in stop:  # an incomplete multi-byte character decodes to U+FFFD
+                raise ConfigError(f"sampling.stop has {stop!r}, which would match anywhere; remove it")
 
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends a response, for every engine: one of some tokens, or one of some strings.
+    """The tokens and strings that end a response, for every engine.
 
     Args:
-        ids: The model's end tokens, and stop strings that are a special token. They end a response and stay in it.
-        strings: The other stop strings. A response ends with the token that completes one in its own text, the
-            prompt's left out, with special tokens in it (`Policy.decode` with `keep_special`).
+        ids: The model's end tokens, and stop strings that are special tokens. They stay in the response.
+        strings: The other stop strings. A response ends with the token that completes one of them in the response's
+            text (`Policy.decode` with `keep_special`), which excludes the prompt and includes special tokens.
     """
 
     ids: list[int]
@@ -74,32 +74,32 @@ class Stops:
 
     @classmethod
     def of(cls, policy: Policy, sampling: Sampling, where: str = "data.sampling") -> Stops:
-        """What ends the responses of a policy.
+        """Builds the stops for a policy.
 
         Args:
-            policy: Whose end tokens and tokenizer they are.
-            sampling: The stop strings.
-            where: The setting that holds them.
+            policy: Provides the end tokens and the tokenizer.
+            sampling: Provides the stop strings.
+            where: Name of the setting that holds `sampling`, for error messages.
 
         Raises:
-            ConfigError: If one can never be drawn.
+            ConfigError: If a stop string can never be generated.
         """
         special = [policy.special_tokens[stop] for stop in sampling.stop if stop in policy.special_tokens]
         policy.check_embedded(special, f"{where}.stop tokens")
         strings = [stop for stop in sampling.stop if stop not in policy.special_tokens]
         for stop in strings:
-            read = policy.read_back(stop)
-            if stop not in read:
+            decoded = policy.read_back(stop)
+            if stop not in decoded:
                 raise ConfigError(
-                    f"{where}.stop: {stop!r} can never end a response: the model's tokenizer has no tokens for it, and "
-                    f"makes {read!r} of it; leave it out, or take a string that the tokenizer gives back"
+                    f"{where}.stop: {stop!r} can never end a response, because the model's tokenizer decodes it to "
+                    f"{decoded!r}; remove it, or use a string that the tokenizer can reproduce"
                 )
         return cls(sorted({*policy.end_tokens, *special}), strings)
 
 
 def room(policy: Policy, prompt: Sequence[int], sampling: Sampling) -> int:
-    """Tokens that a response to a prompt may have, whatever other prompts there are: 0 where the prompt fills all
-    positions of the model."""
+    """Maximum number of response tokens for a prompt, independent of other prompts; 0 if the prompt fills all of the
+    model's positions."""
     positions = policy.max_positions
     left = sampling.max_new_tokens if positions is None else positions - len(prompt)
     return max(0, min(sampling.max_new_tokens, left))
@@ -110,19 +110,19 @@ class Rollout:
     """One response of the policy to one prompt.
 
     Args:
-        group: Index of the prompt in the batch that was asked for; the K rollouts of a prompt share it.
-        index: Which of the group's K rollouts this is, 0 to K-1.
-        prompt_ids: Tokens of the prompt, [P].
-        response_ids: Tokens of the response exactly as they were sampled, the end token included, [T]. With none, it
-            counts in its group's rewards, and has no gradient.
-        logp_sampler: Log-probability (nats) of each response token as the engine drew it, at the sampling temperature,
-            float32 [T]. Before top-p, top-k and min-p cut the distribution, except where the engine `cuts_before_logp`.
-        entropy: Entropy (nats) of the same distributions, float32 [T]; None where the engine does not give it.
-        truncated: True where the response was cut at `max_new_tokens`, or where the model has no more positions; so
-            are the empty responses to a prompt that fills all of them.
-        text: The response as text, as `Policy.decode` gives it: without end tokens, padding and chat tokens.
-        verdict: What the verifier said, once it has spoken.
-        logp_policy: Log-probability of the same tokens by the trainer's forward pass, float32 [T]; None until the
+        group: Index of the prompt in the requested batch; shared by the K rollouts of a prompt.
+        index: Index of this rollout in its group, 0 to K-1.
+        prompt_ids: Prompt tokens, [P].
+        response_ids: Response tokens exactly as sampled, including the end token, [T]. An empty response counts in
+            its group's rewards and has no gradient.
+        logp_sampler: Log-probability (nats) of each response token under the engine, at the sampling temperature,
+            float32 [T]. Before truncation by top-p, top-k and min-p, unless the engine sets `cuts_before_logp`.
+        entropy: Entropy (nats) of the same distributions, float32 [T]; None if the engine does not provide it.
+        truncated: True if the response reached `max_new_tokens` or the model's last position. This includes the empty
+            response to a prompt that fills all positions.
+        text: The response decoded by `Policy.decode`: without end tokens, padding and chat tokens.
+        verdict: The verifier's verdict; None until the response is judged.
+        logp_policy: Log-probability of the same tokens under the trainer's forward pass, float32 [T]; None until the
             rollout is rescored (`data.rescore`).
     """
 
@@ -139,33 +139,33 @@ class Rollout:
 
     @property
     def logp(self) -> Tensor:
-        """What the engine said of its tokens, `logp_sampler`, for scripts that look at nothing else."""
+        """Shorthand for `logp_sampler`, for scripts that use no other log-probs."""
         return self.logp_sampler
 
 
 @runtime_checkable
 class ScoringEngine(Protocol):
-    """An engine that can also say how likely given responses are. It may want room in the model for one token after
-    each."""
+    """An engine that can also score given responses. It may need one free position in the model after each response."""
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probs of given responses after given prompts, as `Policy.score` gives them.
+        """Log-probs of given responses, as returned by `Policy.score`.
 
         Args:
-            sequences: Token ids of prompt and response.
+            sequences: Pairs of prompt and response token ids.
             temperature: Divides the logits.
         """
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Draws rollouts from the policy. Implementations hold settings until `sync` gives them the weights."""
+    """Generates rollouts from the policy. Implementations hold only settings until `sync` loads the weights."""
 
     cuts_before_logp: bool = False
-    """Whether top-p, top-k and min-p change the log-probs that it gives, which the policy's own are without."""
+    """Whether `logp_sampler` is computed after truncation by top-p, top-k and min-p, unlike the policy's log-probs."""
 
     beside_training: bool = False
-    """Whether it draws with weights and devices of its own, so that the policy can train meanwhile (`data.ahead`)."""
+    """Whether it samples with its own weights on its own devices, so that the policy can train meanwhile
+    (`data.ahead`)."""
 
     @property
     def ready(self) -> bool:
@@ -173,14 +173,15 @@ class RolloutEngine(Protocol):
         return True
 
     def sync(self, policy: Policy) -> None:
-        """Takes the policy's current weights; called before rollouts when they have changed, or it is not `ready`."""
+        """Loads the policy's current weights. Called before rollouts if they have changed or the engine is not
+        `ready`."""
 
     def release(self) -> None:
-        """Gives back the memory that it can do without until it is asked for rollouts again."""
+        """Frees the memory that is not needed until the next rollouts."""
         return None
 
     def close(self) -> None:
-        """Ends what it has started; `sync` starts it again."""
+        """Shuts down what the engine has started; `sync` starts it again."""
         return None
 
     def generate(
@@ -191,16 +192,16 @@ class RolloutEngine(Protocol):
         Args:
             prompts: Token ids of each prompt.
             n: Rollouts for each prompt.
-            sampling: How tokens are drawn.
-            seeds: A seed for each prompt: with the same weights it gives the same rollouts, whatever the other
-                prompts of the call are.
+            sampling: How tokens are sampled.
+            seeds: A seed for each prompt. With the same weights, a seed gives the same rollouts regardless of the
+                other prompts in the call.
         """
 
 
-def without_room(policy: Policy, prompts: Sequence[list[int]], n: int, sampling: Sampling) -> Iterator[Rollout]:
-    """The empty, truncated responses to those prompts that leave no room for one, n each."""
+def empty_rollouts(policy: Policy, prompts: Sequence[list[int]], n: int, sampling: Sampling) -> Iterator[Rollout]:
+    """Yields n empty, truncated rollouts for each prompt that leaves no room for a response."""
     for group, prompt in enumerate(prompts):
         if not room(policy, prompt, sampling):
             for index in range(n):
-                nothing = torch.zeros(0)
-                yield Rollout(group, index, prompt, [], nothing, truncated=True, text="", entropy=nothing)
+                empty = torch.zeros(0)
+                yield Rollout(group, index, prompt, [], empty, truncated=True, text="", entropy=empty)

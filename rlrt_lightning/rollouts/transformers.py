@@ -1,39 +1,36 @@
-"""Rollouts with transformers' own forward pass: anywhere, with the very weights that are trained."""
+"""Rollouts with the forward pass of transformers, from the weights that are being trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlrt_lightning.policy.caching import cache_argument
-from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, room, without_room
+from rlrt_lightning.policy.model import Policy
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.seeding import generator
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from rlrt_lightning.policy.model import Policy
-
 NOISE_BLOCK = 64
-"""Random numbers drawn at once for each row; a row that ends early has drawn at most this many too many."""
+"""Random numbers drawn at a time for each row."""
 
 
 class TransformersEngine(RolloutEngine):
-    """Samples with the policy's own weights. A prompt is read once for its K rollouts, and finished ones leave the
-    batch. The log-probs are the policy's, to rounding.
+    """Samples with the policy's own weights. Each prompt is processed once for its K rollouts, and finished rollouts
+    leave the batch. The log-probs equal the policy's up to rounding.
 
     Args:
-        max_rows: Rollouts that are decoded at once; bounds the memory of the key-value cache.
-        dtype: Sample with a copy of the weights in this type, renewed before each epoch and given back before
-            training; null samples with the policy's weights themselves. Worth its memory under
-            `--trainer.precision=bf16-mixed`, where each step would otherwise cast all weights (set
-            `--data.rescore=true` with it), and with sharded weights (fsdp2), which null has to fetch from all ranks
-            again for every token.
+        max_rows: Maximum number of rollouts decoded at once; bounds the memory of the key-value cache.
+        dtype: Sample with a copy of the weights in this type, which is updated before each epoch and freed before
+            training; null samples with the policy's weights themselves. The copy is worth its memory with
+            `--trainer.precision=bf16-mixed`, where each step would otherwise cast all weights (also set
+            `--data.rescore=true`), and with sharded weights (fsdp2), which would otherwise be gathered from all ranks
+            for every token.
     """
 
     def __init__(self, max_rows: int = 256, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
@@ -57,12 +54,12 @@ class TransformersEngine(RolloutEngine):
         """See `RolloutEngine.sync`.
 
         Raises:
-            ConfigError: If rows of different lengths cannot be decoded together with the policy's architecture.
+            ConfigError: If the policy's architecture cannot decode rows of different lengths together.
         """
         if not policy.decodes_rows:
             raise ConfigError(
-                f"data.engine: TransformersEngine cannot sample from {type(policy.model).__name__}: with its key-value "
-                "cache a padded batch is not computed as each row alone is; take a vLLM engine, or another model"
+                f"data.engine: TransformersEngine cannot sample from {type(policy.model).__name__}, whose key-value "
+                "cache gives different results for a padded batch and a single row; use a vLLM engine or another model"
             )
         self._policy = policy
         if self.dtype is None:
@@ -82,10 +79,10 @@ class TransformersEngine(RolloutEngine):
         if policy is None or not self.ready:
             raise RuntimeError("sync the engine with a policy before it generates")
         stops = Stops.of(policy, sampling)
-        yield from without_room(policy, prompts, n, sampling)
+        yield from empty_rollouts(policy, prompts, n, sampling)
         fitting = [i for i in range(len(prompts)) if room(policy, prompts[i], sampling)]
         rows = [(group, k) for group in sorted(fitting, key=lambda i: len(prompts[i])) for k in range(n)]
-        at_once = self.max_rows // n * n or self.max_rows  # siblings together, where there is room for them
+        at_once = self.max_rows // n * n or self.max_rows  # whole groups, if they fit
         with policy.evaluating() as model:
             own = self._copy is not None
             context: Any = torch.autocast(policy.device.type, enabled=False) if own else nullcontext()
@@ -96,15 +93,15 @@ class TransformersEngine(RolloutEngine):
 
 
 class _Decoding:
-    """Some rollouts on their way from prefix to finished responses. Rows are rollouts that are still open.
+    """Decodes a batch of rollouts. The rows of the batch are the unfinished rollouts.
 
     Args:
-        model: What computes.
-        policy: Whose tokenizer it is.
+        model: The model that computes the logits.
+        policy: Provides the tokenizer.
         prompts: Token ids of each prompt.
-        chosen: Prompt and index of each rollout.
-        sampling: How tokens are drawn.
-        stops: What ends a response.
+        chosen: Prompt index and rollout index of each rollout.
+        sampling: How tokens are sampled.
+        stops: The tokens and strings that end a response.
         seeds: A seed for each prompt.
     """
 
@@ -132,7 +129,7 @@ class _Decoding:
 
     def run(self) -> Iterator[Rollout]:
         logits, cache, mask = self._read_prompts()
-        rows = torch.arange(len(self.noise), device=self.device)  # which rollout each row of the batch is
+        rows = torch.arange(len(self.noise), device=self.device)  # the rollout in each row of the batch
         open_ = torch.ones_like(rows, dtype=torch.bool)
         for step in range(self.steps):
             if step % NOISE_BLOCK == 0:
@@ -148,7 +145,7 @@ class _Decoding:
             open_ &= ~done
             if not open_.any():
                 return
-            # Selecting rows copies the cache, so wait until a fifth of them is done.
+            # Selecting rows copies the cache, so wait until a fifth of them are done.
             if open_.sum() <= 0.8 * len(rows):
                 keep = open_.nonzero()[:, 0]
                 cache.reorder_cache(keep)
@@ -157,8 +154,8 @@ class _Decoding:
             logits = self._forward(tokens[:, None], mask, cache)
 
     def _read_prompts(self) -> tuple[Tensor, Any, Tensor]:
-        """Reads each prompt once, then copies its cache to its rows. Prompts are padded on the left, so that all
-        rows write their next token at the same place."""
+        """Processes each prompt once, then copies its cache to its rows. Prompts are left-padded so that all rows
+        write their next token at the same position."""
         from rlrt_lightning.rollouts.cache import growing_cache
 
         groups = list(dict.fromkeys(group for group, _ in self.chosen))
@@ -173,11 +170,11 @@ class _Decoding:
         cache: Any = growing_cache(self.model.config, longest + self.steps)
         logits = self._forward(ids, mask, cache)
         after = torch.tensor([groups.index(group) for group, _ in self.chosen], device=self.device)
-        cache.reorder_cache(after)  # repeats rows, too, in every kind of layer
+        cache.reorder_cache(after)  # can also repeat rows, in every kind of layer
         return logits[after], cache, mask[after]
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        # A finished row may wait in the batch for others, beyond the last position that the model has.
+        # A finished row may stay in the batch past the model's last position.
         last = None if self.policy.max_positions is None else self.policy.max_positions - 1
         positions = (mask.cumsum(1) - 1).clamp(min=0, max=last)[:, -ids.shape[1] :]
         out = self.model(
@@ -191,25 +188,25 @@ class _Decoding:
         return out.logits[:, -1]
 
     def _at_stop_string(self, rows: Tensor, step: int) -> Tensor:
-        """Which rows' text has just come to hold a stop string."""
+        """Whether the newest token of each row completes a stop string, [R]."""
         found = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         if not self.stops:
             return found
-        for row, of in enumerate(rows.tolist()):
-            text = self._text_end(of, step + 1)
+        for row, rollout in enumerate(rows.tolist()):
+            text = self._text_end(rollout, step + 1)
             found[row] = any(stop in text for stop in self.stops)
         return found
 
     def _text_end(self, row: int, length: int) -> str:
-        """The end of the text of a row's first tokens, with room for a stop string: most tokens have a character or
-        more, but a byte has a quarter of one, and one that the tokenizer does not know has none."""
-        reach = self.longest_stop + 8
+        """The end of the text of a row's first `length` tokens, long enough for any stop string. Most tokens have at
+        least one character, but a byte token may have a quarter of one and an unknown token none."""
+        window = self.longest_stop + 8
         while True:
-            text = self.policy.decode(self.tokens[row, max(0, length - reach) : length].tolist(), keep_special=True)
-            # The first of these tokens may lose a space, or three bytes of a character that begins before them.
-            if reach >= length or len(text) >= self.longest_stop + 4:
+            text = self.policy.decode(self.tokens[row, max(0, length - window) : length].tolist(), keep_special=True)
+            # The first token of the window may lose a space, or up to three bytes of a character that starts earlier.
+            if window >= length or len(text) >= self.longest_stop + 4:
                 return text
-            reach *= 2
+            window *= 2
 
     def _finish(self, row: int, length: int, truncated: bool) -> Rollout:
         group, index = self.chosen[row]
@@ -227,16 +224,17 @@ class _Decoding:
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws one token for each row by inverting the cumulative distribution at a given random number, so that a row's
-    draw does not depend on which other rows are in the batch.
+    """Samples one token per row by inverting the cumulative distribution at a given random number, so that a row's
+    sample does not depend on the other rows of the batch.
 
     Args:
-        logits: [R, V].
+        logits: Logits, [R, V].
         uniform: One number in [0, 1) for each row, [R].
-        sampling: Temperature and cuts.
+        sampling: Temperature, top-p, top-k and min-p.
 
     Returns:
-        Tokens [R], and their log-prob and the entropy of the distribution before the cuts (nats), float32 [R].
+        Tokens [R], their log-probs, and the entropy of the distribution (nats), float32 [R] each; log-probs and
+        entropy are before truncation by top-p, top-k and min-p.
     """
     logits = logits.float()
     if sampling.temperature > 0:
@@ -247,16 +245,17 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
     if sampling.temperature == 0:
         tokens = logp.argmax(-1)
     else:
-        cumulative = _cut(probs, sampling).cumsum(-1)
+        cumulative = _truncate(probs, sampling).cumsum(-1)
         total = cumulative[:, -1:]
         target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        # With weights that are not finite no token is found; the log-prob then says what is wrong.
+        # With non-finite weights no token is found, and the log-prob is non-finite too.
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return tokens, logp.gather(-1, tokens[:, None])[:, 0], entropy
 
 
-def _cut(probs: Tensor, sampling: Sampling) -> Tensor:
-    """Sets to 0 what top-k, top-p and min-p drop, in transformers' order; not renormalised."""
+def _truncate(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Sets to 0 the probabilities that top-k, top-p and min-p drop, in the order of transformers, without
+    renormalizing."""
     if 0 < sampling.top_k < probs.shape[-1]:
         probs = torch.where(probs < probs.topk(sampling.top_k).values[:, -1:], 0.0, probs)
     if sampling.top_p < 1:

@@ -1,4 +1,4 @@
-"""vLLM in the training process: one engine for each rank, on the rank's own device."""
+"""Rollouts from vLLM in the training process: one engine per rank, on the rank's device."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ T = TypeVar("T")
 
 
 class VllmColocateEngine(VllmEngine):
-    """Samples with vLLM in the training process. The weights are streamed into it before each epoch's rollouts, tensor
-    by tensor; on a GPU it sleeps while the policy is trained, and its memory is free for that.
+    """Samples with vLLM in the training process. The weights are copied into vLLM tensor by tensor before each epoch's
+    rollouts. On a GPU, vLLM sleeps during training and frees its memory.
 
-    With top-p, top-k or min-p the log-probs are those after the cut.
+    With top-p, top-k or min-p the log-probs are those of the truncated distribution.
 
     Args:
-        dtype: Type of vLLM's weights; null takes the policy's.
-        max_rows: Rollouts that are decoded at once.
-        memory: Share of the GPU's memory that vLLM takes while it is awake, weights and key-value cache.
-        cpu_cache_gb: Size of the key-value cache in GiB where there is no GPU.
-        tensor_parallel: Ranks that share one engine, each with a part of the weights; they have to be neighbours, and
-            on one machine.
-        enforce_eager: Do not capture CUDA graphs: starts faster, decodes slower. Always so without a GPU.
-        sleep: Free the GPU's memory between rollouts; off keeps weights and cache there.
-        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's own after a sync; null
-            is 1e-4 in float32 and 0.05 in half precision.
-        check_rollouts: Rollouts whose log-probs are compared after each sync.
+        dtype: Type of vLLM's weights; null uses the policy's.
+        max_rows: Maximum number of rollouts decoded at once.
+        memory: Fraction of the GPU's memory that vLLM uses while awake, for weights and key-value cache.
+        cpu_cache_gb: Size of the key-value cache in GiB when there is no GPU.
+        tensor_parallel: Number of ranks that share one engine, each with a shard of the weights. They must be
+            consecutive ranks on one machine.
+        enforce_eager: Do not capture CUDA graphs: faster start, slower decoding. Always on without a GPU.
+        sleep: Free the GPU's memory between rollouts; false keeps the weights and the cache there.
+        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's after a sync; null
+            means 1e-4 in float32 and 0.05 in half precision.
+        check_rollouts: Number of rollouts whose log-probs are compared after each sync.
     """
 
     def __init__(
@@ -84,36 +84,36 @@ class VllmColocateEngine(VllmEngine):
     def release(self) -> None:
         """See `RolloutEngine.release`."""
         if self._llm is not None and self._awake and self.sleep and torch.cuda.is_available():
-            self._llm.sleep(level=2)  # drops the weights as well: the next sync sends them anyhow
+            self._llm.sleep(level=2)  # also discards the weights, since the next sync sends them anyway
             self._awake = False
 
     def _send_weights(self, policy: Policy) -> None:
         llm = self._engine(policy)
-        if self._in_flight:  # of a round whose caller has stopped listening: they hold keys and values of old weights
+        if self._in_flight:  # abandoned requests, which hold keys and values of outdated weights
             llm.llm_engine.abort_request(sorted(self._in_flight))
             self._in_flight.clear()
         asleep = not self._awake
         if asleep:
-            llm.wake_up(tags=["weights"])  # the cache only when the weights are in: both at once may not fit
+            llm.wake_up(tags=["weights"])  # the cache only after loading: both at once may not fit
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.merged_weights()})
         if asleep:
             llm.wake_up(tags=["kv_cache"])
         if llm.reset_prefix_cache() is False:
-            raise EngineError("data.engine: vLLM did not empty its prefix cache, which holds what old weights computed")
+            raise EngineError("data.engine: vLLM did not reset its prefix cache, which is from outdated weights")
         self._awake = True
 
     def _engine(self, policy: Policy) -> Any:
         if self._llm is not None:
             return self._llm
         cuda = torch.cuda.is_available()
-        # In this process, so that weights go in without a copy between processes.
+        # Run vLLM in this process, so that weights are not copied between processes.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.cpu_cache_gb))
         alone = not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
-        if not alone:  # the ranks are there already: vLLM finds itself among them as among torchrun's
+        if not alone:  # vLLM finds the existing ranks as it would with torchrun
             os.environ["RANK"] = str(torch.distributed.get_rank())
-            # Names the ranks' shared memory: what a run that was killed has left behind is not taken for this one's.
+            # Names the ranks' shared memory, so that the leftovers of a killed run are not reused.
             os.environ["VLLM_DIST_IDENT"] = os.environ.get("MASTER_PORT", "")
         self._group = self._engine_group()
         from vllm import LLM
@@ -122,7 +122,7 @@ class VllmColocateEngine(VllmEngine):
         self._llm = LLM(
             policy.path,
             dtype=self.dtype or policy.dtype,
-            load_format="dummy",  # the first sync brings the weights
+            load_format="dummy",  # the first sync sends the weights
             max_model_len=policy.max_positions,
             max_num_seqs=self.max_rows,
             gpu_memory_utilization=self.memory,
@@ -130,7 +130,7 @@ class VllmColocateEngine(VllmEngine):
             enforce_eager=self.enforce_eager or not cuda,
             enable_sleep_mode=self.sleep and cuda,
             enable_prefix_caching=True,
-            # Without a GPU a prompt that is read in two parts breaks the seeds ("CPU Generator does not use offset").
+            # Without a GPU, chunked prefill breaks the seeds ("CPU Generator does not use offset").
             enable_chunked_prefill=None if cuda else False,
             logprobs_mode="processed_logprobs",  # at the sampling temperature
             distributed_executor_backend="uni" if alone else "external_launcher",
@@ -138,7 +138,7 @@ class VllmColocateEngine(VllmEngine):
         )
         self._awake = True
         torch.set_num_threads(threads)
-        # vLLM has set torch.distributed up for itself, for which Lightning takes its own single device.
+        # vLLM has initialized torch.distributed, so Lightning takes its single device for a distributed run.
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         return self._llm
 
@@ -150,44 +150,47 @@ class VllmColocateEngine(VllmEngine):
         policy = self._policy
         assert policy is not None
         stops = Stops.of(policy, sampling)
-        asked: dict[str, tuple[int, int]] = {}
-        for mine, pairs in self._of_all_in_group(list(zip(prompts, seeds, strict=True))):
+        requests: dict[str, tuple[int, int]] = {}
+        for mine, pairs in self._gather_from_group(list(zip(prompts, seeds, strict=True))):
             for group, (prompt, seed) in enumerate(pairs):
-                most = room(policy, prompt, sampling)
+                max_tokens = room(policy, prompt, sampling)
                 for index in range(n):
-                    # One request for each: a rollout can be verified while its siblings go on, and the prefix cache
-                    # reads the prompt once for all.
-                    wanted = request(sampling, stops, most, seed, index)
-                    params = SamplingParams(**wanted, detokenize=bool(stops.strings))
-                    asked[self._add(prompt, params)] = (group, index) if mine else (-1, -1)
-        for key, done in self._finished(set(asked)):
-            group, index = asked[key]
+                    # One request per rollout: it can be verified while its siblings are still running, and the prefix
+                    # cache still processes the prompt only once.
+                    kwargs = request(sampling, stops, max_tokens, seed, index)
+                    params = SamplingParams(**kwargs, detokenize=bool(stops.strings))
+                    requests[self._add(prompt, params)] = (group, index) if mine else (-1, -1)
+        for key, done in self._finished(set(requests)):
+            group, index = requests[key]
             if group < 0:
-                continue  # another rank's, which sees it too
+                continue  # belongs to another rank, which sees it too
             out = done.outputs[0]
             logp = [step[token].logprob for step, token in zip(out.logprobs, out.token_ids, strict=True)]
             yield as_rollout(group, index, prompts[group], out.token_ids, logp, out.finish_reason, policy)
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probs of given responses after given prompts, as `Policy.score`; a prompt that several share is read
-        once, but for its last tokens, which fill no block of the prefix cache.
+        """Log-probs of given responses, as returned by `Policy.score`. A shared prompt is processed once, except for
+        its last tokens if they do not fill a block of the prefix cache.
 
-        vLLM computes no log-prob after a token that it finds in its prefix cache, and has no setting that keeps a
-        request from finding more there than the prompt. Where it finds the beginning of a response, too, the log-probs
-        of that beginning come from a sibling with the same one; where none has them, as with a prompt that ends with a
-        block, one of those siblings is scored without the cache.
+        vLLM computes no log-prob after a token that it finds in its prefix cache, and no setting limits a cache hit to
+        the prompt. If the hit includes the beginning of a response, the missing log-probs are copied from a sibling
+        with the same beginning. If no sibling has them, as when the prompt ends at a block boundary, one of these
+        siblings is scored without the cache.
 
         Raises:
-            ConfigError: If the temperature is not 1, at which vLLM gives no log-probs of prompts.
+            ConfigError: If the temperature is not 1; vLLM computes log-probs of prompts at temperature 1 only.
         """
         if temperature != 1:
-            raise ConfigError(f"vLLM scores given tokens at temperature 1 only, and data.sampling has {temperature}")
+            raise ConfigError(
+                f"data.sampling.temperature is {temperature}; vLLM scores given tokens at temperature 1 only: set it "
+                "to 1, or set model.teacher.scored_by to trainer"
+            )
         scores = self._score(sequences, read_cache=True)
         missing = [len(response) - len(score) for (_, response), score in zip(sequences, scores, strict=True)]
-        sources = siblings_that_begin_alike(sequences, missing)
-        alone = [i for i, source in sources.items() if source is None]
-        # Also without any: ranks that share the engine ask together.
-        for i, score in zip(alone, self._score([sequences[i] for i in alone], read_cache=False), strict=True):
+        sources = siblings_with_same_beginning(sequences, missing)
+        uncached = [i for i, source in sources.items() if source is None]
+        # Even if there are none: ranks that share the engine must call it together.
+        for i, score in zip(uncached, self._score([sequences[i] for i in uncached], read_cache=False), strict=True):
             scores[i] = score
         for i, source in sources.items():
             if source is not None:
@@ -195,32 +198,32 @@ class VllmColocateEngine(VllmEngine):
         return scores
 
     def _score(self, sequences: Sequence[tuple[list[int], list[int]]], read_cache: bool) -> list[Tensor]:
-        """Log-probs of each response's last tokens, those that vLLM did not find in its prefix cache."""
+        """Log-probs of the last tokens of each response, those that vLLM did not find in its prefix cache."""
         from vllm import SamplingParams
 
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=0, skip_reading_prefix_cache=not read_cache, detokenize=False
         )
-        asked: dict[str, int] = {}
-        for mine, all_ in self._of_all_in_group(list(sequences)):
-            for i, (prompt, response) in enumerate(all_):
+        requests: dict[str, int] = {}
+        for mine, pairs in self._gather_from_group(list(sequences)):
+            for i, (prompt, response) in enumerate(pairs):
                 if response:
-                    asked[self._add(prompt + response, params)] = i if mine else -1
+                    requests[self._add(prompt + response, params)] = i if mine else -1
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for key, done in self._finished(set(asked)):
-            if asked[key] < 0:
+        for key, done in self._finished(set(requests)):
+            if requests[key] < 0:
                 continue
-            prompt, response = sequences[asked[key]]
-            unknown = len(prompt + response)  # where vLLM does not say what it found, nothing is taken for computed
+            prompt, response = sequences[requests[key]]
+            unknown = len(prompt + response)  # if vLLM does not report its cache hit, assume that it found everything
             found = (unknown if done.num_cached_tokens is None else done.num_cached_tokens) if read_cache else 0
-            # The first place after what was found predicts the token behind it.
+            # The first computed position predicts the token after it.
             first = max(len(prompt), min(found + 1, len(prompt + response)))
-            told = zip(done.prompt_logprobs[first:], response[first - len(prompt) :], strict=True)
-            scores[asked[key]] = torch.tensor([step[token].logprob for step, token in told])
+            computed = zip(done.prompt_logprobs[first:], response[first - len(prompt) :], strict=True)
+            scores[requests[key]] = torch.tensor([step[token].logprob for step, token in computed])
         return scores
 
     def _engine_group(self) -> Any:
-        """The ranks that share an engine with this one; None where it has one of its own."""
+        """The process group of the ranks that share this rank's engine; None if the rank has its own engine."""
         if self.tensor_parallel == 1:
             return None
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -232,15 +235,15 @@ class VllmColocateEngine(VllmEngine):
         groups = [torch.distributed.new_group(list(range(s, s + self.tensor_parallel))) for s in starts]
         return groups[torch.distributed.get_rank() // self.tensor_parallel]
 
-    def _of_all_in_group(self, values: list[T]) -> list[tuple[bool, list[T]]]:
-        """What each rank that shares the engine asks of it, and whether it is this one: all of them have to ask the
-        same in the same order, since each computes a part of every step."""
+    def _gather_from_group(self, values: list[T]) -> list[tuple[bool, list[T]]]:
+        """The values of each rank that shares the engine, with whether they are this rank's. All these ranks must make
+        the same requests in the same order, since each computes a part of every step."""
         if self._group is None:
             return [(True, values)]
-        every: list[Any] = [None] * self.tensor_parallel
-        torch.distributed.all_gather_object(every, values, group=self._group)
-        mine = torch.distributed.get_rank(self._group)
-        return [(rank == mine, values) for rank, values in enumerate(every)]
+        gathered: list[Any] = [None] * self.tensor_parallel
+        torch.distributed.all_gather_object(gathered, values, group=self._group)
+        own_rank = torch.distributed.get_rank(self._group)
+        return [(rank == own_rank, values) for rank, values in enumerate(gathered)]
 
     def _add(self, tokens: list[int], params: Any) -> str:
         self._requests += 1
@@ -254,17 +257,17 @@ class VllmColocateEngine(VllmEngine):
         try:
             while keys:
                 if not keys <= self._in_flight:
-                    raise RuntimeError("these rollouts were given up: the engine was asked for others since")
+                    raise RuntimeError("these rollouts were aborted because the engine has received a later call")
                 for done in engine.step():
                     if done.finished:
                         self._in_flight.discard(done.request_id)
                         if done.request_id in keys:
                             keys.discard(done.request_id)
                             yield done.request_id, done
-        finally:  # whoever asked may have stopped listening
-            if given_up := keys & self._in_flight:
-                engine.abort_request(sorted(given_up))
-                self._in_flight -= given_up
+        finally:  # the caller may have abandoned the iterator
+            if abandoned := keys & self._in_flight:
+                engine.abort_request(sorted(abandoned))
+                self._in_flight -= abandoned
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
@@ -273,17 +276,19 @@ class VllmColocateEngine(VllmEngine):
         gc.collect()
 
 
-def siblings_that_begin_alike(
+def siblings_with_same_beginning(
     sequences: Sequence[tuple[list[int], list[int]]], missing: Sequence[int]
 ) -> dict[int, int | None]:
-    """For each response that lacks the log-probs of its beginning, one after the same prompt that begins alike.
+    """For each response that lacks the log-probs of its first tokens, finds a response to the same prompt that begins
+    with the same tokens.
 
     Args:
-        sequences: Token ids of prompt and response, N of them.
-        missing: Tokens of each response that have no log-prob, the first ones, [N].
+        sequences: N pairs of prompt and response token ids.
+        missing: Number of first tokens of each response that have no log-prob, [N].
 
     Returns:
-        The number of the one whose log-probs are known, or come earlier in this order; None where there is no such one.
+        For each such response, the index of a sibling whose log-probs are complete or completed earlier in the order
+        of this dict; None if there is none.
     """
     sources: dict[int, int | None] = {}
     known: dict[tuple[int, ...], list[int]] = {}

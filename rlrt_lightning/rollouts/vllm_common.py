@@ -1,4 +1,4 @@
-"""What the two vLLM engines share: what vLLM is asked for, and the proof that it has the policy's weights."""
+"""Shared code of the two vLLM engines: requests, and the check that vLLM has the policy's weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, room, without_room
+from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.seeding import derive_seed
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""Mean |difference| in nats between vLLM's log-probs and the policy's own that arithmetic explains. In float32 it is
-about 1e-6; a head that was not sent is off by more than 1e-2 after 1 % of change."""
+"""Largest mean |difference|, in nats, between vLLM's log-probs and the policy's that rounding can explain. In float32
+it is about 1e-6; if the output head was not sent, a 1 % change of its weights causes more than 1e-2."""
 
 
-HOTTEST = 2.0
-"""The highest temperature that vLLM samples at."""
+MAX_TEMPERATURE = 2.0
+"""The highest temperature that vLLM accepts."""
 
 
 class EngineError(ConfigError):
-    """An engine that cannot go on. What was trained before it can be resumed from the last checkpoint."""
+    """An engine failed. Training can be resumed from the last checkpoint."""
 
 
 class VllmEngine(RolloutEngine):
-    """What the engine in the training process and the one on servers share.
+    """Base class of the engine in the training process and the engine on servers.
 
     Args:
-        dtype: Type of vLLM's weights; None: the policy's.
-        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's own; None: 1e-4 in
-            float32, 0.05 in half precision.
-        check_rollouts: After each sync the log-probs of so many rollouts are compared.
+        dtype: Type of vLLM's weights; None uses the policy's.
+        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's; None means 1e-4 in
+            float32 and 0.05 in half precision.
+        check_rollouts: Number of rollouts whose log-probs are compared after each sync.
     """
 
     cuts_before_logp = True
@@ -67,12 +67,12 @@ class VllmEngine(RolloutEngine):
         """See `RolloutEngine.generate`."""
         if self._policy is None or not self.ready:
             raise RuntimeError("sync the engine with a policy before it generates")
-        if sampling.temperature > HOTTEST:
+        if sampling.temperature > MAX_TEMPERATURE:
             raise ConfigError(
-                f"sampling.temperature is {sampling.temperature}; vLLM takes at most {HOTTEST:g}: lower it, or take "
-                "TransformersEngine"
+                f"sampling.temperature is {sampling.temperature}; vLLM takes at most {MAX_TEMPERATURE:g}: lower it, or "
+                "use TransformersEngine"
             )
-        yield from without_room(self._policy, prompts, n, sampling)
+        yield from empty_rollouts(self._policy, prompts, n, sampling)
         rollouts = self._sample_fitting(prompts, n, sampling, seeds)
         if self._unchecked and sampling.temperature > 0 and not sampling.cuts:
             first = list(islice(rollouts, self.check_rollouts))
@@ -83,7 +83,7 @@ class VllmEngine(RolloutEngine):
     def _sample_fitting(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[Rollout]:
-        """`_sample` of the prompts that leave room for a response: vLLM refuses others."""
+        """Calls `_sample` with the prompts that leave room for a response; vLLM rejects the others."""
         assert self._policy is not None
         fitting = [i for i, prompt in enumerate(prompts) if room(self._policy, prompt, sampling)]
         for rollout in self._sample([prompts[i] for i in fitting], n, sampling, [seeds[i] for i in fitting]):
@@ -92,40 +92,43 @@ class VllmEngine(RolloutEngine):
 
     @abstractmethod
     def _send_weights(self, policy: Policy) -> None:
-        """Gives vLLM the policy's weights, and empties its prefix cache."""
+        """Sends the policy's weights to vLLM and resets its prefix cache."""
 
     @abstractmethod
     def _sample(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[Rollout]:
-        """`generate`, of weights that may be wrong."""
+        """See `generate`; the weights are not checked yet."""
 
     def _check(self, rollouts: Sequence[Rollout], temperature: float) -> None:
-        """Compares vLLM's log-probs with the policy's own.
+        """Compares vLLM's log-probs with the policy's.
 
         Raises:
-            EngineError: If they differ by more than arithmetic explains.
+            EngineError: If they differ by more than rounding can explain.
         """
         assert self._policy is not None
         self._unchecked = False
-        # Also without rollouts: with sharded weights all ranks compute together.
+        # Even without rollouts: with sharded weights every rank must take part.
         own = self._policy.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
         if not rollouts:
             return
-        apart = torch.cat([(r.logp_sampler - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
-        if not len(apart):  # of responses without a token
+        difference = torch.cat([(r.logp_sampler - logp).abs() for r, logp in zip(rollouts, own, strict=True)])
+        if not len(difference):  # all responses are empty
             return
         limit = self.tolerance or TOLERANCE[self.dtype or self._policy.dtype]
-        if not float(apart.mean()) <= limit:  # NaN is no agreement either
+        if not float(difference.mean()) <= limit:  # also true for NaN
             raise EngineError(
-                f"data.engine: after a sync vLLM's log-probs differ from the policy's by {float(apart.mean()):.3g} "
-                f"nats on average ({float(apart.max()):.3g} at most), more than data.engine.tolerance ({limit:g}) "
-                "allows: it samples from other weights than the policy's, or in another precision"
+                "data.engine: after a sync vLLM's log-probs differ from the policy's by "
+                f"{float(difference.mean()):.3g} nats on average (maximum {float(difference.max()):.3g}), more than "
+                f"data.engine.tolerance ({limit:g}) allows: vLLM has different weights or another precision"
             )
 
 
 def require_vllm(engine: str) -> None:
-    """Says at once what is missing.
+    """Checks that vLLM is installed.
+
+    Args:
+        engine: What needs it, for the error message.
 
     Raises:
         ConfigError: If vLLM is not installed.
@@ -136,19 +139,26 @@ def require_vllm(engine: str) -> None:
         )
 
 
-def request(sampling: Sampling, stops: Stops, most: int, seed: int, index: int) -> dict[str, Any]:
-    """vLLM's names for how one rollout of at most so many tokens is sampled. `vllm.SamplingParams` and the server take
-    the same."""
+def request(sampling: Sampling, stops: Stops, max_tokens: int, seed: int, index: int) -> dict[str, Any]:
+    """The sampling parameters of one rollout under vLLM's names, which `vllm.SamplingParams` and the server share.
+
+    Args:
+        sampling: How tokens are sampled.
+        stops: The tokens and strings that end a response.
+        max_tokens: Maximum length of the response, in tokens.
+        seed: The seed of the prompt.
+        index: Index of the rollout in its group.
+    """
     return {
-        "max_tokens": most,
+        "max_tokens": max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
-        "repetition_penalty": 1.0,  # or a server takes that of the model's generation config
+        "repetition_penalty": 1.0,  # otherwise a server uses the model's generation config
         "stop": stops.strings,
         "include_stop_str_in_output": True,
-        "skip_special_tokens": False,  # in the text that stop strings are looked for in
+        "skip_special_tokens": False,  # in the text that is searched for stop strings
         "stop_token_ids": stops.ids,
         "seed": derive_seed(seed, "sampling", index),
         "logprobs": 0,
@@ -164,7 +174,7 @@ def as_rollout(
     finish_reason: str | None,
     policy: Policy,
 ) -> Rollout:
-    """What vLLM says of one finished request."""
+    """Converts one finished vLLM request to a rollout."""
     return Rollout(
         group=group,
         index=index,

@@ -1,4 +1,4 @@
-"""vLLM as one or several servers, on this machine or on others."""
+"""Rollouts from one or more vLLM servers, local or remote."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 * 2**30
-LONGEST_WAIT_S = 10.0  # between two attempts to reach a server
+MAX_RETRY_DELAY_S = 10.0  # between two attempts to reach a server
 
 
 class VllmServerEngine(VllmEngine):
     """Samples on vLLM servers (`python -m rlrt_lightning serve` starts one with the right flags).
 
-    New weights go through a folder that trainer and servers see, and each server says which weights it has: what comes
-    from a server that was started again, and so has its old weights, is dropped and asked for anew. With top-p, top-k
-    or min-p the log-probs are those after the cut.
+    New weights are sent through a folder that the trainer and the servers share. Each server reports the version of
+    its weights; responses from outdated weights, as after a server's restart, are dropped and requested again. With
+    top-p, top-k or min-p the log-probs are those of the truncated distribution.
 
-    The servers' endpoints for weights are vLLM's development mode, and let anybody who reaches them change the model:
-    loopback or a trusted network only. Servers that want an API key get the environment variable VLLM_API_KEY; it does
-    not guard those endpoints.
+    The weight endpoints belong to vLLM's development mode, and anyone who can reach them can change the model: use
+    loopback or a trusted network only. The environment variable VLLM_API_KEY is sent to servers that require an API
+    key; the key does not protect the weight endpoints.
 
     Args:
         urls: Addresses of the servers, such as http://127.0.0.1:8000.
-        weights: Folder for the weights, seen by the trainer and the servers under the same path.
-        dtype: Type of the weights that are sent, and the servers' own; null is the policy's.
-        concurrency: Requests under way at each server.
-        timeout_s: Longest wait for the answer to one request, in seconds.
-        patience_s: How long a server that does not answer is waited for, in seconds, before the others go on without
-            it; the run stops when there are none.
-        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's own after a sync; null
-            is 1e-4 in float32 and 0.05 in half precision.
-        check_rollouts: Rollouts whose log-probs are compared after each sync.
+        weights: Folder for the weights, at the same path for the trainer and the servers.
+        dtype: Type of the weights that are sent, and of the servers' weights; null uses the policy's.
+        concurrency: Maximum number of concurrent requests to each server.
+        timeout_s: Timeout of one request, in seconds.
+        patience_s: How long to wait for an unresponsive server, in seconds, before the remaining servers take over its
+            requests; the run stops when none is left.
+        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's after a sync; null
+            means 1e-4 in float32 and 0.05 in half precision.
+        check_rollouts: Number of rollouts whose log-probs are compared after each sync.
     """
 
     beside_training = True
@@ -102,34 +102,34 @@ class VllmServerEngine(VllmEngine):
     def _send_weights(self, policy: Policy) -> None:
         if not self._servers:
             self._servers = [_Server(url, self.timeout_s, self.patience_s, self.concurrency) for url in self.urls]
-        # Named by the time, since servers may outlive this run and remember the weights of an earlier one.
+        # Versions are timestamps, since servers may outlive this run and still have an earlier run's weights.
         self._version = of_first_rank(max(self._version + 1, time.time_ns()))
         folder = Path(self.weights).resolve() / str(self._version)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         write_weights(policy, folder, self.dtype, write=first)
         for server in self._servers:
-            server.wanted = str(self._version), folder
+            server.target = str(self._version), folder
         if first:
-            self._catch_up()
-        of_first_rank(self._version)  # the others wait until the servers have the weights
+            self._update_servers()
+        of_first_rank(self._version)  # the other ranks wait until the servers have the weights
         if not first:
             return
-        for old in folder.parent.iterdir():  # a server that is started again asks for the newest
+        for old in folder.parent.iterdir():  # a restarted server loads the newest weights
             if old.name.isdigit() and int(old.name) < self._version:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _catch_up(self) -> None:
-        """Gives all servers the wanted weights, at the same time.
+    def _update_servers(self) -> None:
+        """Loads the target weights into all servers concurrently.
 
         Raises:
-            EngineError: If not one answers, or one refuses them.
+            EngineError: If no server responds, or one rejects the weights.
         """
         with ThreadPoolExecutor(len(self._servers)) as pool:
-            failed = [error for error in pool.map(_Server.try_to_catch_up, self._servers) if error is not None]
+            failed = [error for error in pool.map(_Server.try_update, self._servers) if error is not None]
         if len(failed) == len(self._servers):
             raise EngineError(str(failed[0]))
         for error in failed:
-            log.warning("%s; going on with the other servers", error)
+            log.warning("%s; continuing with the other servers", error)
 
     def _sample(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
@@ -146,36 +146,40 @@ class VllmServerEngine(VllmEngine):
             }
             for group, index in jobs
         ]
-        for i, answer in self._ask(bodies):
+        for i, answer in self._request_all(bodies):
             choice, (group, index) = answer["choices"][0], jobs[i]
             logp = choice["logprobs"]["token_logprobs"]
             yield as_rollout(group, index, prompts[group], choice["token_ids"], logp, choice["finish_reason"], policy)
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probs of given responses after given prompts, as `Policy.score`. A server reads each prompt with its
-        response from the beginning: where log-probs of a prompt are asked for, it does not use its prefix cache.
+        """Log-probs of given responses, as returned by `Policy.score`. A server does not use its prefix cache for
+        requests with prompt log-probs, so it processes each prompt and response from the beginning.
 
         Raises:
-            ConfigError: If the temperature is not 1, at which vLLM gives no log-probs of prompts.
+            ConfigError: If the temperature is not 1; vLLM computes log-probs of prompts at temperature 1 only.
         """
         if temperature != 1:
-            raise ConfigError(f"vLLM scores given tokens at temperature 1 only, and data.sampling has {temperature}")
-        spoken = [i for i, (_, response) in enumerate(sequences) if response]
-        prompts = [sequences[i][0] + sequences[i][1] for i in spoken]
+            raise ConfigError(
+                f"data.sampling.temperature is {temperature}; vLLM scores given tokens at temperature 1 only: set it "
+                "to 1, or set model.teacher.scored_by to trainer"
+            )
+        nonempty = [i for i, (_, response) in enumerate(sequences) if response]
+        prompts = [sequences[i][0] + sequences[i][1] for i in nonempty]
         bodies = [{"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0} for prompt in prompts]
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for job, answer in self._ask(bodies):
-            i = spoken[job]
+        for job, answer in self._request_all(bodies):
+            i = nonempty[job]
             response = sequences[i][1]
             steps = answer["choices"][0]["prompt_logprobs"][-len(response) :]
             scores[i] = torch.tensor([s[str(t)]["logprob"] for s, t in zip(steps, response, strict=True)])
         return scores
 
-    def _ask(self, bodies: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The servers' answers, as they come: each server takes the next request when it has room.
+    def _request_all(self, bodies: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the servers' answers as they arrive, with the index of the request. Each server takes the next
+        request when it has capacity.
 
         Raises:
-            EngineError: If no server answers any more, or one refuses a request.
+            EngineError: If no server responds any more, or one rejects a request.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(len(bodies)):
@@ -191,8 +195,8 @@ class VllmServerEngine(VllmEngine):
                     continue
                 try:
                     answered.put((i, server.complete(bodies[i], stop)))
-                except _GivenUp as error:
-                    waiting.put(i)  # another server may answer it
+                except EngineUnavailable as error:
+                    waiting.put(i)  # for another server
                     answered.put(error)
                     return
                 except Exception as error:
@@ -202,14 +206,14 @@ class VllmServerEngine(VllmEngine):
         workers = [(server, number) for server in self._servers for number in range(self.concurrency)]
         for server, number in workers[: max(len(bodies), len(self._servers))]:
             threading.Thread(target=work, args=(server,), name=f"{server.url}-{number}", daemon=True).start()
-        at_work = min(len(workers), max(len(bodies), len(self._servers)))
+        active = min(len(workers), max(len(bodies), len(self._servers)))
         try:
             missing = len(bodies)
             while missing:
                 answer = answered.get()
-                if isinstance(answer, _GivenUp):
-                    at_work -= 1
-                    if at_work == 0:
+                if isinstance(answer, EngineUnavailable):
+                    active -= 1
+                    if active == 0:
                         raise EngineError(str(answer))
                 elif isinstance(answer, Exception):
                     raise answer
@@ -220,12 +224,12 @@ class VllmServerEngine(VllmEngine):
             stop.set()
 
 
-class _GivenUp(Exception):
-    """A server has not answered for too long."""
+class EngineUnavailable(Exception):
+    """A server has not responded for `patience_s`."""
 
 
 class _Server:
-    """One server, and which weights it has."""
+    """Client of one server, which keeps the server's weights up to date."""
 
     def __init__(self, url: str, timeout_s: float, patience_s: float, concurrency: int) -> None:
         import httpx
@@ -233,7 +237,7 @@ class _Server:
         self.url, self.patience_s = url, patience_s
         limits = httpx.Limits(max_connections=concurrency + 4)
         key = os.environ.get("VLLM_API_KEY")
-        # No proxy from the environment: the servers are ours, and near.
+        # No proxy from the environment: the servers are on the local network.
         self.client: httpx.Client = httpx.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -241,73 +245,73 @@ class _Server:
             limits=limits,
             trust_env=False,
         )
-        self.wanted: tuple[str, Path] | None = None
+        self.target: tuple[str, Path] | None = None  # version and folder of the weights that it should have
         self._loads = 0
-        self._lost = False
+        self._is_down = False
         self._lock = threading.Lock()
 
     def complete(self, body: dict[str, Any], stop: threading.Event) -> dict[str, Any]:
-        """The answer to a request by the wanted weights.
+        """The answer to a request, computed with the target weights.
 
         Raises:
-            _GivenUp: If the server does not answer.
-            EngineError: If it refuses the request.
+            EngineUnavailable: If the server does not respond.
+            EngineError: If it rejects the request.
         """
         while not stop.is_set():
             try:
                 loads = self._loads
                 answer = self._call("POST", "/v1/completions", body)
-                # By the wanted weights from its first token on: they did not come while it was computed.
-                if self._has_wanted() and loads == self._loads:
+                # If the target weights were loaded meanwhile, outdated weights may have sampled the first tokens.
+                if self._is_up_to_date() and loads == self._loads:
                     return answer
             except _Unreachable:
                 pass
-            self.catch_up(stop)
-        raise _GivenUp(f"{self.url}: stopped")
+            self.update(stop)
+        raise EngineUnavailable(f"{self.url}: stopped")
 
-    def try_to_catch_up(self) -> _GivenUp | None:
-        """`catch_up`, saying whether it failed."""
+    def try_update(self) -> EngineUnavailable | None:
+        """Calls `update`; returns the error instead of raising it."""
         try:
-            self.catch_up()
-        except _GivenUp as error:
+            self.update()
+        except EngineUnavailable as error:
             return error
         return None
 
-    def catch_up(self, stop: threading.Event | None = None) -> None:
-        """Waits until the server answers, and gives it the wanted weights where it has others.
+    def update(self, stop: threading.Event | None = None) -> None:
+        """Waits until the server responds, and loads the target weights if it has others.
 
         Raises:
-            _GivenUp: If it does not answer in time.
+            EngineUnavailable: If it does not respond in time.
         """
-        with self._lock:  # one of its workers is enough
+        with self._lock:  # only one of the server's workers updates it
             since, pause, why = time.monotonic(), 0.1, ""
             while stop is None or not stop.is_set():
                 try:
-                    if not self._has_wanted():
+                    if not self._is_up_to_date():
                         self._load()
-                    self._lost = False
+                    self._is_down = False
                     return
                 except _Unreachable as error:
                     why = str(error)
-                if self._lost or time.monotonic() - since > self.patience_s:
-                    self._lost = True  # waited for once: from now on one attempt at each sync
-                    raise _GivenUp(
+                if self._is_down or time.monotonic() - since > self.patience_s:
+                    self._is_down = True  # from now on, only one attempt per sync
+                    raise EngineUnavailable(
                         f"data.engine.urls: {self.url} has not answered for {self.patience_s:g} s ({why}); start the "
                         "server (python -m rlrt_lightning serve) and resume with --ckpt_path last"
                     )
                 time.sleep(pause)
-                pause = min(2 * pause, LONGEST_WAIT_S, self.patience_s)
+                pause = min(2 * pause, MAX_RETRY_DELAY_S, self.patience_s)
 
-    def _has_wanted(self) -> bool:
-        assert self.wanted is not None
-        return self._call("GET", "/weight_info").get("weight_version") == self.wanted[0]
+    def _is_up_to_date(self) -> bool:
+        assert self.target is not None
+        return self._call("GET", "/weight_info").get("weight_version") == self.target[0]
 
     def _load(self) -> None:
-        assert self.wanted is not None
-        version, folder = self.wanted
+        assert self.target is not None
+        version, folder = self.target
         self._loads += 1
         self._call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-        # With requests under way, such as those of a round that was given up, vLLM would keep its cache.
+        # While requests are running, such as those of an abandoned call, vLLM would otherwise keep its cache.
         self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
         self._call("POST", "/update_weight_version", {"new_version": version})
 
@@ -318,19 +322,19 @@ class _Server:
             answer = self.client.request(method, path, json=body)
         except httpx.TransportError as error:
             raise _Unreachable(f"{type(error).__name__}: {error}") from None
-        if answer.status_code in (502, 503, 504):  # not up yet, or a proxy before it says so
-            raise _Unreachable(f"{path} answers {answer.status_code}")
+        if answer.status_code in (502, 503, 504):  # still starting, possibly behind a proxy
+            raise _Unreachable(f"{path} returned {answer.status_code}")
         if answer.status_code == 401:
             raise EngineError(
-                f"data.engine.urls: {self.url} wants an API key: set the environment variable VLLM_API_KEY"
+                f"data.engine.urls: {self.url} requires an API key: set the environment variable VLLM_API_KEY"
             )
         if answer.status_code == 404 and path != "/v1/completions":
             raise EngineError(
-                f"data.engine.urls: {self.url} does not know {path}; start it with python -m rlrt_lightning serve, or "
-                "set VLLM_SERVER_DEV_MODE=1 for it"
+                f"data.engine.urls: {self.url} has no endpoint {path}; start it with python -m rlrt_lightning serve, "
+                "or set VLLM_SERVER_DEV_MODE=1 in its environment"
             )
         if answer.status_code >= 400:
-            raise EngineError(f"data.engine.urls: {self.url}{path} answers {answer.status_code}: {answer.text[:500]}")
+            raise EngineError(f"data.engine.urls: {self.url}{path} returned {answer.status_code}: {answer.text[:500]}")
         try:
             return answer.json()
         except json.JSONDecodeError:
@@ -338,17 +342,17 @@ class _Server:
 
 
 class _Unreachable(Exception):
-    """The server did not answer this time."""
+    """One request to the server failed; it can be retried."""
 
 
 def write_weights(policy: Policy, folder: Path, dtype: Dtype | None = None, write: bool = True) -> None:
-    """Writes the policy's weights as safetensors, a few GiB in each file, aside and then renamed.
+    """Writes the policy's weights as safetensors shards to a temporary folder, which is then renamed.
 
     Args:
         policy: The policy.
-        folder: The folder, which is new.
-        dtype: Type of the weights; None is the policy's.
-        write: False on the ranks that only take part in the gathering of sharded weights.
+        folder: The target folder, which must not exist.
+        dtype: Type of the weights; None uses the policy's.
+        write: False on the ranks that only take part in gathering sharded weights.
     """
     from safetensors.torch import save_file
 
@@ -368,7 +372,7 @@ def write_weights(policy: Policy, folder: Path, dtype: Dtype | None = None, writ
         shard, number, size = {}, number + 1, 0
 
     for name, tensor in policy.merged_weights():
-        # A copy: a head that is tied shares its memory, which safetensors refuses.
+        # A copy, since safetensors rejects tensors that share memory, such as a tied head.
         shard[name] = tensor.to("cpu", getattr(torch, dtype) if dtype else tensor.dtype, copy=True).contiguous()
         size += shard[name].numel() * shard[name].element_size()
         if size >= SHARD_BYTES:
@@ -383,42 +387,42 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
 
     Args:
         policy: The policy.
-        engine: The engine that will ask it.
-        host: Where it listens.
-        port: Where it listens.
-        flags: Further flags of vLLM.
+        engine: The engine that will use the server.
+        host: Address to listen on.
+        port: Port to listen on.
+        flags: Additional flags of vLLM.
 
     Raises:
-        ConfigError: If the flags set what has a setting of its own.
+        ConfigError: If the flags set something that has its own setting.
     """
     for flag in flags:
         if (name := flag.partition("=")[0]) in ("--host", "--port", "--model"):
-            raise ConfigError(f"serve.flags sets {name}; set it by serve's own --host and --port, or model.policy.path")
+            raise ConfigError(f"serve.flags sets {name}; use serve's --host and --port, or model.policy.path, instead")
     if not _is_loopback(host):
         log.warning(
-            "whoever reaches %s, port %s, can take the model's weights for others, without a key: it has to be in a "
-            "trusted network; 127.0.0.1 is for this machine alone",
+            "anyone who can reach %s, port %s, can replace the model's weights without a key: use a trusted network "
+            "only, or 127.0.0.1 to listen on this machine alone",
             host,
             port,
         )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy.path]
     command += ["--dtype", engine.dtype or policy.dtype, "--host", host, "--port", str(port)]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
-    command += ["--generation-config", "vllm"]  # no limits and penalties besides those of `Sampling`
+    command += ["--generation-config", "vllm"]  # ignore the model's own limits and penalties
     if policy.max_positions is not None:
         command += ["--max-model-len", str(policy.max_positions)]
     if not torch.cuda.is_available():
-        command += ["--enforce-eager", "--no-enable-chunked-prefill"]  # as in the training process
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"]  # see VllmColocateEngine
     return [*command, *flags]
 
 
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # the name of a machine
+    except ValueError:  # a host name
         return False
 
 
 def server_environment() -> dict[str, str]:
-    """The environment of that command: the endpoints for weights belong to vLLM's development mode."""
+    """The environment of `server_command`. The weight endpoints need vLLM's development mode."""
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "VLLM_SERVER_DEV_MODE": "1"}

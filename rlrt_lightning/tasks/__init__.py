@@ -1,4 +1,4 @@
-"""Tasks: problems to solve, and programs that check completions."""
+"""Tasks: problems, and verifiers that judge completions."""
 
 from __future__ import annotations
 

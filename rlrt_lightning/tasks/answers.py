@@ -1,7 +1,7 @@
-r"""Ground truths and answers as they are compared: the one place that decides what a value or a text stands for.
+r"""Normalization of ground truths and answers before they are compared.
 
-`truths` reads a ground truth of any type that a data file can hold. `canonical` writes an answer in LaTeX with one
-spelling of each symbol and number, and with spaces only where they can separate two numbers.
+`truths` reads a ground truth of any type that a data file can hold. `canonical` converts an answer to LaTeX with one
+spelling for each symbol and number, and with spaces only where they can separate two numbers.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from numbers import Integral, Rational, Real
 from typing import Any
 
 Truth = str | bool | Decimal
-"""One right answer."""
+"""One correct answer."""
 
 
 # -- ground truths -----------------------------------------------------------------------------------------------------
 
 
 def truths(value: Any) -> list[Truth]:
-    """The right answers that a ground truth holds, without empty ones. It is a text, a number, a truth value, a list
-    of these, any of which is right, or verl's dict with a `ground_truth`.
+    """The correct answers in a ground truth, without empty ones.
+
+    Args:
+        value: A string, a number, a bool, a list of these, any of which is correct, or verl's dict with a
+            `ground_truth`.
 
     Raises:
-        ValueError: If it holds anything else; says what, as the rest of a sentence that begins with "the answer".
+        ValueError: If it holds anything else. The message completes a sentence that begins with "the answer".
     """
     return [truth for entry in entries(value) if (truth := _truth(entry)) is not None]
 
 
 def entries(value: Any) -> list[Any]:
-    """The entries of a ground truth as they are, empty ones too."""
+    """The entries of a ground truth without conversion, including empty ones."""
     while isinstance(value, dict):
         if "ground_truth" not in value:
             keys = ", ".join(str(key)[:40] for key in list(value)[:5]) or "none"
@@ -42,12 +45,13 @@ def entries(value: Any) -> list[Any]:
 
 
 def _native(value: Any) -> Any:
-    """An array of any library as a list, or as its one value. Its numbers stay: 0.1 of 32 bits is no 0.1 of 64."""
+    """Converts an array of any library to a list, or to a scalar if it has no dimensions. Scalars are left unchanged,
+    since a float32 0.1 would become 0.10000000149011612."""
     return value.tolist() if hasattr(value, "tolist") and not isinstance(value, Real) else value
 
 
 def _truth(entry: Any) -> Truth | None:
-    """One entry of a ground truth; None if it is empty or not finite."""
+    """Converts one entry of a ground truth; None if it is empty or not finite."""
     entry = _native(entry)
     if entry is None:
         return None
@@ -60,13 +64,13 @@ def _truth(entry: Any) -> Truth | None:
     if isinstance(entry, Rational):
         return str(entry)
     if isinstance(entry, (Decimal, Real)):
-        number = Decimal(str(entry))  # the shortest decimal that reads back as this float, not its binary value
+        number = Decimal(str(entry))  # the shortest decimal that parses to this float, not its binary value
         return number if number.is_finite() else None
     raise ValueError(f"is neither text nor a number but {type(entry).__name__}")
 
 
 def as_text(truth: Truth) -> str:
-    """A right answer as text; numbers in digits, without an exponent or zeros at the end of a fraction."""
+    """A correct answer as text. Numbers have no exponent and no trailing zeros after the decimal point."""
     if not isinstance(truth, Decimal):
         return str(truth)
     text = f"{truth:f}"
@@ -75,10 +79,10 @@ def as_text(truth: Truth) -> str:
 
 
 def readable(value: Any) -> str | None:
-    """A ground truth in words, "5 or 7" where several answers are right; None if it is empty."""
+    """A ground truth as text, such as "5 or 7" if several answers are correct; None if it is empty."""
     try:
         found = truths(value)
-    except ValueError:  # of a task of the user's own
+    except ValueError:  # a custom task may use any type
         return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (dict, list)) else str(value)
     return " or ".join(map(as_text, found)) or None
 
@@ -89,12 +93,12 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,
 
 
 def number(text: str) -> Decimal | None:
-    """The number that a text is in a programming language's spelling (42, 42.0, 4.2e1), or None."""
+    """Parses a number in programming-language notation (42, 42.0, 4.2e1); None if the text is not one."""
     return Decimal(text) if _NUMBER.fullmatch(text) else None
 
 
 def readings(text: str) -> list[str]:
-    """What a canonical answer may mean: itself; the number 0.002 where it is 2e-3; 1440 where it is 1,440."""
+    """Possible readings of a canonical answer: itself, and 0.002 for 2e-3 or 1440 for 1,440."""
     if ("e" in text or "E" in text) and (value := number(text)) is not None and abs(value.adjusted()) < 400:
         return [text, as_text(value)]
     if "," in text and "\\{" not in text and (whole := _ONE_GROUPED_BY_COMMA.fullmatch(text)):
@@ -104,12 +108,12 @@ def readings(text: str) -> list[str]:
 
 # -- spelling ----------------------------------------------------------------------------------------------------------
 
-_BEFORE = str.maketrans(  # what Unicode's own normal form would make another symbol of
+_BEFORE = str.maketrans(  # symbols that NFKC would replace by other symbols
     {"º": "°", "˚": "°", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}"}
     | {"ℂ": r"\mathbb{C}", "…": r"\ldots "}
 )
-_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸ]+")
-_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₒₓₙ]+")
+_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸ]+")
+_SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₒₓₙ]+")
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 
 _AFTER = str.maketrans(
@@ -134,13 +138,13 @@ _AFTER = str.maketrans(
 )  # fmt: skip
 
 
-def _in_latex(text: str) -> str:
-    """A text whose symbols beyond ASCII are LaTeX: minus signs, ≠, π, ², ½, full-width digits, spaces of any width."""
+def _to_latex(text: str) -> str:
+    """Converts non-ASCII symbols to LaTeX: minus signs, ≠, π, ², ½, full-width digits, spaces of any width."""
     if text.isascii():
         return text
     text = text.translate(_BEFORE)
-    text = _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = _LOWERED.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = _SUPERSCRIPTS.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = _SUBSCRIPTS.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = _VULGAR.sub(lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
     text = unicodedata.normalize("NFKC", text).translate(_AFTER)
     text = re.sub(r"(\\sqrt(?:\[3\])?) \(([^()]*)\)", r"\1{\2}", text)
@@ -171,7 +175,7 @@ _ALIASES = [
         (r"\\\{ ?\\\}", r"\\emptyset "),
         (r"([\])]) ?U ?(?=[\[(])", r"\1 \\cup "),
         (r"(?<![a-zA-Z\\{])pi(?![a-zA-Z])", r"\\pi "),
-        # Arguments of one digit in braces, as TeX reads them, so that no digit looks like a part of a number.
+        # Put single-digit arguments in braces, as TeX reads them, so that they do not look like part of a number.
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(frac|binom) ?([0-9]) ?([0-9])", r"\\\1{\2}{\3}"),
         (r"\\(frac|binom) ?([0-9]) ?\{", r"\\\1{\2}{"),
@@ -190,21 +194,21 @@ _MIXED = re.compile(
     r"(?<![0-9._^a-zA-Z])([0-9]{1,9}) ?(?:\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}|(?<= )([0-9]{1,9}) ?/ ?([0-9]{1,9}))"
     r"(?!\.?[0-9])"
 )
-_APART = re.compile(r"(?<![0-9._^])[0-9.]*[0-9](?:\.? \.?|')[0-9]")
+_ADJACENT_NUMBERS = re.compile(r"(?<![0-9._^])[0-9.]*[0-9](?:\.? \.?|')[0-9]")
 
 
 def canonical(answer: str) -> str:
-    r"""An answer in one spelling: see `respelled`; in one line, and without the signs that begin and end formulas."""
-    return respelled(_DELIMITER.sub(lambda m: m[1] or "", answer).replace("\n", " ")).strip()
+    r"""Normalizes an answer (see `normalized`) and removes line breaks and math delimiters."""
+    return normalized(_DELIMITER.sub(lambda m: m[1] or "", answer).replace("\n", " ")).strip()
 
 
-def respelled(text: str) -> str:
-    r"""A text in which each symbol is in one spelling, LaTeX's; mixed numbers are fractions; numbers are not grouped.
+def normalized(text: str) -> str:
+    r"""Converts each symbol to one LaTeX spelling and mixed numbers to fractions, and removes digit grouping.
 
-    Only groups of three digits are grouping: `1 440`, `1\,440` and `1{,}440` are 1440, and `1 2` stays apart. A comma
-    without braces may separate two numbers as well: see `readings`.
+    Only groups of three digits count as digit grouping: `1 440`, `1\,440` and `1{,}440` become 1440, and `1 2` stays
+    two numbers. A comma without braces may also separate two numbers: see `readings`.
     """
-    text = _SET_COMMA.sub("{,}", _in_latex(text))
+    text = _SET_COMMA.sub("{,}", _to_latex(text))
     text = _SPACING.sub(lambda m: m[1] or ("" if m[0] == r"\!" else " "), text)
     for pattern, replacement in _ALIASES:
         text = pattern.sub(replacement, text)
@@ -215,19 +219,19 @@ def respelled(text: str) -> str:
 
 
 def _improper(mixed: re.Match[str]) -> str:
-    """3 1/2 as 7/2."""
+    """Converts 3 1/2 to 7/2."""
     whole, above, below = (int(digits) for digits in mixed.groups() if digits is not None)
     return rf"\frac{{{whole * below + above}}}{{{below}}}" if above < below else mixed[0]
 
 
-def apart(text: str) -> bool:
-    """Whether a canonical text has two numbers side by side: nobody knows if it is a number, a product or a sum."""
-    return bool(_APART.search(text))
+def has_adjacent_numbers(text: str) -> bool:
+    """Whether a canonical text has two adjacent numbers, which could mean a number, a product or a sum."""
+    return bool(_ADJACENT_NUMBERS.search(text))
 
 
-def plain(text: str) -> str:
-    """A canonical text without the spaces that separate nothing, or its end's full stop: equal texts are the same
-    answer even if nothing can parse them."""
+def compact(text: str) -> str:
+    """Removes spaces that do not separate numbers, and a final period, from a canonical text. Equal results are the
+    same answer even if they cannot be parsed."""
     return re.sub(r"(?<![0-9.]) | (?![0-9.])", "", text).rstrip(". ")
 
 
@@ -235,14 +239,14 @@ _WORD = re.compile(r"(?:\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox)\{)?([A
 _BLANK = re.compile(r"(?:\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox)(?![a-zA-Z])|[{}.,;:\s])*")
 
 
-def blank(answer: str) -> bool:
-    """Whether an answer says nothing: white space, a full stop, empty braces."""
+def is_blank(answer: str) -> bool:
+    """Whether an answer has no content: whitespace, a period, empty braces."""
     return bool(_BLANK.fullmatch(canonical(answer)))
 
 
 def same_text(truth: str, answer: str) -> bool:
-    """Whether two canonical texts are the same, a word in upper or lower case."""
-    truth, answer = plain(truth), plain(answer)
+    """Whether two canonical texts are equal; single words are compared case-insensitively."""
+    truth, answer = compact(truth), compact(answer)
     if truth == answer:
         return True
     words = [word[1].casefold() for word in map(_WORD.fullmatch, (truth, answer)) if word]

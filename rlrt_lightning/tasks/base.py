@@ -1,4 +1,4 @@
-"""What a task is: problems to solve, and a program that checks completions."""
+"""The interface of a task: problems, and a verifier that judges completions."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, Literal, overload
 from rlrt_lightning.tasks.answers import readable
 
 Messages = list[dict[str, str]]
-"""A conversation: dicts with the keys `role` and `content`, as chat templates take it."""
+"""A conversation in the format of chat templates: dicts with the keys `role` and `content`."""
 
 Split = Literal["train", "heldout"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem that the policy is asked to solve.
+    """One problem for the policy to solve.
 
     Args:
         id: Name of the problem, unique within its task.
-        prompt: What the policy is asked: plain text, or a conversation that ends with a user's message.
-        answer: The ground truth, in whatever form the task's `verify` wants it.
-        solution: A reference solution in words, where the data has one.
-        info: Anything else that the row holds.
+        prompt: The prompt: plain text, or a conversation that ends with a user message.
+        answer: The ground truth, in the form that the task's `verify` expects.
+        solution: A reference solution as text, if the data has one.
+        info: The other fields of the row.
     """
 
     id: str
@@ -35,26 +35,26 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """The prompt as text: all of it, or the last message of a conversation."""
+        """The prompt as text; for a conversation, its last message."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
 
     @property
     def answer_text(self) -> str | None:
-        """The ground truth in words, "5 or 7" where several answers are right; None if there is none."""
+        """The ground truth as text, such as "5 or 7" if several answers are correct; None if there is none."""
         return readable(self.answer)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the verifier says of one completion.
+    """The verifier's judgment of one completion.
 
     Args:
         reward: The reward r, usually 0 or 1.
-        correct: Whether the completion solves the problem; avg@k and pass@k count this.
-        answer: The answer that was found in the completion, as text.
-        message: Why it was judged so, for the sample tables.
-        label: A name for the kind of completion (its strategy, its language, ...). The share of each label is logged.
-        fault: True where the verifier itself failed (it raised, hung or died); the completion then counts as wrong.
+        correct: Whether the completion solves the problem; used by avg@k and pass@k.
+        answer: The answer found in the completion, as text.
+        message: The reason for the verdict, for the sample tables.
+        label: A category of the completion (its strategy, its language, ...). The fraction of each label is logged.
+        fault: True if the verifier itself failed (it raised, hung or died); the completion then counts as wrong.
     """
 
     reward: float
@@ -66,18 +66,18 @@ class Verdict:
 
 
 class Task(ABC):
-    """Problems and their verifier. Subclass it for data that no task here reads.
+    """Problems and their verifier. Subclass it for data that no existing task can read.
 
-    A task is pickled into the verifier's worker processes, so it holds settings and plain data only.
+    A task is pickled and sent to the verifier's worker processes, so it must hold only settings and plain data.
     """
 
     isolated: bool = True
-    """Whether `verify` runs in worker processes with a time limit. Turn it off only for code that is quick and trusted
-    whatever the completion says."""
+    """Whether `verify` runs in worker processes with a time limit. Set it to False only for code that is fast and safe
+    for any completion."""
 
     @abstractmethod
     def problems(self, split: Split) -> Sequence[Problem]:
-        """The problems of a split: a sequence that may make its items on demand, the same ones at each call.
+        """The problems of a split. The sequence may create its items on demand, and must be the same at each call.
 
         Raises:
             ConfigError: If the split's data is missing or unusable.
@@ -85,19 +85,19 @@ class Task(ABC):
 
     @abstractmethod
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Judges one completion (`Rollout.text`). What it raises becomes a `fault` verdict."""
+        """Judges one completion (`Rollout.text`). An exception becomes a verdict with `fault` set."""
 
-    def warm_up(self) -> None:  # noqa: B027 - there is nothing to do unless a subclass says so
-        """Called in each worker process before its first completion, with no time limit: the place for slow imports,
-        which would otherwise count against the first completion."""
+    def warm_up(self) -> None:  # noqa: B027 - optional hook
+        """Called without a time limit in each worker process before its first completion. Slow imports belong here;
+        otherwise they count against the time limit of the first completion."""
 
 
 class OnDemand(Sequence[Problem]):
-    """Problems that are made when they are asked for.
+    """Problems that are created on access.
 
     Args:
-        make: Makes problem number i, the same one each time.
-        numbers: The numbers of the problems.
+        make: Creates problem i; must return the same problem each time.
+        numbers: The indices of the problems.
     """
 
     def __init__(self, make: Callable[[int], Problem], numbers: range) -> None:

@@ -1,8 +1,8 @@
-"""An `eval` for answers that a model wrote: literals and mathematics, and no other name.
+"""A restricted `eval` for answers written by a model: literals and mathematics only.
 
-Nine of reasoning-gym's scorers give the answer to `eval`, by themselves or by `sympy.parse_expr`, which knows every
-builtin function: `__import__('os').system(...)` as an answer would be run. The scorers want lists of literals and
-mathematical expressions, and these work as before. What names anything else raises, which they take for a wrong answer.
+Nine of reasoning-gym's scorers pass the answer to `eval`, directly or through `sympy.parse_expr`, with access to every
+builtin function: the answer `__import__('os').system(...)` would be executed. The scorers expect lists of literals and
+mathematical expressions, which still work. Any other name raises an error, which the scorers treat as a wrong answer.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from types import CodeType
 from typing import Any
 
-_FUNCTIONS = {"abs", "sqrt", "cbrt", "root"}  # beside sympy's classes
+_FUNCTIONS = {"abs", "sqrt", "cbrt", "root"}  # allowed in addition to sympy's classes
 
 
 def closed_eval(source: str | CodeType, names: Any = None, more_names: Any = None) -> Any:
-    """Evaluates an expression that uses no name but those of sympy's classes and objects.
+    """Evaluates an expression whose only names are those of sympy's classes and objects. Same signature as `eval`.
 
     Args:
-        source: The expression, as `eval` takes it.
-        names: What its names mean.
-        more_names: The same, looked at first.
+        source: The expression.
+        names: Global names.
+        more_names: Local names, which take precedence.
 
     Raises:
-        ValueError: If it uses any other name or an attribute, or defines a function.
-        SyntaxError: If it is no expression.
+        ValueError: If the expression uses any other name or an attribute, or defines a function.
+        SyntaxError: If it is not an expression.
     """
     from sympy import Basic
 
@@ -33,8 +33,8 @@ def closed_eval(source: str | CodeType, names: Any = None, more_names: Any = Non
     if any(isinstance(constant, CodeType) for constant in code.co_consts):
         raise ValueError("an answer must not define a function")
     known: dict[str, Any] = {}
-    for name in code.co_names:  # of attributes too, which therefore are refused unless they are called like a class
-        value = _meaning(name, more_names, names)
+    for name in code.co_names:  # includes attributes, which are rejected unless they are named like a sympy class
+        value = _resolve(name, more_names, names)
         if not (isinstance(value, Basic) or (isinstance(value, type) and issubclass(value, Basic))) and (
             name not in _FUNCTIONS or value is None
         ):
@@ -43,12 +43,12 @@ def closed_eval(source: str | CodeType, names: Any = None, more_names: Any = Non
     return eval(code, {"__builtins__": {}, **known})
 
 
-def _meaning(name: str, *scopes: Mapping[str, Any] | None) -> Any:
+def _resolve(name: str, *scopes: Mapping[str, Any] | None) -> Any:
     return next((scope[name] for scope in scopes if scope is not None and name in scope), None)
 
 
 def close_eval() -> None:
-    """Puts `closed_eval` in the place of `eval` in the modules of reasoning-gym and in sympy's parser."""
+    """Replaces `eval` by `closed_eval` in reasoning-gym's modules and in sympy's parser."""
     import sympy.parsing.sympy_parser  # noqa: F401
 
     for name, module in list(sys.modules.items()):

@@ -1,4 +1,4 @@
-"""What a row's columns hold, in the spellings that data files have for it: prompts, ground truths, solutions."""
+"""Reading of prompts, ground truths and solutions from a row's columns, in the formats that data files use."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rlrt_lightning.tasks.rewards import Reward
 
 
 def look_up(row: Row, name: str) -> Any:
-    """The value of a column, or of what a dotted name points to; None if it is not there.
+    """The value of a column or of a dotted name; None if it does not exist.
 
     Raises:
-        BadRow: If a text on the way holds a dict that has a key twice.
+        BadRow: If a dict stored as text along the path has a key twice.
     """
     if name in row:
         return row[name]
@@ -34,28 +34,28 @@ def look_up(row: Row, name: str) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """The dict that a text holds, in JSON or as Python prints it; anything else as it is.
+    """Parses a dict stored as text, in JSON or as a Python literal; returns anything else unchanged.
 
     Raises:
         BadRow: If the dict has a key twice.
     """
     if isinstance(value, str) and re.match(r"\s*\{\s*[\"']", value):
-        inside = _parsed(value)
-        return inside if isinstance(inside, dict) else value
+        result = _parsed(value)
+        return result if isinstance(result, dict) else value
     return value
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a column holds nothing: null, white space, an empty list or dict, a number that is not finite."""
+    """Whether a value is empty: null, whitespace, an empty list or dict, or a non-finite number."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or value == {} or (isinstance(value, float) and not math.isfinite(value))
 
 
 def check_text(value: Any, name: str) -> None:
-    """Refuses what no tokenizer reads: bytes, and text that UTF-8 cannot hold."""
+    """Refuses bytes and text that cannot be encoded as UTF-8, which no tokenizer accepts."""
     if isinstance(value, (bytes, bytearray)):
-        raise BadRow(f"bytes in {name} where text belongs", excerpt(value))
+        raise BadRow(f"bytes in {name} instead of text", excerpt(value))
     if isinstance(value, str):
         try:
             value.encode()
@@ -73,7 +73,7 @@ def _parsed(text: str) -> Any:
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _BEGINS_AN_OBJECT = re.compile(r"""[\s"'\\]*(?:array\()?[\[({][\s\[({]*["'\\]+\w+["'\\]+\s*:""")
 _LAYOUTS = [
     [re.compile(rf"""["']{key}\\*["']\s*:""") for key in keys] for keys in (("role", "content"), ("from", "value"))
@@ -81,7 +81,7 @@ _LAYOUTS = [
 
 
 def conversation(value: Any, name: str) -> str | Messages:
-    """A prompt in one of its spellings: text, messages, or messages as text. Any other text is just text."""
+    """Reads a prompt: plain text, messages, or messages stored as text."""
     if is_empty(value):
         raise BadRow(f"no prompt in {name}", excerpt(value))
     messages = _messages(value, "prompt", name)
@@ -91,13 +91,13 @@ def conversation(value: Any, name: str) -> str | Messages:
         kind = _NO_MESSAGES if isinstance(value, list) else f"is neither text nor a list of messages but {_kind(value)}"
         raise BadRow(f"the prompt in {name} {kind}", excerpt(value))
     if messages[-1]["role"] != "user":
-        raise BadRow(f"the prompt in {name} does not end with a message of the user", excerpt(messages[-1]))
+        raise BadRow(f"the prompt in {name} does not end with a user message", excerpt(messages[-1]))
     if not messages[-1]["content"].strip():
         raise BadRow(f"no prompt in {name}", excerpt(messages[-1]))
     return messages
 
 
-_NO_MESSAGES = "holds something else than messages with a role and a content in text"
+_NO_MESSAGES = "has items that are not messages with a role and text content"
 
 
 def _kind(value: Any) -> str:
@@ -105,22 +105,22 @@ def _kind(value: Any) -> str:
 
 
 def _messages(value: Any, what: str, name: str) -> Messages | None:
-    """The messages that a column holds: a list of them or a single one, with `role` and `content` or ShareGPT's `from`
-    and `value`, as they are or as text; None if it holds something else.
+    """Reads one message or a list of messages, with `role` and `content` or ShareGPT's `from` and `value`, possibly
+    stored as text; None if the value holds no messages.
 
     Raises:
-        BadRow: If some of them are no messages, or a text looks like messages but cannot be read.
+        BadRow: If some items are not messages, or text looks like messages but cannot be parsed.
     """
     if isinstance(value, str):
         check_text(value, name)
         if not _looks_like_messages(value):
             return None
-        inside = _parsed(value)
-        inside = _parsed(inside) if isinstance(inside, str) else inside  # JSON in JSON
-        if isinstance(inside, str):
-            why = "looks like messages but is neither JSON nor Python's notation; write it as JSON"
+        result = _parsed(value)
+        result = _parsed(result) if isinstance(result, str) else result  # JSON encoded twice
+        if isinstance(result, str):
+            why = "looks like messages but is neither JSON nor a Python literal; write it as JSON"
             raise BadRow(f"the {what} in {name} {why}", excerpt(value))
-        value = inside
+        value = result
     if isinstance(value, dict):
         inner = [
             value[key] for key in ("messages", "conversations", "conversation") if isinstance(value.get(key), list)
@@ -140,11 +140,11 @@ def _is_message(value: Any) -> bool:
 
 
 def _message(value: Any, what: str, name: str) -> dict[str, str]:
-    """A message with a role and a content."""
+    """Converts a message to `role` and `content`."""
     message = value
     if _is_message(value) and (value.get("role") is None and "from" in value):
         speaker = value["from"]
-        role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+        role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
         message = {"role": role, "content": value["value"]}
     if not (_is_message(message) and isinstance(message["role"], str) and isinstance(message["content"], str)):
         raise BadRow(f"the {what} in {name} {_NO_MESSAGES}", excerpt(value))
@@ -157,7 +157,8 @@ def _message(value: Any, what: str, name: str) -> dict[str, str]:
 
 
 def ground_truth(value: Any, name: str, reward: object) -> Any:
-    """A ground truth: text, a number, a list of these that are not all empty, or a dict, as the reward takes it."""
+    """Reads a ground truth for the reward: text, a number, a list of these with at least one non-empty entry, or a
+    dict."""
     empty = BadRow(f"no answer in {name}", excerpt(value))
     if is_empty(value) or (isinstance(value, list) and all(map(is_empty, value))):
         raise empty
@@ -167,9 +168,9 @@ def ground_truth(value: Any, name: str, reward: object) -> Any:
         check_text(text, name)
     truth = value.strip() if isinstance(value, str) else value
     if isinstance(reward, Reward):
-        inside = decoded(truth)
+        result = decoded(truth)
         try:
-            truth = reward.read_truth(inside if isinstance(inside, dict) and "ground_truth" in inside else truth)
+            truth = reward.read_truth(result if isinstance(result, dict) and "ground_truth" in result else truth)
         except ValueError as error:
             raise BadRow(f"the answer in {name} {error}", excerpt(value)) from None
     if is_empty(truth):
@@ -178,29 +179,29 @@ def ground_truth(value: Any, name: str, reward: object) -> Any:
 
 
 def solution(value: Any, name: str) -> str | None:
-    """A reference solution as text, None if there is none: a text, what the assistant says last in messages, the first
-    of a list of texts, or any of these as text."""
+    """Reads a reference solution: text, the last assistant message of a conversation, the first non-empty string of a
+    list, or any of these stored as text; None if there is none."""
     messages = _messages(value, "solution", name)
     if messages is not None:
-        said = [message["content"] for message in messages if message["role"] == "assistant"]
-        if not said:
-            raise BadRow(f"the solution in {name} holds no message of the assistant", excerpt(value))
-        value = said[-1]
+        replies = [message["content"] for message in messages if message["role"] == "assistant"]
+        if not replies:
+            raise BadRow(f"the solution in {name} has no assistant message", excerpt(value))
+        value = replies[-1]
     elif isinstance(value, str):
         try:
-            inside = listed(value)
+            result = listed(value)
         except ValueError as error:
             raise BadRow(f"the solution in {name} {error}", excerpt(value)) from None
-        if inside is None and re.match(r"\s*[\[({][\s\[({]*'", value):
-            inside = _parsed(value)  # a dict or a list as Python prints it, which no teacher should read
-        value = value if inside is None else inside
+        if result is None and re.match(r"\s*[\[({][\s\[({]*'", value):
+            result = _parsed(value)  # a dict or list as a Python literal must not become the teacher's context
+        value = value if result is None else result
     if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
         value = next((text for text in value if not is_empty(text)), None)
     if is_empty(value):
         return None
     if not isinstance(value, (str, int, float, Decimal)):
-        of_dict = f"; name one of its keys, as in {name}.text" if isinstance(value, dict) else ""
-        what = "neither text, messages nor a list of texts"
-        raise BadRow(f"the solution in {name} is {what} but {_kind(value)}{of_dict}", excerpt(value))
+        hint = f"; name one of its keys, as in {name}.text" if isinstance(value, dict) else ""
+        what = "neither text, messages nor a list of strings"
+        raise BadRow(f"the solution in {name} is {what} but {_kind(value)}{hint}", excerpt(value))
     check_text(value, name)
     return value if isinstance(value, str) else readable(value)

@@ -1,4 +1,4 @@
-"""Problems from data files or from a data set of the Hugging Face hub."""
+"""Problems from data files or from a dataset on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from typing import Any, Literal
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import Messages, Problem, Split, Task, Verdict
 from rlrt_lightning.tasks.columns import check_text, conversation, decoded, ground_truth, is_empty, look_up, solution
-from rlrt_lightning.tasks.readers import BadRow, BadRows, Row, excerpt, printable, rows_of
+from rlrt_lightning.tasks.readers import BadRow, BadRows, Row, excerpt, printable, read_rows
 from rlrt_lightning.tasks.rewards import MathReward, Reward, RewardFunction, as_verdict
 
-_COLUMNS = 30  # of the data that are named where one is missing
+_MAX_COLUMNS = 30  # listed in the message about a missing column
 
 
 class DatasetTask(Task):
-    r"""Problems from data files or from a data set of the Hugging Face hub. verl's files work as they are.
+    r"""Problems from data files or from a dataset on the Hugging Face Hub. verl's files work without changes.
 
     A source is a file (.parquet, .jsonl, .json, .csv), a folder of such files, which are read in the order of their
-    names, or a data set of the hub: `owner/name`, `owner/name:split` or `owner/name:config:split`. Without a split, the
-    hub's `train` is read for training and its `test` for the held-out problems.
+    names, or a Hub dataset: `owner/name`, `owner/name:split` or `owner/name:config:split`. Without a split, the
+    dataset's `train` split is used for training and its `test` split for the held-out problems.
 
-    A dotted name such as `extra_info.solution` looks into a column that holds a dict, or the text of one.
+    A dotted name such as `extra_info.solution` selects a key of a column that holds a dict, or a dict stored as text.
 
     Args:
         train: Source of the training problems.
         heldout: Source of the held-out problems.
-        prompt: Column of the question: a text, or a conversation that ends with the user's message. A conversation is a
-            list of dicts, or one dict, with `role` and `content` or ShareGPT's `from` and `value`; it may be text, in
-            JSON or as Python prints it.
-        answer: Column of the ground truth, which goes to the reward: a text, a number, or a list of these, any of which
-            is right. In a dict, `MathReward` and `ExactMatch` read its `ground_truth`.
-        solution: Column of a reference solution in words: a text, a list of texts, of which the first is taken, or a
-            conversation, of which the assistant's last message is. None: the data has none.
-        id: Column of the problem's name, different in every row. None: problems are numbered.
-        prompt_template: Text that the last user's message becomes, `{prompt}` standing for the message itself. It is
-            the place to ask for an answer in `\boxed{}`; other braces mean nothing.
-        reward: What judges a completion: a class with settings, such as `ExactMatch`, or the import path of a function
+        prompt: Column of the question: a string, or a conversation that ends with a user message. A conversation is a
+            list of dicts, or one dict, with `role` and `content` or ShareGPT's `from` and `value`; it may be stored as
+            text, in JSON or as a Python literal.
+        answer: Column of the ground truth that the reward compares with: a string, a number, or a list of these, any
+            of which is correct. If it is a dict, `MathReward` and `ExactMatch` use its `ground_truth`.
+        solution: Column of a reference solution: a string, a list of strings, of which the first is used, or a
+            conversation, of which the last assistant message is used. None: the data has no solutions.
+        id: Column of the problem's name, unique in every row. None: problems are numbered.
+        prompt_template: Template for the last user message, in which `{prompt}` is replaced by the original message;
+            for example, it can ask for an answer in `\boxed{}`. Other braces are left unchanged.
+        reward: Judges completions: a class with settings, such as `ExactMatch`, or the import path of a function
             `(problem, completion)` that returns a number, a bool or a `Verdict`. None: `MathReward`. The row's other
-            columns are in `problem.info`.
-        bad_rows: What to do about rows that cannot be used: without a prompt or an answer, of a wrong type, not UTF-8,
-            not JSON, with a key twice, or with the name of an earlier row. All are read; then `error` stops and `skip`
-            leaves them out and warns, each with a count by cause and the first of them.
+            columns are available in `problem.info`.
+        bad_rows: How to handle unusable rows: those without a prompt or an answer, with a wrong type, not UTF-8, not
+            JSON, with a repeated key, or with the name of an earlier row. All rows are read first; then `error` stops
+            the run and `skip` drops the bad rows with a warning. Both report a count and the first rows of each cause.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class DatasetTask(Task):
     ) -> None:
         if train is None and heldout is None:
             raise ConfigError(
-                "a DatasetTask needs `train`, `heldout` or both: a data file, a folder or a data set's id"
+                "DatasetTask needs `train`, `heldout` or both: set it to a data file, a folder or a dataset's name"
             )
         if "{prompt}" not in prompt_template:
             raise ConfigError(
-                f"prompt_template must hold {{prompt}}, which stands for the question: {prompt_template!r}"
+                f"prompt_template must contain {{prompt}}, the placeholder of the question: {prompt_template!r}"
             )
         if bad_rows not in ("error", "skip"):
             raise ConfigError(f"bad_rows must be 'error' or 'skip', not {bad_rows!r}")
@@ -82,16 +82,16 @@ class DatasetTask(Task):
         self._problems: dict[str, list[Problem]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_problems": {}}  # worker processes have no use for the problems
+        return {**self.__dict__, "_problems": {}}  # worker processes do not need the problems
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """The problems of a split, read at the first call."""
+        """The problems of a split, read on the first call."""
         if split not in self._problems:
             self._problems[split] = self._read(split)
         return self._problems[split]
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Asks the reward."""
+        """Judges one completion with the reward."""
         return as_verdict(self.reward(problem, completion))
 
     def warm_up(self) -> None:
@@ -101,8 +101,8 @@ class DatasetTask(Task):
     def _read(self, split: Split) -> list[Problem]:
         source = {"train": self.train, "heldout": self.heldout}[split]
         if source is None:
-            raise ConfigError(f"the task has no {split} problems: its setting `{split}` is not given")
-        rows = rows_of(source, split)
+            raise ConfigError(f"the task has no {split} problems: set `{split}` to a data source")
+        rows = read_rows(source, split)
         where = f"{split} ({source})"
         if not rows:
             raise ConfigError(f"{where} has no rows")
@@ -126,44 +126,44 @@ class DatasetTask(Task):
             raise ConfigError(f"{where} has no usable row: {bad}")
         if bad.count and self.bad_rows == "error":
             raise ConfigError(
-                f"{where}: {bad.count} of {len(rows)} rows cannot be used: {bad}; bad_rows=skip leaves such rows out"
+                f"{where}: {bad.count} of {len(rows)} rows cannot be used: {bad}; fix them, or set bad_rows=skip"
             )
         if bad.count:
             warnings.warn(f"{where}: left out {bad.count} of {len(rows)} rows: {bad}", stacklevel=3)
         return problems
 
     def _check_columns(self, rows: list[Row], where: str) -> None:
-        """A column that no row has is a wrong setting, whatever `bad_rows` says."""
+        """Refuses a column that no row has, regardless of `bad_rows`, since it is a wrong setting."""
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        shown = ", ".join(printable(column) for column in columns[:_COLUMNS])
-        if len(columns) > _COLUMNS:
-            shown += f" and {len(columns) - _COLUMNS} more"
+        shown = ", ".join(printable(column) for column in columns[:_MAX_COLUMNS])
+        if len(columns) > _MAX_COLUMNS:
+            shown += f" and {len(columns) - _MAX_COLUMNS} more"
         for setting in ("prompt", "answer", "solution", "id"):
             name = getattr(self, setting)
             if columns and name is not None and name not in columns and name.partition(".")[0] not in columns:
                 raise ConfigError(f"{where} has no column {name!r} ({setting}); it has {shown}")
 
     def _problem(self, row: Row, default_id: str) -> Problem:
-        asked = conversation(look_up(row, self.prompt), self.prompt)
+        prompt = conversation(look_up(row, self.prompt), self.prompt)
         answer = ground_truth(look_up(row, self.answer), self.answer, self.reward)
         return Problem(
             id=default_id if self.id is None else _name(look_up(row, self.id), self.id),
-            prompt=self._worded(asked),
+            prompt=self._apply_template(prompt),
             answer=answer,
             solution=None if self.solution is None else solution(look_up(row, self.solution), self.solution),
-            info={name: _inside(value) for name, value in row.items() if name != self.prompt},
+            info={name: _decode_leniently(value) for name, value in row.items() if name != self.prompt},
         )
 
-    def _worded(self, prompt: str | Messages) -> str | Messages:
-        """A prompt whose last message the template has."""
+    def _apply_template(self, prompt: str | Messages) -> str | Messages:
+        """Applies the template to a prompt's last message."""
         if isinstance(prompt, str):
             return self.prompt_template.replace("{prompt}", prompt)
-        asked = self.prompt_template.replace("{prompt}", prompt[-1]["content"])
-        return [*prompt[:-1], {**prompt[-1], "content": asked}]
+        content = self.prompt_template.replace("{prompt}", prompt[-1]["content"])
+        return [*prompt[:-1], {**prompt[-1], "content": content}]
 
 
 def _name(value: Any, column: str) -> str:
-    """The name of a problem."""
+    """The name of a problem as a string."""
     if is_empty(value):
         raise BadRow(f"no name in {column}", excerpt(value))
     if not isinstance(value, (str, int, float, Decimal)):
@@ -172,8 +172,8 @@ def _name(value: Any, column: str) -> str:
     return str(value)
 
 
-def _inside(value: Any) -> Any:
-    """The dict that a text holds; text too where it has a key twice, as nobody need look into it."""
+def _decode_leniently(value: Any) -> Any:
+    """Like `decoded`, but keeps the text of a dict with a repeated key, since nothing may need its values."""
     with suppress(BadRow):
         return decoded(value)
     return value

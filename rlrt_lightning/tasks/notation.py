@@ -1,4 +1,4 @@
-"""Values that data files hold as text: in JSON, or in Python's own notation, as pandas writes them into CSV files."""
+"""Parsing of values stored as text: JSON, or Python literals as pandas writes them to CSV files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class RepeatedKey(ValueError):
-    """A key that stands twice in one object, so that one of its values would be lost.
+    """A key occurs twice in one object, so that one of its values would be lost.
 
     Args:
         key: The key.
@@ -26,7 +26,7 @@ class RepeatedKey(ValueError):
 
 
 def first_repeated(names: Iterable[Any]) -> Any:
-    """The first name that stands twice; None if there is none."""
+    """The first name that occurs twice; None if there is none."""
     seen = set()
     for name in names:
         if name in seen:
@@ -36,11 +36,11 @@ def first_repeated(names: Iterable[Any]) -> Any:
 
 
 def loads(text: str) -> Any:
-    """Reads JSON.
+    """Parses JSON.
 
     Raises:
-        RepeatedKey: If an object in it has a key twice.
-        ValueError: If it is no JSON.
+        RepeatedKey: If an object has a key twice.
+        ValueError: If the text is not JSON.
         RecursionError: If it is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_object)
@@ -54,15 +54,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    """Reads Python's notation for lists, dicts, texts and numbers; nothing is run.
+    """Parses a Python literal of lists, dicts, strings and numbers; no code is executed.
 
     Raises:
-        RepeatedKey: If a dict in it has a key twice.
-        ValueError: If it is anything else, or has two texts side by side, which Python takes for one and numpy prints
-            for two.
+        RepeatedKey: If a dict has a key twice.
+        ValueError: If the text is anything else, or has two adjacent strings: Python concatenates them, but in numpy's
+            output they are two elements.
     """
     try:
-        with warnings.catch_warnings():  # of backslashes
+        with warnings.catch_warnings():  # invalid escape sequences
             warnings.simplefilter("ignore")
             tree = ast.parse(text.strip(), mode="eval")
             value = ast.literal_eval(tree)
@@ -71,7 +71,7 @@ def _literal(text: str) -> Any:
         raise ValueError(str(error)) from None
     kinds = [kind for kind in kinds if kind != tokenize.NL]
     if any(pair == (tokenize.STRING, tokenize.STRING) for pair in itertools.pairwise(kinds)):
-        raise ValueError("two texts side by side")
+        raise ValueError("two adjacent strings")
     for node in ast.walk(tree):
         keys = [key.value for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
         if (repeated := first_repeated(keys)) is not None:
@@ -80,10 +80,10 @@ def _literal(text: str) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """What a text is in JSON or in Python's notation; the text itself if it is neither.
+    """Parses text as JSON or as a Python literal; returns the text itself if it is neither.
 
     Raises:
-        RepeatedKey: If a dict in it has a key twice.
+        RepeatedKey: If a dict has a key twice.
     """
     for read in (loads, _literal):
         try:
@@ -96,14 +96,14 @@ def parsed(text: str) -> Any:
 
 
 def listed(text: str) -> list[Any] | None:
-    """The list that a text is in JSON or in Python's notation, if it begins with a text in quotes; else None.
+    """Parses text as a JSON or Python list whose first element is a string or null; None if it is no such list.
 
     Raises:
-        ValueError: If it looks like such a list but cannot be read, as numpy prints one.
+        ValueError: If it looks like such a list but cannot be parsed, as in numpy's output.
     """
     if not re.match(r"\s*\[\s*(?:[\"']|None|null)", text):
         return None
     value = parsed(text)
     if isinstance(value, str) and re.search(r"(?:[\"']|None|null)\s*\]\s*$", text):
-        raise ValueError("looks like a list of texts but is neither JSON nor Python's notation; write it as JSON")
+        raise ValueError("looks like a list of strings but is neither JSON nor a Python literal; write it as JSON")
     return value if isinstance(value, list) else None

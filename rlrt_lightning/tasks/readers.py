@@ -1,4 +1,4 @@
-"""Rows out of data files, or out of a data set of the Hugging Face hub, and an account of those that are bad."""
+"""Reading of rows from data files or a dataset on the Hugging Face Hub, with a report of the bad ones."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rlrt_lightning.tasks.notation import RepeatedKey, first_repeated, loads
 Row = dict[str, Any]
 
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")
-"""The kinds of data files."""
+"""File name extensions of data files."""
 
-_EXAMPLES = 5  # bad rows that are named for each cause
-_EXCERPTS = 3  # their values that are shown
+_MAX_PLACES = 5  # bad rows listed for each cause
+_MAX_EXCERPTS = 3  # values shown for each cause
 
 
 class BadRow(Exception):
-    """A row that makes no problem.
+    """A row that cannot be used as a problem.
 
     Args:
-        cause: What is wrong, in the same words for each such row.
-        example: What shows it, short.
+        cause: What is wrong; the same text for all rows with the same cause.
+        example: A short excerpt that shows it.
     """
 
     def __init__(self, cause: str, example: str) -> None:
@@ -39,7 +39,7 @@ class BadRow(Exception):
 
 
 class BadRows:
-    """The bad rows of a source, by cause."""
+    """Collects the bad rows of a source by cause."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -48,25 +48,25 @@ class BadRows:
         self._examples: dict[str, list[str]] = {}
 
     def add(self, place: str, row: BadRow) -> None:
-        """Counts a row."""
+        """Adds a bad row."""
         self.count += 1
         self._counts[row.cause] = self._counts.get(row.cause, 0) + 1
         places, examples = self._places.setdefault(row.cause, []), self._examples.setdefault(row.cause, [])
-        if len(places) < _EXAMPLES:
+        if len(places) < _MAX_PLACES:
             places.append(place)
-        if len(examples) < _EXCERPTS and row.example not in examples:
+        if len(examples) < _MAX_EXCERPTS and row.example not in examples:
             examples.append(row.example)
 
     def __str__(self) -> str:
         by_count = sorted(self._counts, key=lambda cause: -self._counts[cause])
-        return "; ".join(map(self._of_one_cause, by_count))
+        return "; ".join(map(self._describe_cause, by_count))
 
-    def _of_one_cause(self, cause: str) -> str:
+    def _describe_cause(self, cause: str) -> str:
         places, count = self._places[cause], self._counts[cause]
         rows = ", ".join(place.removeprefix("row ") for place in places)
         more = f" and {count - len(places)} more" if count > len(places) else ""
-        in_all = f"{count} rows, such as " if count > 1 else ""
-        return f"row{'s' if count > 1 else ''} {rows}{more}: {cause} ({in_all}{', '.join(self._examples[cause])})"
+        total = f"{count} rows, such as " if count > 1 else ""
+        return f"row{'s' if count > 1 else ''} {rows}{more}: {cause} ({total}{', '.join(self._examples[cause])})"
 
 
 _SHORT = reprlib.Repr()
@@ -75,7 +75,7 @@ _SHORT.maxlevel = 3
 
 
 def excerpt(value: Any) -> str:
-    """A value as far as it fits a message."""
+    """A value, shortened to fit a message."""
     if isinstance(value, (bytes, bytearray)):
         value = bytes(value[:60])
     with suppress(Exception):
@@ -84,18 +84,18 @@ def excerpt(value: Any) -> str:
 
 
 def printable(text: Any) -> str:
-    """A name as far as it fits a message."""
+    """A name, shortened to fit a message and with invalid characters escaped."""
     return str(text)[:100].encode("utf-8", "backslashreplace").decode()
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
 
-Placed = list[tuple[str, "Row | BadRow"]]
-"""Rows with where they stand."""
+Rows = list[tuple[str, "Row | BadRow"]]
+"""Rows with their places in the source, such as "row 3"."""
 
 
-def rows_of(source: str, split: Split) -> Placed:
-    """Reads a source: a file, a folder of files or a data set of the hub.
+def read_rows(source: str, split: Split) -> Rows:
+    """Reads a source: a file, a folder of files, or a dataset on the Hub.
 
     Raises:
         ConfigError: If it cannot be read.
@@ -108,30 +108,30 @@ def rows_of(source: str, split: Split) -> Placed:
         return [
             (f"{place} of {printable(file.name)}" if len(files) > 1 else place, row)
             for file in files
-            for place, row in _rows_of_file(file, split)
+            for place, row in _read_file(file, split)
         ]
     if path.is_file():
-        return _rows_of_file(path, split)
+        return _read_file(path, split)
     if path.suffix.lower() in ENDINGS or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[^:/]+){0,2}", source):
         raise ConfigError(f"{split}: there is no file or folder {source}")
-    return _rows_of_hub(source, split)
+    return _read_hub(source, split)
 
 
-def _rows_of_file(path: Path, split: Split) -> Placed:
+def _read_file(path: Path, split: Split) -> Rows:
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise ConfigError(f"{split}: {path} must end in one of {', '.join(ENDINGS)}")
     read = {".parquet": _parquet_rows, ".jsonl": _json_lines, ".json": _json_rows, ".csv": _csv_rows}[ending]
     try:
-        return [(place, row if isinstance(row, (dict, BadRow)) else _no_object(row)) for place, row in read(path)]
+        return [(place, row if isinstance(row, (dict, BadRow)) else _not_an_object(row)) for place, row in read(path)]
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{split}: cannot read {path}: line {line} is not UTF-8: {error.reason}") from None
-    except Exception as error:  # of files that are not what their endings say, pyarrow raises anything
+    except Exception as error:  # pyarrow raises arbitrary errors for files with a wrong extension
         raise ConfigError(f"{split}: cannot read {path}: {_line(error)}") from None
 
 
-def _no_object(row: Any) -> BadRow:
+def _not_an_object(row: Any) -> BadRow:
     return BadRow(f"not an object but {type(row).__name__}", excerpt(row))
 
 
@@ -141,17 +141,17 @@ def _no_object(row: Any) -> BadRow:
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
-    with path.open("rb") as file:  # from a path, it would take parts of the folders' names for columns
+    with path.open("rb") as file:  # given a path, pyarrow would read columns from folder names
         table = pyarrow.parquet.read_table(file)
     if (repeated := first_repeated(table.column_names)) is not None:
-        raise ValueError(f"it has several columns {printable(repeated)}")
+        raise ValueError(f"it has several columns named {printable(repeated)}")
     for i, column in enumerate(table.schema):
-        if column.type in (pyarrow.float16(), pyarrow.float32()):  # 0.1 of 32 bits stays 0.1, not 0.10000000149011612
+        if column.type in (pyarrow.float16(), pyarrow.float32()):  # a float32 0.1 stays 0.1, not 0.10000000149011612
             table = table.set_column(i, column.name, table[i].cast(pyarrow.string()).cast(pyarrow.float64()))
     rows: Iterable[Any]
     try:
         rows = table.to_pylist()
-    except Exception:  # a value that Python cannot hold: which one?
+    except Exception:  # some value cannot be converted; go row by row to find it
         rows = (_parquet_row(table, i) for i in range(table.num_rows))
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -162,11 +162,11 @@ def _parquet_row(table: Any, i: int) -> Row | BadRow:
     except UnicodeDecodeError as error:
         return BadRow("text that is not UTF-8", excerpt(error.object[max(error.start - 10, 0) : error.start + 10]))
     except Exception as error:
-        return BadRow("a value that Python cannot hold", _line(error))
+        return BadRow("a value that cannot be converted to Python", _line(error))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of rows, one row, or lines as in .jsonl."""
+    """Reads a list of rows, a single row, or lines as in .jsonl."""
     text = path.read_bytes().decode("utf-8-sig")
     try:
         whole = loads(text)
@@ -180,7 +180,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     with path.open("rb") as file:
-        for line_number, line in enumerate(file, 1):  # bytes: text would be split at characters that JSON may hold
+        for line_number, line in enumerate(file, 1):  # bytes, since text mode splits at characters allowed inside JSON
             line = line.strip()
             if not line:
                 continue
@@ -195,17 +195,15 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield place, BadRow(str(error), excerpt(line.decode(errors="replace")))
             except json.JSONDecodeError as error:
                 yield place, BadRow("not JSON", f"{error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # a number of 5,000 digits; lists in lists in lists
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits; deeply nested lists
                 yield place, BadRow("not JSON", _line(error))
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    # Bytes that are not UTF-8 become surrogates here, and their rows are refused.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file, _csv_cells_of_any_size():
+    # Bytes that are not UTF-8 become surrogates here, and their rows are rejected later.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file, _unlimited_csv_cells():
         reader = csv.DictReader(file)
-        if repeated := first_repeated(
-            name for name in reader.fieldnames or () if name
-        ):  # columns without a name do no harm
+        if repeated := first_repeated(name for name in reader.fieldnames or () if name):  # unnamed columns may repeat
             raise ValueError(f"its first line names the column {printable(repeated)!r} twice")
         number = 0
         while True:
@@ -223,7 +221,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _csv_cells_of_any_size() -> Iterator[None]:
+def _unlimited_csv_cells() -> Iterator[None]:
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -231,7 +229,7 @@ def _csv_cells_of_any_size() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _rows_of_hub(source: str, split: Split) -> Placed:
+def _read_hub(source: str, split: Split) -> Rows:
     import datasets
 
     name, *rest = source.split(":")
@@ -241,7 +239,7 @@ def _rows_of_hub(source: str, split: Split) -> Placed:
         rows: list[Any] = list(datasets.load_dataset(name, config, split=part))
     except Exception as error:
         raise ConfigError(
-            f"{split}: {source} is neither a file or folder here nor a data set that can be loaded: {_line(error)}"
+            f"{split}: {source} is neither a local file or folder nor a dataset that can be loaded: {_line(error)}"
         ) from None
     return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 

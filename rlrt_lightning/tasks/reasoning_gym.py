@@ -1,4 +1,4 @@
-"""The procedural tasks of the library reasoning-gym, which makes and scores endless problems."""
+"""The procedural tasks of the library reasoning-gym, which generates and scores problems."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from rlrt_lightning.tasks.base import OnDemand, Problem, Split, Task, Verdict
 from rlrt_lightning.tasks.closed_eval import close_eval
 
 INSTRUCTION = "Reason step by step, and put your final answer, and nothing else, between <answer> and </answer>."
-"""What is asked for after each question."""
+"""Appended to each question."""
 
 
 PATTERN = r"<answer>((?:(?!<answer>).)*?)</answer>"
-"""The last `<answer>...</answer>`, the innermost where they are nested."""
+"""Matches `<answer>...</answer>`; the innermost one if they are nested."""
 
 
 class ReasoningGym(Task):
-    """One of the procedural tasks of the library reasoning-gym: problems without end, with a scorer of their own.
+    """One of the procedural tasks of the library reasoning-gym, with the task's own scorer.
 
-    Problems are made on demand, the same ones for the same settings. The held-out problems are the generator's first
-    and the training problems those after them, so that no draw is used twice; a generator with few possible problems
-    may still draw the same one for both. The reward is the scorer's, from 0 to 1; a completion is correct at 1. Some
-    scorers give the answer to `eval`: in this process, reasoning-gym and sympy's parser then know literals and
-    mathematics only, so that no completion is run.
+    Problems are generated on demand and are the same for the same settings. The held-out problems are the generator's
+    first ones, followed by the training problems, so that no draw is used twice; a generator with few possible
+    problems may still produce the same one in both splits. The reward is the score, from 0 to 1; a completion is
+    correct if its reward is 1. Some scorers call `eval` on the answer. In every process that uses this task, `eval` in
+    reasoning-gym and in sympy's parser is restricted to literals and mathematics, so that no completion is executed.
 
     Args:
         name: Name of the task in reasoning-gym, such as `chain_sum`.
-        size: Number of training problems; they take no memory, but a few generators take longer to start with more.
+        size: Number of training problems. They use no memory, but a few generators start more slowly with more.
         heldout: Number of held-out problems.
         seed: Seed of the problems of both splits.
         config: Settings of the generator, such as `{"min_terms": 3}`.
-        instruction: Text after each question, which asks for the answer in the form that `pattern` finds.
-        pattern: Regular expression whose group 1, in its last match in a completion, is the answer.
+        instruction: Text appended to each question, which asks for the answer in the format that `pattern` matches.
+        pattern: Regular expression; group 1 of its last match in a completion is the answer.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class ReasoningGym(Task):
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            raise ConfigError(f"pattern is no regular expression: {error}") from None
+            raise ConfigError(f"pattern is not a regular expression: {error}") from None
         if groups < 1:
-            raise ConfigError(f"pattern must have a group, which is the answer: {pattern!r}")
+            raise ConfigError(f"pattern must have a group that captures the answer: {pattern!r}")
         for setting, value in (("size", size), ("heldout", heldout)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{setting} must be a whole number of problems, 1 or more, not {value!r}")
         for setting in ("seed", "size"):
             if setting in (config or {}):
-                raise ConfigError(f"config must not hold {setting!r}: it is a setting of the task itself")
+                raise ConfigError(f"config must not contain {setting!r}; use the task's own setting {setting!r}")
         self.name = name
         self.size = size
         self.heldout = heldout
@@ -71,28 +71,28 @@ class ReasoningGym(Task):
         self._generator: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": None}  # some generators do not pickle
+        return {**self.__dict__, "_generator": None}  # some generators cannot be pickled
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """The problems of a split, each made when it is asked for."""
+        """The problems of a split, generated on access."""
         self._make_generator()
         first, count = (self.heldout, self.size) if split == "train" else (0, self.heldout)
         return OnDemand(self._problem, range(first, first + count))
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Scores the answer that `pattern` finds."""
+        """Scores the answer that `pattern` matches."""
         found = [match[1] for match in re.finditer(self.pattern, completion, re.DOTALL) if match[1] is not None]
         if not found:
-            return Verdict(0.0, False, message="no answer where pattern looks for one")
+            return Verdict(0.0, False, message="no answer found")
         answer = found[-1].strip()
         reward = float(self._make_generator().score_answer(answer=answer, entry=problem.info))
         message = "right" if reward >= 1 else f"scored {reward:g}"
-        if reward < 1 and problem.answer is not None:  # some tasks only have a scorer
+        if reward < 1 and problem.answer is not None:  # some tasks have a scorer but no answer
             message += f": an answer is {problem.answer}"
         return Verdict(reward, reward >= 1, answer, message)
 
     def warm_up(self) -> None:
-        """Imports reasoning-gym and makes the generator."""
+        """Imports reasoning-gym and creates the generator."""
         self._make_generator()
 
     def _make_generator(self) -> Any:
@@ -107,12 +107,12 @@ class ReasoningGym(Task):
                 near = difflib.get_close_matches(self.name, DATASETS, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(near)}?" if near else f"; one of {', '.join(sorted(DATASETS))}"
                 raise ConfigError(f"reasoning-gym has no task {self.name!r}{hint}")
-            # Generators draw problem i from seed + i. Neighbouring seeds would share nearly all of their problems.
+            # Generators draw problem i from seed + i, so consecutive seeds would share nearly all of their problems.
             seed = random.Random(f"reasoning-gym/{self.seed}").randrange(2**31)
             try:
                 self._generator = create_dataset(self.name, seed=seed, size=self.heldout + self.size, **self.config)
             except (TypeError, ValueError, AssertionError) as error:
-                raise ConfigError(f"reasoning-gym's task {self.name} refuses config or size: {error}") from None
+                raise ConfigError(f"reasoning-gym's task {self.name} rejects config or size: {error}") from None
             close_eval()
         return self._generator
 
@@ -122,5 +122,5 @@ class ReasoningGym(Task):
             id=f"{self.name}-{self.seed}-{number}",
             prompt=f"{entry['question']}\n{self.instruction}",
             answer=entry["answer"],
-            info=dict(entry),  # its scorer wants all of it
+            info=dict(entry),  # the scorer needs all of it
         )

@@ -1,4 +1,4 @@
-"""Rewards: what a completion is worth, given its problem. Any callable `(problem, completion)` can be one."""
+"""Rewards: functions that judge a completion of a problem. Any callable `(problem, completion)` can be one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.answers import (
     Truth,
-    apart,
     as_text,
-    blank,
     canonical,
     entries,
+    has_adjacent_numbers,
+    is_blank,
+    normalized,
     number,
     readings,
-    respelled,
     same_text,
     truths,
 )
@@ -31,44 +31,44 @@ from rlrt_lightning.tasks.notation import listed, parsed
 
 
 class Reward(ABC):
-    """A reward with settings. A plain function `(problem, completion) -> Verdict | float | bool` does as well."""
+    """A reward with settings. A plain function `(problem, completion) -> Verdict | float | bool` works too."""
 
     isolated: bool = True
-    """Whether it must run under the verifier's time limit; see `Task.isolated`."""
+    """Whether the reward must run under the verifier's time limit; see `Task.isolated`."""
 
     @abstractmethod
     def __call__(self, problem: Problem, completion: str) -> Verdict | float | bool:
         """Judges one completion."""
 
     def read_truth(self, value: Any) -> Any:
-        """What becomes a problem's `answer` out of the ground truth that the data holds; called when data is read.
+        """Converts the ground truth in the data to a problem's `answer`; called when the data is read.
 
         Returns:
-            The ground truth as this reward takes it; an empty list where it is empty.
+            The ground truth as this reward expects it; an empty list if it is empty.
 
         Raises:
-            ValueError: If this reward cannot compare with it. Says why, as the rest of a sentence that begins with "the
+            ValueError: If this reward cannot compare with it. The message completes a sentence that begins with "the
                 answer".
         """
         return value
 
-    def warm_up(self) -> None:  # noqa: B027 - there is nothing to do unless a subclass says so
-        """Does what is slow only once, such as imports; see `Task.warm_up`."""
+    def warm_up(self) -> None:  # noqa: B027 - optional hook
+        """Slow one-time work, such as imports; see `Task.warm_up`."""
 
 
 RewardFunction = Callable[[Problem, str], "Verdict | float | bool"]
 
 
 def as_verdict(value: Verdict | float | bool) -> Verdict:
-    """What a reward returned, as a verdict.
+    """Converts the return value of a reward to a verdict.
 
     Args:
-        value: A verdict, which is passed on, or a number or truth value: the reward. A completion counts as correct
-            from a reward of 0.5 on.
+        value: A verdict, which is returned unchanged, or the reward as a number or a bool. A completion counts as
+            correct if its reward is at least 0.5.
 
     Raises:
-        TypeError: If it is none of these.
-        ValueError: If it is a number that is not finite.
+        TypeError: If the value has another type.
+        ValueError: If it is a non-finite number.
     """
     if isinstance(value, Verdict):
         return value
@@ -83,64 +83,71 @@ def as_verdict(value: Verdict | float | bool) -> Verdict:
 class MathReward(Reward):
     r"""Compares mathematical answers with the `math-verify` library: LaTeX, fractions, sets, intervals, matrices.
 
-    The last `\boxed{}` of a completion is its answer. The ground truth may be a list of answers, any of which is right.
+    The last `\boxed{}` of a completion is its answer. The ground truth may be a list of answers, any of which is
+    correct.
 
     Args:
-        fallback: Whether a completion without a complete `\boxed{}` is judged by the last expression in it that
-            math-verify takes for an answer ("the answer is 4"). Off, such a completion is wrong.
+        fallback: Whether to judge a completion without a complete `\boxed{}` by the last expression that math-verify
+            recognizes as an answer ("the answer is 4"). If false, such a completion is wrong.
     """
 
     def __init__(self, fallback: bool = True) -> None:
         self.fallback = fallback
 
     def warm_up(self) -> None:
-        """Imports math-verify and lets it build its tables."""
+        """Imports math-verify and initializes its tables."""
         _same(r"\frac{1}{2}", r"\boxed{0.5}")
 
     def read_truth(self, value: Any) -> Any:
-        """Takes texts, numbers, truth values and lists of these; also a list of texts that is itself text."""
-        return _without_empty(_inside(value), _golds)
+        """Accepts strings, numbers, bools and lists of these, and a list of strings stored as text."""
+        return _drop_empty(_decode(value), _golds)
 
     def __call__(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion."""
         try:
-            golds = _golds(_inside(problem.answer))
+            golds = _golds(_decode(problem.answer))
         except ValueError as error:
-            return _no_truth(str(error))
+            return _unusable_truth(str(error))
         if not golds:
-            return _no_truth("is empty")
+            return _unusable_truth("is empty")
         box = last_boxed(completion)
-        if box is not None and len(box) > _LONGEST + max(map(len, golds)):
+        if box is not None and len(box) > _MAX_EXTRA_CHARS + max(map(len, golds)):
             return Verdict(0.0, False, box.strip(), "wrong: far longer than the answer")
-        answer, meanings = self._read(completion, box)
-        if answer is None or not meanings:
+        answer, candidates = self._read(completion, box)
+        if answer is None or not candidates:
             return Verdict(
                 0.0, False, message="no answer found" if self.fallback or box is not None else r"no \boxed{}"
             )
-        right = any(_equal(truth, *meaning) for gold in golds for truth in _meanings(gold) for meaning in meanings)
+        right = any(
+            _equal(reading, *candidate)
+            for gold in golds
+            for reading in _gold_readings(gold)
+            for candidate in candidates
+        )
         return Verdict(float(right), right, answer, "right" if right else f"wrong: the answer is {' or '.join(golds)}")
 
     def _read(self, completion: str, box: str | None) -> tuple[str | None, list[tuple[str, str]]]:
-        """The answer of a completion, and for each meaning that it may have its canonical spelling and the text in
-        which math-verify finds it."""
+        """The answer of a completion and, for each possible reading, its canonical form and the text in which
+        math-verify finds it."""
         if box is not None:
-            return box.strip(), [(text, rf"\boxed{{{text}}}") for text in readings(canonical(box)) if not blank(text)]
-        text = respelled(completion[-_TAIL:])
-        answer = _found(text) if self.fallback else None
+            texts = [text for text in readings(canonical(box)) if not is_blank(text)]
+            return box.strip(), [(text, rf"\boxed{{{text}}}") for text in texts]
+        text = normalized(completion[-_TAIL_CHARS:])
+        answer = _find_answer(text) if self.fallback else None
         return answer, [(canonical(answer), text)] if answer else []
 
 
 class ExactMatch(Reward):
-    """Compares texts character by character, without the white space around them.
+    """Compares strings exactly, ignoring leading and trailing whitespace.
 
-    The ground truth may be a list of answers, any of which is right. Where the data holds a number (42.0, 1e-05), and
-    not its text, an answer is right that is the same number: 42, 0.00001. True and false may begin with either case.
+    The ground truth may be a list of answers, any of which is correct. If the data holds a number (42.0, 1e-05) rather
+    than a string, any notation of the same number is correct: 42, 0.00001. Bools are compared case-insensitively.
 
     Args:
-        pattern: Regular expression that finds the answer in a completion; its last match counts, the first group of it
-            if there is one. Empty: the whole completion is the answer. The command line reads values as YAML: give a
-            pattern with `#` or `: ` in a configuration file, in quotes.
-        ignore_case: Whether upper and lower case are the same.
+        pattern: Regular expression that finds the answer in a completion. Its last match is used, or the first group
+            of that match if the pattern has groups. Empty: the whole completion is the answer. The command line parses
+            values as YAML, so put a pattern with `#` or `: ` in a config file, in quotes.
+        ignore_case: Whether to ignore case.
     """
 
     def __init__(self, pattern: str = "", ignore_case: bool = False) -> None:
@@ -153,14 +160,14 @@ class ExactMatch(Reward):
         self.isolated = bool(pattern)  # a pattern can take exponential time
 
     def read_truth(self, value: Any) -> Any:
-        """Takes texts, numbers, truth values and lists of these."""
-        return _without_empty(value, truths)
+        """Accepts strings, numbers, bools and lists of these."""
+        return _drop_empty(value, truths)
 
     def __call__(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion."""
         answer = completion
         if self._pattern is not None:
-            match = next(iter(deque(self._pattern.finditer(completion), maxlen=1)), None)  # the last
+            match = next(iter(deque(self._pattern.finditer(completion), maxlen=1)), None)  # the last match
             if match is None:
                 return Verdict(0.0, False, message="the pattern matches nothing")
             answer = match[1] if self._pattern.groups else match[0]
@@ -170,14 +177,14 @@ class ExactMatch(Reward):
         try:
             golds = truths(problem.answer)
         except ValueError as error:
-            return _no_truth(str(error))
+            return _unusable_truth(str(error))
         if not golds:
-            return _no_truth("is empty")
-        right = any(self._is(gold, answer) for gold in golds)
+            return _unusable_truth("is empty")
+        right = any(self._matches(gold, answer) for gold in golds)
         expected = " or ".join(map(as_text, golds))
         return Verdict(float(right), right, answer, "right" if right else f"wrong: the answer is {expected}")
 
-    def _is(self, gold: Truth, answer: str) -> bool:
+    def _matches(self, gold: Truth, answer: str) -> bool:
         if isinstance(gold, Decimal):
             return number(answer) == gold
         if self.ignore_case or isinstance(gold, bool):
@@ -185,33 +192,33 @@ class ExactMatch(Reward):
         return answer == gold
 
 
-def _no_truth(why: str) -> Verdict:
+def _unusable_truth(why: str) -> Verdict:
     return Verdict(0.0, False, message=f"nothing to compare with: the ground truth {why}", fault=True)
 
 
-def _without_empty(value: Any, found_in: Callable[[Any], list[Any]]) -> Any:
-    """A ground truth's entries, as they came, in which a function finds something; a single one without its list."""
-    full = [entry for entry in entries(value) if found_in([entry])]
-    return full[0] if len(full) == 1 else full
+def _drop_empty(value: Any, read: Callable[[Any], list[Any]]) -> Any:
+    """Drops the entries of a ground truth in which `read` finds no answer; a single remaining entry is unwrapped."""
+    kept = [entry for entry in entries(value) if read([entry])]
+    return kept[0] if len(kept) == 1 else kept
 
 
 def _golds(value: Any) -> list[str]:
-    """The right answers of a ground truth as text, but those that say nothing in a formula."""
-    return [text for text in map(as_text, truths(value)) if not blank(text)]
+    """The correct answers of a ground truth as text, without blank ones."""
+    return [text for text in map(as_text, truths(value)) if not is_blank(text)]
 
 
-def _inside(value: Any) -> Any:
-    """The list of texts or the dict that a text holds, as some data sets have their ground truths; else the value."""
+def _decode(value: Any) -> Any:
+    """Parses a list of strings or a dict stored as text, as in some datasets; returns other values unchanged."""
     if not isinstance(value, str):
         return value
-    inside = parsed(value) if re.match(r"\{\s*[\"']", value) else listed(value)
-    return inside if isinstance(inside, (list, dict)) else value
+    result = parsed(value) if re.match(r"\{\s*[\"']", value) else listed(value)
+    return result if isinstance(result, (list, dict)) else value
 
 
-_LONGEST = 10_000  # the characters by which an answer may be longer than the ground truth
-_TAIL = 2_000  # the characters at the end in which an answer without a box is sought: the search is slow in long texts
+_MAX_EXTRA_CHARS = 10_000  # by which an answer may be longer than the ground truth
+_TAIL_CHARS = 2_000  # searched for an answer without a box: the search is slow in long texts
 
-_DENIAL = re.compile(r"\\(?:ne|not|notin|n(?:less|gtr|leq|geq))(?![a-zA-Z])")
+_NEGATION = re.compile(r"\\(?:ne|not|notin|n(?:less|gtr|leq|geq))(?![a-zA-Z])")
 _RELATION = re.compile(r"[=<>]|\\(?:le|ge|in|not|notin|equiv|approx|sim)(?![a-zA-Z])")
 _BASE = re.compile(r"\d_\{?(\d+)")
 
@@ -219,9 +226,9 @@ _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` (or `\fbox{}`) whose braces are closed, or None."""
+    r"""The contents of the last `\boxed{}` (or `\fbox{}`) with balanced braces; None if there is none."""
     last = None
-    opened: list[int | None] = []  # for each open brace, where its box's contents start; None if it is no box
+    opened: list[int | None] = []  # for each open brace, the start of its box's contents; None if it is not a box
     for token in _BRACE.finditer(text):
         if token["box"]:
             opened.append(token.end())
@@ -235,47 +242,47 @@ def last_boxed(text: str) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _meanings(gold: str) -> list[str]:
-    """What a ground truth may mean, in canonical spelling."""
+def _gold_readings(gold: str) -> list[str]:
+    """Possible readings of a ground truth, in canonical form."""
     boxed = last_boxed(gold)
     return readings(canonical(gold if boxed is None else boxed))
 
 
 def _equal(gold: str, answer: str, text: str) -> bool:
-    """Whether an answer is a ground truth, both in canonical spelling.
+    """Whether an answer equals a ground truth.
 
     Args:
-        gold: The ground truth.
-        answer: The answer.
-        text: What math-verify finds the answer in.
+        gold: The ground truth in canonical form.
+        answer: The answer in canonical form.
+        text: The text in which math-verify finds the answer.
     """
     if same_text(gold, answer):
         return True
-    gold, answer, text = _affirmed(gold, answer, text)
+    gold, answer, text = _without_negations(gold, answer, text)
     return _comparable(gold, answer) and _same(gold, text)
 
 
 def _comparable(gold: str, answer: str) -> bool:
-    r"""Whether an answer differs from the ground truth in nothing that math-verify overlooks: a denial (`x \ne 5`), the
-    base of a number (`101_2`, `101_3`), and numbers side by side, which it adds or multiplies."""
-    denied, other_base = (pattern.findall(gold) != pattern.findall(answer) for pattern in (_DENIAL, _BASE))
-    if _DENIAL.search(gold):  # math-verify takes x = 2 beside x \ne 1 for one more denial
-        denied |= len(_RELATION.findall(gold)) != len(_RELATION.findall(answer))
+    r"""Whether math-verify can compare an answer with a ground truth. It ignores negations (`x \ne 5`) and the base of
+    a number (`101_2`, `101_3`), and adds or multiplies adjacent numbers."""
+    negated, other_base = (pattern.findall(gold) != pattern.findall(answer) for pattern in (_NEGATION, _BASE))
+    if _NEGATION.search(gold):  # math-verify reads x = 2 next to x \ne 1 as another negation
+        negated |= len(_RELATION.findall(gold)) != len(_RELATION.findall(answer))
     other_base = other_base and bool(_BASE.search(gold) and _BASE.search(answer))
-    return not (denied or other_base or apart(gold) or apart(answer))
+    return not (negated or other_base or has_adjacent_numbers(gold) or has_adjacent_numbers(answer))
 
 
-def _affirmed(*texts: str) -> tuple[str, ...]:
-    r"""Ground truth and answer with `=` for `\ne` where neither holds another relation: the same numbers are denied if
-    the equations are the same, and math-verify does not compare denials."""
+def _without_negations(*texts: str) -> tuple[str, ...]:
+    r"""Replaces `\ne` by `=` in ground truth and answer if neither has another relation. math-verify does not compare
+    negations, and these are equal if and only if the equations are."""
     if all(r"\ne " in text and not _RELATION.search(text) for text in texts):
         return tuple(text.replace(r"\ne ", "= ") for text in texts)
     return texts
 
 
-def _found(text: str) -> str | None:
-    """The answer that math-verify finds in a text without a box, as text. None too where it left out what the answer
-    is a part of: the other of two numbers side by side, or a sign that it does not equal."""
+def _find_answer(text: str) -> str | None:
+    r"""The answer that math-verify finds in a text without a box, as text. None if there is none, or if the match is
+    incomplete: it omits an adjacent number or a `\ne` before it."""
     expressions = _parse(text)
     if not expressions:
         return None
@@ -285,30 +292,30 @@ def _found(text: str) -> str | None:
 
 
 def _same(gold: str, text: str) -> bool:
-    """Whether math-verify holds the answer that it finds in a text for the same as the ground truth."""
+    """Whether math-verify considers the answer in a text equal to the ground truth."""
     from math_verify import verify
 
     golds, answers = _parse_gold(gold), _parse(text)
-    return verify(golds, answers, timeout_seconds=None) and not _far(golds, answers)
+    return verify(golds, answers, timeout_seconds=None) and not _differ_in_value(golds, answers)
 
 
-def _far(golds: list[Any], answers: list[Any]) -> bool:
-    """Whether two numbers differ that math-verify, which rounds to six decimals, holds for the same: 1e-7 and 2e-7."""
+def _differ_in_value(golds: list[Any], answers: list[Any]) -> bool:
+    """Whether two numbers differ although math-verify considers them equal: it rounds 1e-7 and 2e-7 to six decimals."""
     from sympy import Expr, UnevaluatedExpr
 
     if not all(isinstance(found[0], Expr) and not found[0].has(UnevaluatedExpr) for found in (golds, answers)):
-        return False  # no numbers; or a percentage, which is worth both 10 and 0.1
+        return False  # not numbers; or a percentage, which equals both 10 and 0.1
     try:
         return not math.isclose(float(golds[0]), float(answers[0]), rel_tol=1e-4)
-    except (TypeError, ValueError, OverflowError):  # no real numbers
+    except (TypeError, ValueError, OverflowError):  # not real numbers
         return False
 
 
 def _parse(text: str) -> list[Any]:
     from math_verify import parse
 
-    # Its own time limits use signals, which work in main threads only, and it warns of each that is turned off. The
-    # verifier's processes have a time limit of their own.
+    # math-verify's time limits use signals, which work in the main thread only, and it warns when they are turned off.
+    # The verifier's processes have their own time limit.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return parse(text, parsing_timeout=None)
 

@@ -1,4 +1,4 @@
-"""What it takes to send a task to worker processes, which import its code anew."""
+"""Pickling of tasks for worker processes, which import the task's code again."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from typing import Any
 from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.tasks.base import Task
 
-_ADVICE = "put rewards and tasks at the top level of a file that can be imported, as functions or classes"
+_ADVICE = "put rewards and tasks at the top level of an importable file, as functions or classes"
 _lock = threading.Lock()
 
 
 class _Pickler(pickle.Pickler):
-    """Notes the classes and functions that stand in the script or the session itself."""
+    """Records the classes and functions that are defined in `__main__`."""
 
     def __init__(self) -> None:
         self.buffer = io.BytesIO()
-        self.of_main: list[str] = []
+        self.from_main: list[str] = []
         super().__init__(self.buffer)
 
     def persistent_id(self, obj: Any) -> None:
-        """See `pickle.Pickler.persistent_id`: called with every object, classes and functions among them."""
+        """See `pickle.Pickler.persistent_id`: called with every object, including classes and functions."""
         if isinstance(obj, (type, types.FunctionType)) and obj.__module__ == "__main__":
-            self.of_main.append(obj.__qualname__)
+            self.from_main.append(obj.__qualname__)
 
 
 def pickled(task: Task) -> bytes:
-    """A task as worker processes can load it.
+    """Pickles a task for the worker processes.
 
     Raises:
-        ConfigError: If they cannot: it holds a lambda, an open file, something of a notebook's cell, ...
+        ConfigError: If they cannot load it, for example because it holds a lambda, an open file, or an object defined
+            in a notebook cell.
     """
     pickler = _Pickler()
     try:
@@ -44,12 +45,12 @@ def pickled(task: Task) -> bytes:
     except Exception as error:
         raise ConfigError(
             f"the task {type(task).__name__} cannot be pickled for the verifier's processes: {type(error).__name__}: "
-            f"{first_line(error)}; {_ADVICE}, and let the task hold plain data only"
+            f"{first_line(error)}; {_ADVICE}, and store only plain data in the task"
         ) from error
-    if pickler.of_main and not _main_is_a_file():
+    if pickler.from_main and not _main_is_a_file():
         raise ConfigError(
-            f"the task {type(task).__name__} uses {pickler.of_main[0]}, which is defined in a notebook, on standard "
-            f"input or in an interactive session, where the verifier's processes cannot import it; {_ADVICE}"
+            f"the task {type(task).__name__} uses {pickler.from_main[0]}, which is defined in a notebook, on standard "
+            f"input or in an interactive session, so the verifier's processes cannot import it; {_ADVICE}"
         )
     return pickler.buffer.getvalue()
 
@@ -61,9 +62,9 @@ def _main_is_a_file() -> bool:
 
 
 @contextmanager
-def main_as_it_is() -> Iterator[None]:
-    """Lets multiprocessing start a process from a script on standard input. Such a script says that its file is
-    `<stdin>`, which the new process would look for in order to import it."""
+def without_stdin_file() -> Iterator[None]:
+    """Lets multiprocessing start a process from a script on standard input. The `__file__` of such a script is
+    `<stdin>`, which the new process would try to import."""
     main = sys.modules["__main__"]
     with _lock:
         file = getattr(main, "__file__", None)

@@ -1,8 +1,8 @@
-"""Runs a task's `verify` on many completions: in worker processes with a time limit, or inline for a quick task.
+"""Runs a task's `verify` on many completions: in worker processes with a time limit, or inline for a fast task.
 
-Each worker process has a pipe of its own and a thread of this process that feeds it. So a worker that hangs or dies,
-busy or idle, costs the one completion that it held, never another worker's. The processes are forked from a fresh
-server process (or spawned), which knows nothing of this process's threads and accelerators.
+Each worker process has its own pipe, served by a thread in this process. A worker that hangs or dies therefore affects
+only its current completion. The processes are forked from a clean server process (or spawned), which does not inherit
+this process's threads and accelerators.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from typing import Any, NamedTuple
 
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import Problem, Task, Verdict
-from rlrt_lightning.tasks.sending import main_as_it_is, pickled
+from rlrt_lightning.tasks.sending import pickled, without_stdin_file
 
-_START_S = 300.0  # until a worker must have loaded a task; imports can be slow on a shared file system
+_START_TIMEOUT_S = 300.0  # for loading a task; imports can be slow on a shared file system
 _MESSAGE_CHARS = 300
 _ANSWER_CHARS = 1_000
 _LABEL_CHARS = 100
-_PIPE_BYTES = 4_096  # what any system's pipe holds
+_PIPE_BYTES = 4_096  # the smallest pipe capacity of any system
 
-_keys = itertools.count()  # names for tasks that no two verifiers of this process share
+_keys = itertools.count()  # unique task keys in this process
 
 
 class Verifier:
     """Judges completions of one task.
 
-    Worker processes start with the first completion of an isolated task and serve until `close`. What goes wrong with a
-    completion in `verify` (it raises, it exceeds its time or memory, its process dies) becomes a verdict with `fault`
-    set and reward 0. What goes wrong with the task itself (a worker cannot load it) is raised as a `ConfigError`.
+    Worker processes start with the first completion of an isolated task and run until `close`. A failure while judging
+    a completion (`verify` raises, exceeds its time or memory limit, or its process dies) becomes a verdict with `fault`
+    set and reward 0. A failure of the task itself (a worker cannot load it) raises a `ConfigError`.
 
-    The processes bound time and memory, and no more: a reward may read, write and connect to what the run itself may,
-    each process that it starts has the memory limit anew, and one that detaches itself outlives it. No reward of this
-    package runs what a completion or a row says; one of your own that does has to bring its own sandbox.
+    The processes limit time and memory only. A reward has the same access to files and the network as the run, each
+    process that it starts has its own memory limit, and a detached process outlives the worker. No reward in this
+    package executes code from a completion or a row; a custom reward that does must provide its own sandbox.
 
     Args:
         task: The task whose `verify` judges.
         workers: Number of worker processes.
-        timeout_s: Time limit of one completion in seconds. It starts when a worker takes the completion up.
-        memory_gb: How many GB a worker may take beyond what it holds after its start. Linux only; elsewhere no limit.
+        timeout_s: Time limit of one completion in seconds, from when a worker receives it.
+        memory_gb: Memory limit of a worker in GB, on top of its memory after start-up. Linux only; no limit elsewhere.
     """
 
     def __init__(self, task: Task, workers: int = 4, timeout_s: float = 5.0, memory_gb: float = 4.0) -> None:
@@ -63,7 +63,7 @@ class Verifier:
         self._set_task(task)
 
     def for_task(self, task: Task) -> Verifier:
-        """A verifier of another task on the same worker processes. Closing either stops the workers of both."""
+        """A verifier of another task that shares the worker processes. Closing either one stops them."""
         other = object.__new__(type(self))
         other._pool = self._pool
         other._set_task(task)
@@ -75,7 +75,7 @@ class Verifier:
         self._pickled = pickled(task) if task.isolated else b""
 
     def submit(self, problem: Problem, completion: str) -> Future[Verdict]:
-        """Has one completion judged. Completions are taken up in the order of submission.
+        """Submits one completion. Completions are judged in the order of submission.
 
         Args:
             problem: The problem that it tries to solve.
@@ -94,12 +94,12 @@ class Verifier:
         try:
             payload = pickle.dumps((problem, completion))
         except Exception as error:
-            raise ConfigError(f"the problem {problem.id!r} cannot be pickled: {_text(error)}") from error
+            raise ConfigError(f"the problem {problem.id!r} cannot be pickled: {_describe(error)}") from error
         self._pool.submit(_Job(future, self._key, self._pickled, payload))
         return future
 
     def close(self) -> None:
-        """Stops the worker processes and cancels what is not judged yet. A later `submit` starts new ones."""
+        """Stops the worker processes and cancels pending completions. A later `submit` starts new processes."""
         self._pool.close()
 
     def __enter__(self) -> Verifier:
@@ -110,7 +110,7 @@ class Verifier:
 
 
 def _judge(task: Task, problem: Problem, completion: str) -> Verdict:
-    """Calls `verify`; turns what it raises into a fault, and its verdict into plain values of bounded size."""
+    """Calls `verify`. Converts an exception to a fault, and the verdict's fields to plain values of limited size."""
     try:
         verdict = task.verify(problem, completion)
         if not isinstance(verdict, Verdict):
@@ -129,16 +129,16 @@ def _judge(task: Task, problem: Problem, completion: str) -> Verdict:
         )
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a verifier that calls sys.exit() has failed as well
-        return _fault(_text(error))
+    except BaseException as error:  # a verifier that calls sys.exit() has also failed
+        return _fault(_describe(error))
 
 
 def _fault(message: str) -> Verdict:
     return Verdict(reward=0.0, correct=False, message=_clip(message, _MESSAGE_CHARS), fault=True)
 
 
-def _text(error: BaseException) -> str:
-    """An exception in one line: its type, and its text if it has any."""
+def _describe(error: BaseException) -> str:
+    """An exception in one line: its type and message."""
     try:
         text = " ".join(str(error)[: 4 * _MESSAGE_CHARS].split())
     except BaseException:
@@ -146,8 +146,8 @@ def _text(error: BaseException) -> str:
     return _clip(f"{type(error).__name__}: {text}" if text else type(error).__name__, _MESSAGE_CHARS)
 
 
-def _clip(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 # In this process
@@ -180,8 +180,8 @@ class _Pool:
         self._jobs = queue.SimpleQueue()
         workers = [_Worker(*self._settings) for _ in range(self._workers)]
         for number, worker in enumerate(workers):
-            # A daemon, and it holds no reference to this pool: neither an interpreter that exits nor a pool that nobody
-            # uses any more waits for it.
+            # A daemon thread without a reference to this pool, so that it blocks neither the interpreter's exit nor the
+            # pool's garbage collection.
             threading.Thread(
                 target=worker.serve, args=(self._jobs,), name=f"rlrt-verifier-{number}", daemon=True
             ).start()
@@ -195,7 +195,7 @@ class _Pool:
 
 
 def _stop(jobs: queue.SimpleQueue[_Job | None], workers: list[_Worker]) -> None:
-    """Ends the threads and processes of a pool: when it is closed, forgotten, or when the interpreter exits."""
+    """Stops the threads and processes of a pool when it is closed or garbage-collected, or the interpreter exits."""
     for worker in workers:
         worker.closing = True
     with suppress(queue.Empty):
@@ -206,11 +206,11 @@ def _stop(jobs: queue.SimpleQueue[_Job | None], workers: list[_Worker]) -> None:
     for _ in workers:
         jobs.put(None)
     for worker in workers:
-        worker.kill()  # its thread sees the stream end, and cleans up
+        worker.kill()  # its thread sees the end of the stream and cleans up
 
 
 class _Worker:
-    """One worker process, started when a job needs it and replaced when it is lost."""
+    """One worker process, started on demand and replaced when it dies."""
 
     def __init__(self, timeout_s: float, memory: int) -> None:
         self.closing = False
@@ -218,10 +218,10 @@ class _Worker:
         self._memory = memory
         self._process: Any = None
         self._loaded: set[int] = set()
-        self._lock = threading.Lock()  # of starting and killing, which may happen in different threads
+        self._lock = threading.Lock()  # the process may be started and killed in different threads
 
     def serve(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
-        """Works through the jobs; the body of this worker's thread."""
+        """Runs the jobs; the target of this worker's thread."""
         while (job := jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
@@ -229,11 +229,11 @@ class _Worker:
                 job.future.set_result(self._run(job))
             except BaseException as error:
                 job.future.set_exception(error)
-            del job  # its payload may be large, and the next job may be far away
+            del job  # frees the payload while waiting for the next job
         self._drop()
 
     def _run(self, job: _Job) -> Verdict:
-        if self._process is None or not self._process.is_alive():  # it may have been killed while it was idle
+        if self._process is None or not self._process.is_alive():  # it may have been killed while idle
             self._start()
         try:
             if job.key not in self._loaded:
@@ -242,16 +242,17 @@ class _Worker:
             self._send(job.payload)
             if not self._connection.poll(self._timeout_s):
                 self._drop()
-                return self._lost(f"the verifier exceeded its time limit of {self._timeout_s:g} s")
-            verdict, goes_on = self._connection.recv()
+                return self._fault_verdict(f"the verifier exceeded its time limit of {self._timeout_s:g} s")
+            verdict, reusable = self._connection.recv()
         except (EOFError, OSError):
-            return self._lost(f"the verifier's process died ({self._ending()})")
-        if not goes_on:
+            return self._fault_verdict(f"the verifier's process died ({self._exit_status()})")
+        if not reusable:
             self._drop()
         return verdict
 
     def _send(self, payload: bytes) -> None:
-        """Sends a completion. A large one does not fit the pipe, and waits for ever for a process that takes none."""
+        """Sends a completion. If it exceeds the pipe's capacity, the send blocks until the process reads it, so a timer
+        kills a process that does not."""
         if len(payload) <= _PIPE_BYTES:
             self._connection.send_bytes(payload)
             return
@@ -266,9 +267,10 @@ class _Worker:
     def _load(self, job: _Job) -> None:
         try:
             self._connection.send_bytes(pickle.dumps((job.key, job.task, self._timeout_s)))
-            problem = self._connection.recv() if self._connection.poll(_START_S) else f"not ready after {_START_S:g} s"
+            ready = self._connection.poll(_START_TIMEOUT_S)
+            problem = self._connection.recv() if ready else f"not ready after {_START_TIMEOUT_S:g} s"
         except (EOFError, OSError):
-            problem = f"its process died ({self._ending()}); a script that starts one must do so under " + (
+            problem = f"its process died ({self._exit_status()}); a script must start the verifier under " + (
                 'if __name__ == "__main__":'
             )
         if problem:
@@ -278,7 +280,7 @@ class _Worker:
             raise ConfigError(f"the verifier's worker could not load the task: {problem}")
         self._loaded.add(job.key)
 
-    def _lost(self, message: str) -> Verdict:
+    def _fault_verdict(self, message: str) -> Verdict:
         if self.closing:
             raise RuntimeError("the verifier was closed")
         return _fault(message)
@@ -292,29 +294,29 @@ class _Worker:
                 raise RuntimeError("the verifier was closed")
             self._connection, theirs = context.Pipe()
             self._process = context.Process(
-                target=_work, args=(theirs, self._memory), name="rlrt-verifier", daemon=True
+                target=_worker_main, args=(theirs, self._memory), name="rlrt-verifier", daemon=True
             )
-            with main_as_it_is():
+            with without_stdin_file():
                 self._process.start()
-            theirs.close()  # with no copy here, the death of the process ends the stream
+            theirs.close()  # without a copy in this process, the stream ends when the worker dies
             self._loaded = set()
 
-    def _ending(self) -> str:
+    def _exit_status(self) -> str:
         self._process.join(1)
         code = self._process.exitcode
-        return "it does not end" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+        return "still running" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
-        """Ends the process and whatever processes it has started. Other threads than the worker's may call it."""
+        """Kills the process and its child processes. May be called from any thread."""
         with self._lock:
             if self._process is not None and self._process.pid is not None:  # None: it could not be started
                 try:
                     os.killpg(self._process.pid, signal.SIGKILL)
-                except (AttributeError, OSError):  # no process groups here, or not its own yet, or it is gone
+                except (AttributeError, OSError):  # no process groups on this system, no own group yet, or already dead
                     self._process.kill()
 
     def _drop(self) -> None:
-        """Ends the process and forgets it."""
+        """Kills the process and releases its resources."""
         self.kill()
         with self._lock:
             if self._process is not None:
@@ -326,17 +328,17 @@ class _Worker:
 # In a worker process
 
 
-def _work(connection: Connection, memory: int) -> None:
-    """The body of a worker process: loads tasks and judges completions until the stream ends."""
+def _worker_main(connection: Connection, memory: int) -> None:
+    """Target of a worker process: loads tasks and judges completions until the stream ends."""
     with suppress(AttributeError, OSError):
-        os.setsid()  # Ctrl-C in the terminal is not for it, and it can be killed together with its children
+        os.setsid()  # no Ctrl-C from the terminal, and it can be killed together with its children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tasks: dict[int, Task] = {}
     limit: int | None = None
     process, folder, code = os.getpid(), os.curdir, 0
     with suppress(OSError):
         folder = os.getcwd()
-    null = open(os.devnull, "w")  # noqa: SIM115 - open for as long as the process lives
+    null = open(os.devnull, "w")  # noqa: SIM115 - stays open until the process exits
     try:
         while True:
             key, pickled, timeout_s = pickle.loads(connection.recv_bytes())
@@ -346,27 +348,27 @@ def _work(connection: Connection, memory: int) -> None:
             payload = connection.recv_bytes()
             if limit is None:
                 limit = _limit_memory(memory)
-            # Where the process that would end it is gone, a hanging verifier must not run for ever.
+            # If the parent process is gone, nothing else would stop a hanging verifier.
             faulthandler.dump_traceback_later(2 * timeout_s + 10, exit=True, file=null)
-            verdict = _answer(tasks[key], payload)
+            verdict = _judge_payload(tasks[key], payload)
             faulthandler.cancel_dump_traceback_later()
-            if os.getpid() != process:  # a fork that the verifier made came back too: two answers to one question
+            if os.getpid() != process:  # a fork made by the verifier returned here; it must not send a second verdict
                 break
-            # What has run out of memory once may hold it for good, and would then fail every completion after this one.
-            # Libraries swallow the error, so the memory itself is looked at.
+            # A worker that ran out of memory may never free it and then fail all later completions. Libraries swallow
+            # MemoryError, so check the memory itself as well.
             full = verdict.fault and verdict.message.startswith("MemoryError")
             connection.send((verdict, not full and _address_space() < limit - memory // 2))
             with suppress(OSError):
-                os.chdir(folder)  # where the next task is imported from
+                os.chdir(folder)  # the next task is imported from here
     except (EOFError, OSError):
         pass
     except BaseException:
         code = 1
-    os._exit(code)  # whatever threads the verifier has left running
+    os._exit(code)  # even if the verifier left threads running
 
 
 def _address_space() -> int:
-    """Bytes of address space that this process has; 0 where nothing says so."""
+    """Size of this process's address space in bytes; 0 if it is unknown."""
     with suppress(ImportError, OSError):
         import resource
 
@@ -375,10 +377,10 @@ def _address_space() -> int:
     return 0
 
 
-def _limit_memory(more: int) -> int:
-    """Lets this process take at most so many bytes of address space more than it has now; returns that sum."""
-    limit = _address_space() + more
-    if limit > more:
+def _limit_memory(extra: int) -> int:
+    """Limits this process's address space to its current size plus `extra` bytes; returns the limit."""
+    limit = _address_space() + extra
+    if limit > extra:
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -390,19 +392,19 @@ def _limit_memory(more: int) -> int:
 
 
 def _load(tasks: dict[int, Task], key: int, pickled: bytes) -> str | None:
-    """Unpickles a task; returns what went wrong."""
+    """Unpickles a task and warms it up; returns the error message if it fails."""
     try:
         tasks[key] = pickle.loads(pickled)
         tasks[key].warm_up()
     except BaseException as error:
-        return _text(error)
+        return _describe(error)
     return None
 
 
-def _answer(task: Task, payload: bytes) -> Verdict:
-    """The verdict on a pickled problem and completion."""
+def _judge_payload(task: Task, payload: bytes) -> Verdict:
+    """Judges a pickled problem and completion."""
     try:
         problem, completion = pickle.loads(payload)
     except BaseException as error:
-        return _fault(_text(error))
+        return _fault(_describe(error))
     return _judge(task, problem, completion)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.analysis.reflection import choose_positions, flip_rates, kind_of, position_kl
-from rlrt_lightning.analysis.shift import compare_positions, summarise
+from rlrt_lightning.analysis.reflection import choose_positions, difficulty, flip_rates, position_kl
+from rlrt_lightning.analysis.shift import compare_positions, summarize
 from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.evaluation.results import pass_curve
 from tests.helpers.command_line import cli_exit_code
@@ -72,15 +72,15 @@ def test_compare_positions_matches_the_definitions() -> None:
 
 def test_the_summary_counts_only_shifted_positions() -> None:
     js = torch.tensor([0.05, 0.2, 0.3])
-    summary = summarise(js, torch.tensor([1e-9, 0.5, 0.005]), torch.tensor([[0.0], [1.0], [0.0]]))
+    summary = summarize(js, torch.tensor([1e-9, 0.5, 0.005]), torch.tensor([[0.0], [1.0], [0.0]]))
     assert summary["shifted"] == pytest.approx(2 / 3)
     assert summary["overlap@1"] == 0.5
     assert [summary[f"base_below_{t}"] for t in ("0.1", "0.01", "0.001")] == [0.5, 0.5, 0.0]
-    assert "overlap@1" not in summarise(js[:1], torch.ones(1), torch.ones(1, 1)), "no position has shifted"
+    assert "overlap@1" not in summarize(js[:1], torch.ones(1), torch.ones(1, 1)), "no position has shifted"
 
 
 def test_problems_are_hard_or_easy_by_their_number_of_correct_samples() -> None:
-    assert [kind_of(c, 8) for c in range(9)] == ["hard"] * 3 + [None, None] + ["easy"] * 3 + [None]
+    assert [difficulty(c, 8) for c in range(9)] == ["hard"] * 3 + [None, None] + ["easy"] * 3 + [None]
 
 
 def test_positions_are_chosen_by_the_largest_smallest_and_a_random_kl() -> None:
@@ -213,7 +213,7 @@ def test_shift_writes_a_table_a_summary_and_a_plot(trained: Path, tmp_path: Path
 
 def test_shift_requires_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["shift", f"--config={ROOT / 'configs' / 'rlrt.yaml'}", "--trainer.logger=false"]) == 2
-    assert "give --ckpt_path" in capfd.readouterr().err
+    assert "set --ckpt_path" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "P"])
@@ -239,8 +239,8 @@ def test_reflection_inserts_the_text_at_positions_ordered_by_kl(text: str, train
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--text=Wait, let me reconsider.",), "of which the tokenizer does not know all"),
-        (("--text=", "--benchmark=nothing"), "there is no benchmark nothing; there are heldout, longer"),
+        (("--text=Wait, let me reconsider.",), "which the tokenizer cannot encode"),
+        (("--text=", "--benchmark=nothing"), "benchmark is nothing; it has to be one of heldout, longer"),
         (("--text=", "--limit=1", "--samples=2"), "no rollout can be cut"),
     ],
 )
@@ -252,7 +252,7 @@ def test_reflection_refuses_invalid_settings(
 
 
 def test_styles_differ_in_colour_line_and_marker() -> None:
-    from rlrt_lightning.analysis.figures import STYLES
+    from rlrt_lightning.analysis.plots import STYLES
 
     for field in range(4):
         values = [str(style[field]) for style in STYLES]

@@ -194,7 +194,7 @@ def test_a_setting_of_the_replaced_class_is_refused(parse: Parse) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fitt"], "there is no command fitt; there are fit, validate, test, predict"),
+        (["fitt"], "there is no command fitt; choose from fit, validate, test, predict"),
         (["fit", "--config=nothing.yaml"], "nothing.yaml"),
         (["fit", "--model.method=RLTR"], "did you mean RLRT?"),
         (["validate", "--trainer.accelerator=tpu"], "torch_xla"),

@@ -76,7 +76,7 @@ AUTO_MAP = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"}
 def test_python_code_in_a_model_folder_is_never_executed(tmp_path: Path, canary: Path) -> None:
     unknown = model_folder(tmp_path / "unknown", auto_map=AUTO_MAP, model_type="of_its_own")
     with_code(unknown, canary)
-    with pytest.raises(ConfigError, match=r"model\.policy\.path: .*Python code.*never done; take a model") as error:
+    with pytest.raises(ConfigError, match=r"model\.policy\.path: .*Python code.*not supported; use a model") as error:
         _ = Policy(path=str(unknown)).config
     assert "\n" not in str(error.value)
     known = model_folder(tmp_path / "known", auto_map=AUTO_MAP)
@@ -96,7 +96,7 @@ def test_a_tokenizers_code_is_never_executed(tmp_path: Path, canary: Path) -> No
     try:
         assert Policy(path=str(folder)).encode_prompt("a4")  # with the class for tokenizer.json
     except ConfigError as error:
-        assert "never done" in str(error)  # noqa: PT017 - releases of transformers differ
+        assert "not supported" in str(error)  # noqa: PT017 - releases of transformers differ
     assert not canary.exists()
 
 
@@ -108,7 +108,7 @@ def test_pickled_weights_are_loaded_as_tensors_only(tmp_path: Path, canary: Path
     policy.load()
     assert torch.equal(policy.model.state_dict()["model.norm.weight"], weights["model.norm.weight"])
     torch.save({**weights, "more": Evil(canary)}, folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"pickle that holds more than tensors.*safetensors"):
+    with pytest.raises(ConfigError, match=r"pickle that contains more than tensors.*safetensors"):
         Policy(path=str(folder)).load()
     assert not canary.exists()
 
@@ -151,7 +151,7 @@ def test_pickled_objects_in_a_checkpoint_are_never_executed(
     path = tmp_path / "evil.ckpt"
     torch.save({**checkpoint(run1), "callbacks": {"more": Evil(canary)}}, path)
     assert cli_exit_code(name, tmp_path, f"--ckpt_path={path}") == 2
-    assert "evil.ckpt holds objects that are not loaded" in error_line(capfd)
+    assert "evil.ckpt holds pickled objects that could run code" in error_line(capfd)
     assert not canary.exists()
 
 
@@ -181,7 +181,7 @@ def test_a_data_sets_script_is_never_executed(tmp_path: Path, canary: Path, monk
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **settings: load(str(tmp_path / "evil"), **settings))
-    with pytest.raises(ConfigError, match="nor a data set that can be loaded"):
+    with pytest.raises(ConfigError, match="nor a dataset that can be loaded"):
         DatasetTask(train="owner/evil").problems("train")
     with pytest.raises(ConfigError, match="holds no"):
         DatasetTask(train=str(tmp_path / "evil")).problems("train")

@@ -93,7 +93,7 @@ def test_a_resumed_run_trains_on_the_rollouts_drawn_ahead(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": TransformersEngine()}, "TransformersEngine cannot draw while the policy trains"),
+        ({"engine": TransformersEngine()}, "TransformersEngine cannot generate while the policy trains"),
         ({"engine": OwnModelEngine(), "rescore": False}, "data.rescore=true"),
     ],
 )

@@ -113,7 +113,7 @@ def test_repeated_non_finite_steps_end_the_run_which_can_be_resumed(
     poison = ["--trainer.callbacks+=tests.epoch.test_edge_cases.Poison", "--trainer.callbacks.first=3"]
     assert cli_exit_code("fit", tmp_path, *quick, *poison) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "3 optimizer steps in a row, up to step 6" in line
+    assert "skipped 3 consecutive optimizer steps, up to step 6" in line
     assert "step-6.jsonl" in line
     assert sorted(path.stem for path in tmp_path.rglob("bad_numbers/*")) == ["step-4", "step-5", "step-6"]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
@@ -129,14 +129,14 @@ class Broken(Callback):
 
 
 def test_non_finite_weights_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="all rollouts of epoch 0 have log-probs that are not finite"):
+    with pytest.raises(ConfigError, match="all rollouts of epoch 0 have non-finite log-probs"):
         fit_and_record(tmp_path, StrategySum(), epochs=3, callbacks=[Broken(), NumberGuard(2)], minibatches=1)
     assert rows(tmp_path / "bad_numbers" / "epoch-0.jsonl")[0]["bad"] == "logp of the sampler is nan at token 0"
     policy = torch.nn.Linear(2, 2)
     module, trainer = cast(Any, SimpleNamespace(policy=policy)), cast(Any, SimpleNamespace(world_size=1, global_step=7))
     NumberGuard().on_save_checkpoint(trainer, module, {})
     policy.weight.data[0, 0] = torch.inf
-    with pytest.raises(ConfigError, match="after optimizer step 7 the policy has weights that are not finite"):
+    with pytest.raises(ConfigError, match="the policy has non-finite weights after optimizer step 7"):
         NumberGuard().on_save_checkpoint(trainer, module, {})
 
 

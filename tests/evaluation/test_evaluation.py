@@ -46,6 +46,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
     return folder / "results", evaluate(folder)
 
 
+@pytest.mark.smoke
 def test_an_evaluation_writes_completions_problems_and_curves(uninterrupted: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = uninterrupted
     done = rows(folder)
@@ -227,13 +228,14 @@ def test_two_ranks_give_the_same_results_as_one(uninterrupted: tuple[Path, dict[
 def test_the_papers_evaluation_sets_run_from_one_config(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files are read where they are, and all evaluation sets of the config are evaluated in one run."""
-    monkeypatch.chdir(ROOT)
+    """`local.yaml` replaces the evaluation sets of `rlrt.yaml` and reads its files from the folder data/."""
+    (tmp_path / "data").symlink_to(shared / "data")
+    monkeypatch.chdir(tmp_path)
     flags = [f"--data.benchmarks.{name}.limit=1" for name in ("aime24", "aime25", "amc23", "math500")]
     flags += [f"--data.benchmarks.{name}.samples=2" for name in ("aime24", "aime25", "amc23", "math500")]
     flags += ["--data.sampling.max_new_tokens=2", f"--trainer.logger.save_dir={tmp_path}"]
     from rlrt_lightning.__main__ import main
 
-    configs = ["--config=configs/rlrt.yaml", "--config=configs/evaluation/local.yaml"]
+    configs = [f"--config={ROOT / 'configs' / name}.yaml" for name in ("rlrt", "evaluation/local")]
     assert main(["validate", *configs, *flags, "--trainer.enable_progress_bar=false"]) == 0
     assert {"eval/aime24/avg@2", "eval/math500/pass@2"} <= set(scalars(tmp_path))

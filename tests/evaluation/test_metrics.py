@@ -107,7 +107,7 @@ def test_intervals_cover_the_true_mean(problems: int) -> None:
 
 @pytest.mark.parametrize("cut", range(6))
 def test_metrics_of_two_ranks_add_up_for_any_split(cut: int) -> None:
-    """The states of two ranks are summed as torchmetrics does when it synchronises."""
+    """The states of two ranks are summed as torchmetrics does when it synchronizes."""
 
     def make() -> list[MeanOverProblems]:
         return [AvgAtK(interval=True), PassAtK(2, interval=True)]

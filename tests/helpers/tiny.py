@@ -78,7 +78,7 @@ def tiny_policy(architecture: str = "qwen3", overrides: dict[str, Any] | None = 
         config, attn_implementation="eager" if architecture in ("gemma2", "recurrent_gemma") else "sdpa"
     )
     with torch.no_grad():
-        for p in model.parameters():  # the default initialisation is too flat to reveal errors
+        for p in model.parameters():  # the default initialization is too flat to reveal errors
             if p.dim() > 1:
                 p.normal_(std=0.3)
     made.config = config

@@ -99,6 +99,7 @@ def check_pass_at_k(case: dict[str, Any]) -> None:
 CHECKS = {"credit": check_credit, "divergence": check_divergence, "pass_at_k": check_pass_at_k}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", [c for c in CASES if c["kind"] in CHECKS], ids=lambda c: str(c.get("name", c["kind"])))
 def test_results_match_the_golden_values(case: dict[str, Any]) -> None:
     CHECKS[case["kind"]](case)

@@ -139,6 +139,7 @@ def test_uses_teacher_selects_the_rollouts_whose_credit_the_teacher_changes(seed
             assert torch.equal(asked.distillation, all_.distillation)
 
 
+@pytest.mark.smoke
 def test_rlrt_upweights_tokens_unlikely_for_the_teacher_and_rlsd_downweights_them() -> None:
     rewards, groups = torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.long)
     student, teacher = torch.full((2, 2), -1.0), torch.tensor([[-2.0, -0.5]]).expand(2, 2)
@@ -344,7 +345,7 @@ def test_credit_of_signals_equals_the_call_with_tensors() -> None:
             assert value.dtype in (torch.float64, torch.bool), name
 
 
-def test_srpos_weights_are_normalised_over_the_tokens_of_all_ranks() -> None:
+def test_srpos_weights_are_normalized_over_the_tokens_of_all_ranks() -> None:
     """With a mean of 1, on two ranks with half of the rollouts each."""
     batch, sums = Batch(9), []
     whole = batch.credit(SRPO()).distillation

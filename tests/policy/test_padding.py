@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrt_lightning.policy.padding import WASTE, balance, batches, blocks, pad_sequences, share_prompts
+from rlrt_lightning.policy.padding import MAX_PADDING, balance, batches, blocks, pad_sequences, share_prompts
 from tests.helpers.tiny import ARCHITECTURES, tiny_policy
 
 
@@ -38,7 +38,7 @@ def test_blocks_cover_all_rows_with_little_padding(lengths: list[int]) -> None:
     for rows, width in cut:
         assert ranked[start] == width
         start += rows
-    assert sum(lengths) >= (1 - WASTE) * sum(rows * width for rows, width in cut)
+    assert sum(lengths) >= (1 - MAX_PADDING) * sum(rows * width for rows, width in cut)
 
 
 @given(st.lists(st.integers(1, 50), min_size=4, max_size=20), st.integers(1, 4))

@@ -48,8 +48,8 @@ def test_log_probs_entropy_and_gradients_match_the_plain_forward_pass(architectu
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_heads_of_common_architectures_are_known(architecture: str) -> None:
-    assert tiny_policy(architecture)._head_is_known
+def test_the_head_is_applied_in_chunks_for_common_architectures(architecture: str) -> None:
+    assert tiny_policy(architecture)._applies_head
 
 
 def test_an_unknown_head_falls_back_to_the_models_forward(caplog: pytest.LogCaptureFixture) -> None:

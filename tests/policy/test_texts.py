@@ -158,7 +158,7 @@ def test_prompts_have_only_one_bos_token(tmp_path: Path) -> None:
 def test_template_settings_without_a_chat_template_are_refused(tmp_path: Path) -> None:
     for settings in ({"system_prompt": "Be brief."}, {"system_prompt": ""}, {"chat_kwargs": {"enable_thinking": True}}):
         name = next(iter(settings))
-        with pytest.raises(ConfigError, match=f"model.policy.{name} is for a chat template, and model.policy.chat is"):
+        with pytest.raises(ConfigError, match=f"model.policy.{name} requires a chat template, but model.policy.chat"):
             Policy(chat=False, **settings)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=f"model.policy.{name} is set, but the tokenizer of .* has no chat templ"):
             _ = byte_policy(tmp_path, None, **settings).tokenizer
@@ -174,20 +174,20 @@ def test_chat_kwargs_must_be_variables_of_the_template(name: str, tmp_path: Path
     kwargs = {"enable_thinking": True, "date": "today"}
     policy = byte_policy(tmp_path, reads, chat_kwargs=kwargs)
     assert decoded(policy, policy.encode_prompt("a")).startswith("todayhm<|im_start|>user")
-    message = rf"model\.policy\.chat_kwargs sets {name}, which is no variable .* it reads date, enable_thinking$"
+    message = rf"model\.policy\.chat_kwargs sets {name}, which the chat .* its variables: date, enable_thinking$"
     with pytest.raises(ConfigError, match=message):
         _ = byte_policy(tmp_path, reads, chat_kwargs={name: True, **kwargs}).tokenizer
-    with pytest.raises(ConfigError, match="it reads none"):
+    with pytest.raises(ConfigError, match="its variables: none"):
         _ = Policy(chat_kwargs={"enable_thinking": True}).tokenizer
 
 
 def test_an_invalid_chat_template_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the chat template cannot be read"):
+    with pytest.raises(ConfigError, match="the chat template cannot be parsed"):
         template_variables("{% for %}")
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [(NO_SYSTEM, "leaves out the system's message"), (REFUSES, "no system role")]
+    ("template", "message"), [(NO_SYSTEM, "ignores the system message"), (REFUSES, "no system role")]
 )
 def test_system_messages_are_refused_by_a_template_without_that_role(
     template: str, message: str, tmp_path: Path
@@ -195,7 +195,7 @@ def test_system_messages_are_refused_by_a_template_without_that_role(
     with pytest.raises(ConfigError, match=rf"model\.policy\.system_prompt: .*{message}"):
         _ = byte_policy(tmp_path, template, system_prompt="Be brief.").tokenizer
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
-    with pytest.raises(ConfigError, match=r"leaves out the message of the role system|no system role"):
+    with pytest.raises(ConfigError, match=r"ignores the message with the role system|no system role"):
         byte_policy(tmp_path, template).encode_prompt(conversation)
 
 
@@ -203,9 +203,9 @@ def test_a_template_that_drops_a_message_is_refused(tmp_path: Path) -> None:
     turns = [("user", "a"), ("assistant", "<think>hm</think>b"), ("user", " c\n")]
     conversation = [{"role": role, "content": text} for role, text in turns]
     silent = CHATML.replace("for m in messages", "for m in messages if m.role != 'assistant'")
-    with pytest.raises(ConfigError, match="leaves out the message of the role assistant"):
+    with pytest.raises(ConfigError, match="ignores the message with the role assistant"):
         byte_policy(tmp_path, silent).encode_prompt(conversation)
-    with pytest.raises(ConfigError, match="leaves out the message of the role user"):
+    with pytest.raises(ConfigError, match="ignores the message with the role user"):
         byte_policy(tmp_path, LAST_ONLY).encode_prompt(conversation)
     own_way = CHATML.replace("{{ m.content }}", "{{ m.content.replace('a', '1').split('</think>')[-1] | trim }}")
     shown = byte_policy(tmp_path, own_way)
@@ -222,7 +222,7 @@ def test_a_second_system_message_is_refused_or_warned_of(tmp_path: Path) -> None
         PromptReader(policy, "drop").tokens(Problem("p", asked))
     only_last = CHATML.replace("{{ m.content }}", "{{ m.content if loop.index > 1 }}")
     with (
-        pytest.raises(ConfigError, match="leaves out the message of the role system"),
+        pytest.raises(ConfigError, match="ignores the message with the role system"),
         pytest.warns(UserWarning, match="several system messages"),
     ):
         byte_policy(tmp_path, only_last).encode_prompt([asked[0], *asked])
@@ -401,8 +401,8 @@ def test_the_preview_warns_of_likely_mistakes(tmp_path: Path, caplog: pytest.Log
     policy = byte_policy(tmp_path, CHATML.partition("{% if add")[0].replace("<|im_end|>", END), ["<think>", "</think>"])
     log = preview(tmp_path, policy, caplog, stop=["<|im_end|>", "4"], teacher={"template": "{prompt}<|sol|>{context}"})
     assert "<|im_start|>user\n    2+2?<|sol|>(a correct response)<|endoftext|>" in log
-    assert "the prompt of the student ends in the end token '<|endoftext|>'" in log
-    assert "the prompt of the teacher has '<|sol|>', which is no token of this tokenizer but 7" in log
+    assert "the student prompt ends in the end token '<|endoftext|>'" in log
+    assert "the teacher prompt has '<|sol|>', which this tokenizer splits into 7 tokens" in log
     assert "the stop string '<|im_end|>' has the special token '<|im_end|>'" in log
     assert "<think> is a special token" in log
 
@@ -410,7 +410,7 @@ def test_the_preview_warns_of_likely_mistakes(tmp_path: Path, caplog: pytest.Log
 def test_the_preview_warns_of_a_tag_that_ends_responses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy = byte_policy(tmp_path, special=["<answer>", "</answer>"])
     policy.end_tokens.append(policy.tokenizer.convert_tokens_to_ids("</answer>"))
-    assert "responses end at '</answer>', which the texts" in preview(tmp_path, policy, caplog)
+    assert "'</answer>' ends responses, and completions omit it" in preview(tmp_path, policy, caplog)
 
 
 def test_the_preview_warns_of_nothing_in_an_ordinary_model_and_is_truncated(

@@ -92,7 +92,7 @@ def test_a_prompt_is_read_once_for_siblings_with_a_common_beginning(length: int)
 def test_a_completion_begun_by_old_weights_is_requested_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another worker loads the weights into a restarted server during this request."""
     server = _Server("http://127.0.0.1:9", 1.0, 1.0, 1)
-    server.wanted = "7", tmp_path
+    server.target = "7", tmp_path
     version, answers = "", ["begun by old weights", "by new ones"]
 
     def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def test_sampler_log_probs_equal_the_policys_scores(architecture: str, temperatu
         torch.testing.assert_close(rollout.logp_sampler, score, rtol=0, atol=1e-4)
 
 
+@pytest.mark.smoke
 def test_a_rollout_depends_only_on_its_prompt_and_seed() -> None:
     made, sampling = tiny_policy(), Sampling(max_new_tokens=12)
     reference = draw_rollouts(made, PROMPTS, 4, sampling)

@@ -14,6 +14,7 @@ from rlrt_lightning import ConfigError
 from rlrt_lightning.callbacks.run_checkpoint import RunCheckpoint, adopt
 from rlrt_lightning.runtime.trainer_checks import REFUSED, check_trainer
 from tests.helpers.command_line import cli_exit_code, merged_curves, scalars, weights, without_timings
+from tests.helpers.marks import slow_except
 
 
 def saved_checkpoints(folder: Path, version: int = 0) -> dict[str, dict[str, Any]]:
@@ -36,7 +37,7 @@ def error_line(capfd: pytest.CaptureFixture[str]) -> str:
 # -- saved weights -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save_on_train_epoch_end", ["true", "false"])
+@pytest.mark.parametrize("save_on_train_epoch_end", slow_except(["true", "false"], "true"))
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # `validate` has other settings
 def test_a_monitored_score_belongs_to_the_saved_weights_and_last_is_the_last_epoch(
     save_on_train_epoch_end: str, tmp_path: Path
@@ -132,12 +133,10 @@ class StopsInSecondEpoch(Callback):
 
 @pytest.mark.parametrize(
     "hook",
-    [
-        "on_train_epoch_start",
+    slow_except(
+        ["on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_validation_end"],
         "on_train_batch_start",
-        "on_train_batch_end",
-        "on_validation_end",
-    ],
+    ),
 )
 def test_a_stop_within_an_epoch_takes_effect_after_its_last_step(hook: str, tmp_path: Path) -> None:
     """As a time limit or early stopping requests it; validation also runs within the epoch."""
@@ -171,7 +170,7 @@ def test_a_time_limit_ends_the_run_at_the_end_of_an_epoch(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--trainer.max_steps=3"], "trainer.max_steps is 3, which ends within an epoch: take a multiple of"),
+        (["--trainer.max_steps=3"], "trainer.max_steps is 3, which ends within an epoch; set it to a multiple of"),
         (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0"),
         (["--trainer.limit_train_batches=0.5"], "trainer.limit_train_batches is 0.5"),
         (["--trainer.limit_train_batches=1"], "trainer.limit_train_batches is 1,"),
@@ -210,13 +209,13 @@ def test_an_accumulation_schedule_is_refused() -> None:
     "flags",
     [
         ["--trainer.callbacks+=EMAWeightAveraging"],
-        ["--trainer.callbacks+=LearningRateMonitor"],
-        ["--trainer.precision=64-true"],
-        ["--trainer.detect_anomaly=true"],
-        ["--trainer.max_steps=4", "--trainer.max_epochs=-1"],
+        pytest.param(["--trainer.callbacks+=LearningRateMonitor"], marks=pytest.mark.slow),
+        pytest.param(["--trainer.precision=64-true"], marks=pytest.mark.slow),
+        pytest.param(["--trainer.detect_anomaly=true"], marks=pytest.mark.slow),
+        pytest.param(["--trainer.max_steps=4", "--trainer.max_epochs=-1"], marks=pytest.mark.slow),
         ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=3"],
-        ["--trainer.gradient_clip_algorithm=value"],
-        ["--trainer.accumulate_grad_batches=40"],
+        pytest.param(["--trainer.gradient_clip_algorithm=value"], marks=pytest.mark.slow),
+        pytest.param(["--trainer.accumulate_grad_batches=40"], marks=pytest.mark.slow),
     ],
     ids=str,
 )

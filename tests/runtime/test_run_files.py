@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from rlrt_lightning import ConfigError
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.analysis.figures import fresh
+from rlrt_lightning.analysis.plots import prepare_folder
 from rlrt_lightning.callbacks import HFExport
 from rlrt_lightning.evaluation.results import CURVES, Results, write_tables
-from rlrt_lightning.runtime.run_files import own, run_folder
+from rlrt_lightning.runtime.run_files import claim_path, run_folder
 from tests.helpers.command_line import SMALL, cli_exit_code
 from tests.helpers.processes import ROOT
 
@@ -57,7 +57,7 @@ class SharedFolderLogger(Logger):
     "flags",
     [
         ["--trainer.logger=false"],
-        ["--trainer.logger=tests.runtime.test_run_files.SharedFolderLogger"],
+        pytest.param(["--trainer.logger=tests.runtime.test_run_files.SharedFolderLogger"], marks=pytest.mark.slow),
         ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.logger.name="],
         ["--trainer.fast_dev_run=true"],
     ],
@@ -98,7 +98,7 @@ def test_a_folder_with_files_of_another_run_is_refused(
     place = [f"--trainer.logger={logger}", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.name=mine"]
     assert main(["fit", *ARGS, *place, "--trainer.logger.version=v"]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "is there already and would be overwritten" in line
+    assert "already exists and would be overwritten" in line
     assert file.read_text() == "mine"
 
 
@@ -107,11 +107,11 @@ def test_a_run_may_write_to_its_own_folder_again(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, "mine", "v")
     for _ in range(2):
         trainer = Trainer(logger=logger)
-        path = own(trainer, "signal")
+        path = claim_path(trainer, "signal")
         path.mkdir(parents=True, exist_ok=True)
         (path / "file").touch()
-    with pytest.raises(ConfigError, match="is there already"):
-        own(Trainer(logger=CSVLogger(tmp_path, "mine", "v")), "signal")
+    with pytest.raises(ConfigError, match="already exists"):
+        claim_path(Trainer(logger=CSVLogger(tmp_path, "mine", "v")), "signal")
 
 
 def test_runs_without_a_logger_get_separate_folders(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_an_export_into_an_existing_folder_is_refused(tmp_path: Path, capfd: pyt
 def test_evaluation_results_do_not_overwrite_data_files(name: str, tmp_path: Path) -> None:
     """Such as the data set itself, if evaluation.results names its folder."""
     (tmp_path / name).write_text('{"prompt": "a"}\n')
-    with pytest.raises(ConfigError, match=rf"evaluation\.results: .*{name} is there already"):
+    with pytest.raises(ConfigError, match=rf"evaluation\.results: .*{name} already exists"):
         Results(tmp_path, "heldout").begin({"samples": 1})
     assert (tmp_path / name).read_text() == '{"prompt": "a"}\n'
 
@@ -158,8 +158,8 @@ def test_plots_overwrite_no_existing_file(tmp_path: Path, capfd: pytest.CaptureF
     (tmp_path / "curves.csv").touch()
     assert main(["curves", f"a={tmp_path}", f"--out={tmp_path}"]) == 2
     err = capfd.readouterr().err
-    assert "curves.csv is there already and would be overwritten; name another folder by --out" in err
-    assert fresh(tmp_path, "pass_at_k") == tmp_path
+    assert "curves.csv already exists and would be overwritten; set --out to another folder" in err
+    assert prepare_folder(tmp_path, "pass_at_k") == tmp_path
     (tmp_path / "shift_summary.csv").touch()
     with pytest.raises(ConfigError, match="shift_summary"):
-        fresh(tmp_path, "shift")
+        prepare_folder(tmp_path, "shift")

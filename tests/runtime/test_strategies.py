@@ -18,20 +18,26 @@ from transformers import AutoModelForCausalLM
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.policy.model import EMBEDDED
 from tests.helpers.command_line import SMALL, scalars
-from tests.helpers.processes import ROOT, run_cli, unused_port
+from tests.helpers.marks import slow_except
+from tests.helpers.processes import ROOT, run_cli
 
 STRATEGIES = ["ddp", "fsdp2"]
 COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided"]
 OTHERS = ["bf16", "bf16_true", "saved", "exported", "exported_adapter"]
+IN_CI = ["plain", "ema", "saved", "exported"]
+"""The runs that the tests compare that are not marked as slow."""
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+STORES: list[torch.distributed.TCPStore] = []
+"""The rendezvous store of each run, as torchrun has one: this process chooses the port and keeps it."""
 
 
 def start(ranks: int, *args: str) -> list[subprocess.Popen[str]]:
     """Starts each rank as a separate process, so no launcher ends one rank when another fails."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if ranks > 1:
-        env |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
-        env["WORLD_SIZE"] = str(ranks)
+        STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        env |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(ranks)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port)}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.on_ranks", *args],
@@ -61,12 +67,14 @@ def run_ranks(ranks: int, *args: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs all configurations with each strategy; the folder of each strategy's runs."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs what the selected tests compare; the folder of each strategy's runs."""
     folders = {strategy: tmp_path_factory.mktemp(strategy) for strategy in ["one", *STRATEGIES]}
-    run_ranks(1, "one", str(folders["one"]), *COMPARED, *OTHERS)
-    run_ranks(2, "ddp", str(folders["ddp"]), *COMPARED, *OTHERS)
-    run_ranks(2, "fsdp2", str(folders["fsdp2"]), *COMPARED, *OTHERS, "saved_whole")
+    every = any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items)
+    names = [*COMPARED, *OTHERS] if every else IN_CI
+    run_ranks(1, "one", str(folders["one"]), *names)
+    run_ranks(2, "ddp", str(folders["ddp"]), *names)
+    run_ranks(2, "fsdp2", str(folders["fsdp2"]), *names, *(["saved_whole"] if every else []))
     return folders
 
 
@@ -81,7 +89,7 @@ def comparable_metrics(metrics: dict[str, float]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", slow_except(COMPARED, *IN_CI))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_train_the_same_as_one(runs: dict[str, Path], strategy: str, name: str) -> None:
     """In every logged metric, gradient and weight, even if one rank has nothing to learn from (`one_sided`)."""
@@ -95,6 +103,7 @@ def test_two_ranks_train_the_same_as_one(runs: dict[str, Path], strategy: str, n
     torch.testing.assert_close(two["weights"], one["weights"], **CLOSE)
 
 
+@pytest.mark.slow
 def test_the_compared_runs_learn_and_evaluate(runs: dict[str, Path]) -> None:
     plain, ema, sided = (recorded(runs["one"], name) for name in ("plain", "ema", "one_sided"))
     assert any(g.abs().max() > 1e-3 for g in plain["gradients"][0].values())
@@ -106,11 +115,12 @@ def test_the_compared_runs_learn_and_evaluate(runs: dict[str, Path]) -> None:
     assert 0 < sided["metrics"][0]["groups/mixed"] <= 0.5
 
 
-def test_each_of_two_sharded_ranks_holds_half_of_the_parameters(runs: dict[str, Path]) -> None:
-    for name in ("plain", "ema", "lora"):
-        assert 2 * recorded(runs["fsdp2"], name)["held"] == recorded(runs["one"], name)["held"]
+@pytest.mark.parametrize("name", slow_except(["plain", "ema", "lora"], *IN_CI))
+def test_each_of_two_sharded_ranks_holds_half_of_the_parameters(runs: dict[str, Path], name: str) -> None:
+    assert 2 * recorded(runs["fsdp2"], name)["held"] == recorded(runs["one"], name)["held"]
 
 
+@pytest.mark.slow
 def test_with_adapters_a_frozen_teacher_copies_nothing_and_others_only_adapters(runs: dict[str, Path]) -> None:
     frozen, follows = (recorded(runs["one"], name) for name in ("lora_frozen", "lora"))
     adapters = sum(w.numel() for n, w in follows["weights"].items() if ".lora_" in n)
@@ -119,6 +129,7 @@ def test_with_adapters_a_frozen_teacher_copies_nothing_and_others_only_adapters(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.float32), ("bf16_true", torch.bfloat16)])
 def test_bf16_training_on_two_ranks_stays_close_to_one_rank(
     runs: dict[str, Path], strategy: str, name: str, dtype: torch.dtype
@@ -135,13 +146,13 @@ def test_bf16_training_on_two_ranks_stays_close_to_one_rank(
 @pytest.mark.parametrize(
     ("saved_by", "ranks", "resumed_by"),
     [
-        ("ddp/saved", 2, "ddp"),
         ("ddp/saved", 1, "one"),
-        ("ddp/saved", 2, "fsdp2"),
         ("fsdp2/saved", 2, "fsdp2"),
-        ("fsdp2/saved", 1, "fsdp2"),
-        ("fsdp2/saved_whole", 1, "one"),
-        ("fsdp2/saved_whole", 2, "fsdp2"),
+        pytest.param("ddp/saved", 2, "ddp", marks=pytest.mark.slow),
+        pytest.param("ddp/saved", 2, "fsdp2", marks=pytest.mark.slow),
+        pytest.param("fsdp2/saved", 1, "fsdp2", marks=pytest.mark.slow),
+        pytest.param("fsdp2/saved_whole", 1, "one", marks=pytest.mark.slow),
+        pytest.param("fsdp2/saved_whole", 2, "fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_resumes_with_another_strategy_and_number_of_ranks(
@@ -175,6 +186,7 @@ def test_the_export_equals_the_trained_weights(runs: dict[str, Path], strategy: 
     torch.testing.assert_close(dict(loaded.named_parameters()), trained, check_device=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["one", *STRATEGIES])
 def test_exported_adapters_load_in_peft(runs: dict[str, Path], strategy: str) -> None:
     folder = runs[strategy] / "exported_adapter"
@@ -189,6 +201,7 @@ def test_exported_adapters_load_in_peft(runs: dict[str, Path], strategy: str) ->
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fsdp_from_the_command_line_trains_resumes_and_evaluates(tmp_path: Path) -> None:
     """Training with validation, pictures and checkpoints, a resume from `last`, then an evaluation."""
     folder = tmp_path / "two"
@@ -215,18 +228,19 @@ def test_a_strategy_that_would_break_rollouts_is_refused(tmp_path: Path, capsys:
     args = [f"--config={ROOT / 'configs/rlrt.yaml'}", *SMALL, f"--trainer.logger.save_dir={tmp_path}"]
     strategy = "--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"
     assert main(["fit", *args, strategy, "--trainer.accelerator=cpu", "--trainer.devices=1"]) == 2
-    assert "ModelParallelStrategy is not supported; take ddp" in capsys.readouterr().err
+    assert "ModelParallelStrategy is not supported; use ddp" in capsys.readouterr().err
 
 
 # -- stopped and failed ranks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stop_signal_to_one_rank_makes_all_ranks_save_and_stop(runs: dict[str, Path], tmp_path: Path) -> None:
     """During the updates, when each rank has micro-batches of its own left."""
-    (first, stderr), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "stops"), timeout=60)
+    (first, stderr), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "stops"))
     assert (first, second) == (143, 0)
     saved = tmp_path / "stops" / "checkpoints" / "last.ckpt"
-    assert f"saved after 3 optimizer steps as {saved}; go on with --ckpt_path last" in stderr
+    assert f"saved after 3 optimizer steps as {saved}; resume with --ckpt_path last" in stderr
     run_ranks(2, "fsdp2", str(tmp_path), f"resumed:after:{saved}")
     uninterrupted, resumed = recorded(runs["one"], "ema"), recorded(tmp_path, "after")
     assert len(resumed["gradients"]) == 1
@@ -237,25 +251,27 @@ def test_a_stop_signal_to_one_rank_makes_all_ranks_save_and_stop(runs: dict[str,
 
 
 def test_when_a_rank_fails_the_others_stop_and_report_the_cause(tmp_path: Path) -> None:
-    (first, stderr), (second, own) = finish(start(2, "ddp", str(tmp_path), "fails"), timeout=60)
+    (first, stderr), (second, own) = finish(start(2, "ddp", str(tmp_path), "fails"))
     assert first != 0
     assert second == 1
     assert "on fire" in own
     assert "rank 1 has failed (ValueError: the disk of the second rank is on fire)" in stderr
 
 
+@pytest.mark.slow
 def test_when_a_rank_is_killed_the_others_stop_and_name_it(tmp_path: Path) -> None:
-    (first, stderr), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "dies"), timeout=60)
+    (first, stderr), (second, _) = finish(start(2, "fsdp2", str(tmp_path), "dies"))
     assert second == -signal.SIGKILL
     assert first not in (0, -signal.SIGKILL)
-    assert "of rank 1" in stderr
+    assert re.search("rank 1 (does|did) not respond", stderr)
     assert "--ckpt_path last" in stderr
 
 
+@pytest.mark.slow
 def test_when_a_rank_hangs_the_others_stop_after_the_timeout(tmp_path: Path) -> None:
     processes = start(2, "ddp", str(tmp_path), "hangs")
-    code, stderr = finish(processes[:1], timeout=60)[0]
+    code, stderr = finish(processes[:1])[0]
     os.kill(processes[1].pid, signal.SIGKILL)
     processes[1].communicate()
     assert code == 3
-    assert "nothing was heard of rank 1 for 10 s" in stderr
+    assert "rank 1 did not respond for 10 s" in stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlrt_lightning.tasks import ExactMatch, MathReward, Problem
-from rlrt_lightning.tasks.answers import canonical, readable, respelled, truths
+from rlrt_lightning.tasks.answers import canonical, normalized, readable, truths
 from tests.helpers.truths import TRUTHS
 
 
@@ -289,7 +289,7 @@ def test_canonical_spelling_is_idempotent():
         for text in [gold, *same, *different]:
             if isinstance(text, str):
                 assert canonical(canonical(text)) == canonical(text)
-                assert respelled(canonical(text)) == canonical(text)
+                assert normalized(canonical(text)) == canonical(text)
 
 
 def test_an_answer_far_longer_than_the_ground_truth_is_wrong():

@@ -25,7 +25,7 @@ from tests.helpers.epochs import fit_and_record
 
 NO_PROMPT = "no prompt in prompt"
 NO_ANSWER = "no answer in answer"
-NO_MESSAGES = "the prompt in prompt holds something else than messages with a role and a content in text"
+NO_MESSAGES = "the prompt in prompt has items that are not messages with a role and text content"
 BROKEN = "holds bytes that are not UTF-8, or half of a surrogate pair"
 TWICE = "the same id as an earlier row"
 USER = {"role": "user", "content": "1+1?"}
@@ -50,7 +50,10 @@ def flaws(i):
                 [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}],
             )
         ],
-        ({"prompt": [USER, {"role": "assistant", "content": "2"}]}, "the prompt in prompt does not end with a message"),
+        (
+            {"prompt": [USER, {"role": "assistant", "content": "2"}]},
+            "the prompt in prompt does not end with a user message",
+        ),
         *[({"answer": a}, NO_ANSWER) for a in (None, "", "\t", [], {}, [None], float("nan"), float("inf"))],
         *[({"prompt": f"half a pair {half}"}, f"prompt {BROKEN}") for half in ("\ud800", "\udfff", "\ud83d")],
         ({"prompt": [{"role": "user", "content": "\udc00"}]}, f"prompt {BROKEN}"),
@@ -204,7 +207,7 @@ def test_parquet_columns_of_unsupported_types_are_reported(tmp_path):
     assert "no usable row: rows 1, 2, 3, 4: no answer in empty (4 rows, such as null)" in error_of(
         "prompt", "empty", answer="empty"
     )
-    assert "1 of 4 rows cannot be used: row 2: a value that Python cannot hold" in error_of(
+    assert "1 of 4 rows cannot be used: row 2: a value that cannot be converted to Python" in error_of(
         "prompt", "price", "far", answer="price"
     )
     assert "1 of 4 rows cannot be used: row 2: text that is not UTF-8 (b'caf\\xe9')" in error_of(
@@ -326,9 +329,9 @@ class Broken(Task):
             r"data.task: Broken.problems\('train'\) failed: KeyError: .*no such file.*test_bad_data.py, line \d+",
         ),
         ("none", r"data.task: Broken.problems\('train'\) failed: TypeError"),
-        ("dicts", r"no Problem with a prompt in text or messages: {'prompt': 'a1'}"),
+        ("dicts", r"not a Problem with a prompt of text or messages: {'prompt': 'a1'}"),
         ("no prompt", r"failed: TypeError"),
-        ("surrogate", r"problem p: its prompt cannot be made tokens"),
+        ("surrogate", r"problem p: its prompt cannot be tokenized"),
     ],
 )
 def test_a_task_that_fails_to_load_its_problems_is_named(tmp_path, how, message):
@@ -351,6 +354,6 @@ def test_a_conversation_that_the_chat_template_refuses_is_named(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = DatasetTask(train=str(path), **{**COLUMNS, "id": None})
     with pytest.raises(
-        ConfigError, match="problem train-4: its prompt cannot be made tokens: RuntimeError: Conversation"
+        ConfigError, match="problem train-4: its prompt cannot be tokenized: RuntimeError: Conversation"
     ):
         fit_and_record(tmp_path, task, policy=Strict())

@@ -22,8 +22,8 @@ USER = {"role": "user", "content": "What's \\(2+2\\)?\nSay it."}
 ASSISTANT = {"role": "assistant", "content": "It is 4."}
 CHAT = [SYSTEM, USER]
 SHAREGPT = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": USER["content"]}]
-UNREADABLE = "looks like messages but is neither JSON nor Python's notation; write it as JSON"
-NO_MESSAGES = "holds something else than messages with a role and a content in text"
+UNREADABLE = "looks like messages but is neither JSON nor a Python literal; write it as JSON"
+NO_MESSAGES = "has items that are not messages with a role and text content"
 
 
 def read(path, **settings):
@@ -103,7 +103,7 @@ def test_conversations_are_read_from_objects(tmp_path, value, prompt):
         ("[{'role': 'user', 'content': array(['a'])}]", UNREADABLE),
         ("[{'role': 'user', 'content': __import__('os').abort()}]", UNREADABLE),
         ("[{'role': 'user', 'content': 'a' 'b'}]", UNREADABLE),
-        (repr([*CHAT, ASSISTANT]), "does not end with a message of the user"),
+        (repr([*CHAT, ASSISTANT]), "does not end with a user message"),
         (repr([*CHAT, {"role": "user"}]), NO_MESSAGES),
         (json.dumps([*CHAT, "2+2?"]), NO_MESSAGES),
         (json.dumps([{"from": "tool", "value": "x"}, *SHAREGPT]), NO_MESSAGES),
@@ -164,16 +164,19 @@ def test_solutions_of_every_type_become_text(tmp_path, value, solution):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"text": "x"}, "neither text, messages nor a list of texts but dict; name one of its keys, as in worked.text"),
+        (
+            {"text": "x"},
+            "neither text, messages nor a list of strings but dict; name one of its keys, as in worked.text",
+        ),
         (repr({"text": "x"}), "but dict; name one of its keys"),
         ([1, 2], "but list"),
         ([["First"], ["Second"]], "but list"),
         ([{"text": "x"}], "but list"),
         (repr([{"text": "x"}]), "but list"),
         (["a", {"b": 1}], "but list"),
-        (CHAT, "holds no message of the assistant"),
+        (CHAT, "has no assistant message"),
         ([{"role": "assistant", "content": None}], NO_MESSAGES),
-        (str(np.array(["First way", "Second way"])), "looks like a list of texts but is neither JSON nor Python's"),
+        (str(np.array(["First way", "Second way"])), "looks like a list of strings but is neither JSON nor a Python"),
         (str(np.array(CHAT, dtype=object)), UNREADABLE),
         ("\ud800", "not UTF-8"),
     ],

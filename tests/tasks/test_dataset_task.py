@@ -112,9 +112,9 @@ BAD = [
     (row([]), "no prompt in prompt"),
     (row([{"role": "user", "content": " "}]), "no prompt in prompt"),
     (row(7), "neither text nor a list of messages but int"),
-    (row(["hello"]), "something else than messages"),
-    (row([{"role": "user", "content": [{"type": "image"}]}]), "something else than messages"),
-    (row([*CHAT, {"role": "assistant", "content": "2"}]), "does not end with a message of the user"),
+    (row(["hello"]), "items that are not messages"),
+    (row([{"role": "user", "content": [{"type": "image"}]}]), "items that are not messages"),
+    (row([*CHAT, {"role": "assistant", "content": "2"}]), "does not end with a user message"),
     (row(answer=None), "no answer in reward_model.ground_truth"),
     (row(answer="  "), "no answer in reward_model.ground_truth"),
     (row(answer=float("nan")), "no answer in reward_model.ground_truth"),
@@ -203,7 +203,7 @@ def test_unreadable_sources_are_refused_in_one_line(tmp_path):
     path = write(tmp_path / "hopeless.jsonl", [row("")])
     with pytest.raises(ConfigError, match="no usable row: row 1: no prompt"):
         read(path, bad_rows="skip")
-    with pytest.raises(ConfigError, match="`heldout` is not given"):
+    with pytest.raises(ConfigError, match="set `heldout` to a data source"):
         DatasetTask(train=path).problems("heldout")
 
 

@@ -137,9 +137,9 @@ def test_answers_are_judged_in_worker_processes():
     [
         ({"name": "chain_sums"}, "no task 'chain_sums'; did you mean chain_sum"),
         ({"name": "qqqqqqq"}, "one of .*chain_sum"),
-        ({"name": "chain_sum", "config": {"terms": 3}}, "chain_sum refuses config or size: .*'terms'"),
+        ({"name": "chain_sum", "config": {"terms": 3}}, "chain_sum rejects config or size: .*'terms'"),
         ({"name": "chain_sum", "config": {"min_terms": 0}}, "min_terms must be positive"),
-        ({"name": "chain_sum", "config": {"seed": 0}}, "config must not hold 'seed'"),
+        ({"name": "chain_sum", "config": {"seed": 0}}, "config must not contain 'seed'"),
         ({"name": "chain_sum", "size": 0}, "size must be"),
         ({"name": "chain_sum", "heldout": -1}, "heldout must be"),
     ],

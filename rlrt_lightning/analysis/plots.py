@@ -1,4 +1,4 @@
-"""How figures look: colours that colour-blind readers tell apart, lines and hatches that tell in black and white."""
+"""Plot styles: colors that are distinguishable with color blindness; line styles and hatches for black and white."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlrt_lightning.runtime.errors import ConfigError
 
 
 class Style(NamedTuple):
-    """How one of several things that are compared is drawn."""
+    """The style of one of the compared series."""
 
     color: str
     linestyle: Any
@@ -18,7 +18,7 @@ class Style(NamedTuple):
     hatch: str
 
 
-STYLES = [  # colours by Okabe and Ito, 2008
+STYLES = [  # colors from Okabe and Ito, 2008
     Style("#0072B2", "-", "o", ""),
     Style("#D55E00", (0, (5, 1.5)), "s", "//"),
     Style("#009E73", (0, (1, 1)), "^", ".."),
@@ -32,20 +32,20 @@ STYLES = [  # colours by Okabe and Ito, 2008
 
 
 def style(number: int) -> Style:
-    """The style of the thing that comes at a place."""
+    """The style of series `number`; styles repeat."""
     return STYLES[number % len(STYLES)]
 
 
 def panels(titles: Sequence[str], width: float = 3.1, height: float = 2.5) -> tuple[Any, list[Any]]:
-    """A figure with a panel for each title, side by side, at most three in a row.
+    """Creates a figure with one panel per title, at most three per row.
 
     Args:
-        titles: What stands over the panels.
-        width: Of each, in inches.
-        height: Of each, in inches.
+        titles: Titles of the panels.
+        width: Width of a panel, in inches.
+        height: Height of a panel, in inches.
 
     Returns:
-        The matplotlib figure and its panels' axes.
+        The matplotlib figure and the axes of its panels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,24 +66,24 @@ def panels(titles: Sequence[str], width: float = 3.1, height: float = 2.5) -> tu
 
 
 def legend(figure: Any, axis: Any) -> None:
-    """Puts the names of what an axis shows below all panels."""
+    """Adds a legend for the series of one axis below all panels."""
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), fontsize=8, frameon=False)
 
 
-def fresh(out: Path, name: str) -> Path:
-    """Makes a folder ready for figures and tables whose names begin with a name.
+def prepare_folder(out: Path, name: str) -> Path:
+    """Creates the output folder if needed, and checks that no file would be overwritten.
 
     Args:
         out: The folder.
-        name: The name.
+        name: Base name of the plots and tables.
 
     Raises:
-        ConfigError: If it has some already, which would be overwritten.
+        ConfigError: If the folder already has files with this base name.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if there := sorted(path for pattern in (f"{name}.*", f"{name}_summary.*") for path in out.glob(pattern)):
-        raise ConfigError(f"out: {there[0]} is there already and would be overwritten; name another folder by --out")
+    if existing := sorted(path for pattern in (f"{name}.*", f"{name}_summary.*") for path in out.glob(pattern)):
+        raise ConfigError(f"out: {existing[0]} already exists and would be overwritten; set --out to another folder")
     return out
 
 
