@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlrt_lightning import ConfigError, Policy
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.callbacks.evaluation import _cell
+from rlrt_lightning.callbacks.evaluation import _escape_cell
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, html_page
 from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, _Server, server_command
@@ -193,7 +193,7 @@ def test_markup_in_completions_is_escaped() -> None:
     page = html_page(text, [Scored(text, text, text, 1.0, [Token(text, 1.0, -1.0, -2.0, 1.0, 1.0)])])
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 6
-    cell = _cell(text)
+    cell = _escape_cell(text)
     assert cell[1:-1].count("`") == cell.count("|") == 0
 
 
