@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Shared fixtures and settings of the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from rlrt_lightning.__main__ import EXPECTED_WARNINGS
 
-# Random examples are the same in every run; `--hypothesis-profile=random` looks for new ones.
+# Random examples are the same in every run; `--hypothesis-profile=random` searches for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("random", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("fixed")
@@ -31,7 +31,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a test writes to the current folder does not land in the checkout."""
+    """Runs the tests in a temporary folder, so that none of them writes to the checkout."""
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("current"))
     yield
@@ -40,10 +40,10 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_process_group() -> Iterator[None]:
-    """A strategy of several ranks that ran in this process leaves no trace for the tests after it.
+    """Cleans up after a multi-rank strategy that ran in this process.
 
-    Lightning's launcher sets the variables also for a single rank. A run of two ranks that inherits them waits forever
-    for a second rank, which it believes to be started by somebody else. vLLM's groups live as long as the process.
+    Lightning's launcher sets the variables even for a single rank. A run of two ranks that inherits them would wait
+    forever for a second rank that another process should start. vLLM's groups live as long as the process.
     """
     before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     yield
@@ -57,6 +57,6 @@ def no_process_group() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Every other warning is an error (pyproject.toml); these are expected also where a test needs no command line."""
+    """Other warnings are errors (pyproject.toml); these are also expected in tests without a command line."""
     for message in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")

@@ -1,4 +1,4 @@
-"""Every setting with values that it cannot have: one line that names it, and exit code 2, before any rollout."""
+"""Invalid values of every setting: one line that names it, and exit code 2, before any rollout."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ VALID = {
     "checkpoint.every_n_train_steps": "0",
     "checkpoint.every_n_epochs": "0",
 }
-"""What looks wrong and is not: no limit, or switched off."""
+"""Values that look invalid and are not: they mean no limit, or switch something off."""
 
 QUICK = ["--trainer.logger=false", "--data.task.heldout=4", "--trainer.enable_checkpointing=true"]
 
 
 class Ready(RLRTCli):
-    """Goes as far as a run goes before its first rollout."""
+    """Does all that a run does before its first rollout."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.datamodule.trainer = self.model.trainer = self.trainer
@@ -68,12 +68,12 @@ class Ready(RLRTCli):
         finally:
             self.datamodule.teardown("fit")
 
-    def again(self, *words: str) -> int:
-        """Another command line on the same parser, which takes a fifth of a second to build."""
+    def run_args(self, *args: str) -> int:
+        """Runs another command line on the same parser, which takes 0.2 s to build; returns the exit code."""
 
         def command() -> None:
             self._failure = None
-            self.config = self.parser.parse_args(["fit", *QUICK, *words])
+            self.config = self.parser.parse_args(["fit", *QUICK, *args])
             self.before_instantiate_classes()
             self.instantiate_classes()
             self.after_instantiate_classes()
@@ -100,7 +100,7 @@ def settings(cli: RLRTCli) -> Iterator[tuple[str, set[Any]]]:
 
 
 def flat(type_: Any) -> Iterator[Any]:
-    """The plain types among those that a type allows; `Literal` stands for what has a list of values."""
+    """The plain types that a type allows; `Literal` stands for a list of values."""
     if get_origin(type_) in (Literal, list, tuple, dict):
         yield get_origin(type_)
     elif args := get_args(type_):
@@ -110,44 +110,46 @@ def flat(type_: Any) -> Iterator[Any]:
         yield type_
 
 
-def refused(cli: Ready, capsys: pytest.CaptureFixture[str], setting: str, value: str) -> str:
-    """Why it is not right: an empty string where it is refused in one line that names the setting."""
+def refusal_defect(cli: Ready, capsys: pytest.CaptureFixture[str], setting: str, value: str) -> str:
+    """What is wrong with the refusal of a value; empty if one line names the setting."""
     capsys.readouterr()
     try:
-        code = cli.again(f"--{setting}={value}")
+        code = cli.run_args(f"--{setting}={value}")
     except Exception as error:
         return f"{setting}={value}: {type(error).__name__}: {error}"
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Loading weights")]
-    one = code == 2 and len(said) == 1 and said[0].startswith("error: ") and len(said[0]) < 600
-    return "" if one and setting in said[0] else f"{setting}={value}: {code}, {said}"
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Loading weights")]
+    one = code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 600
+    return "" if one and setting in lines[0] else f"{setting}={value}: {code}, {lines}"
 
 
 @pytest.mark.parametrize(("most", "tried"), [(1, 40), pytest.param(None, 90, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
-def test_numbers_out_of_range(most: int | None, tried: int, cli: Ready, capsys: pytest.CaptureFixture[str]) -> None:
-    """For each setting one of them, or all."""
+def test_numbers_out_of_range_are_refused_by_name(
+    most: int | None, tried: int, cli: Ready, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With one value for each setting, or with all."""
     wrong = []
     for setting, types in settings(cli):
         values = {value for type_, numbers in NUMBERS.items() if type_ in types for value in numbers}
         values -= set(VALID.get(setting, "").split())
-        wrong += [refused(cli, capsys, setting, value) for value in sorted(values)[:most]]
+        wrong += [refusal_defect(cli, capsys, setting, value) for value in sorted(values)[:most]]
     assert not [w for w in wrong if w]
     assert len(wrong) > tried
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_values_of_another_type(cli: Ready, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_of_a_wrong_type_are_refused_by_name(cli: Ready, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = [
-        refused(cli, capsys, setting, "certainly_not")
+        refusal_defect(cli, capsys, setting, "certainly_not")
         for setting, types in settings(cli)
-        if not types & {str, Path, Any}  # text may be a name or a path there
+        if not types & {str, Path, Any}  # any text may be a valid name or path
     ]
     assert not [w for w in wrong if w]
     assert len(wrong) > 110
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         (["--model.optimizer.lr=-1"], "model.optimizer.lr: Invalid learning rate: -1.0"),
         (["--model.optimizer.lr=.inf"], "model.optimizer.lr is inf; it has to be a finite number"),
@@ -189,41 +191,45 @@ def test_values_of_another_type(cli: Ready, capsys: pytest.CaptureFixture[str]) 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_said(cli: Ready, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
-    assert cli.again(*words) == 2
-    assert f"error: {said}" in capsys.readouterr().err
+def test_invalid_values_give_the_expected_message(
+    cli: Ready, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    assert cli.run_args(*args) == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("logger", "package"), [("CometLogger", "comet-ml"), ("WandbLogger", "wandb")])
-def test_packages_that_are_not_installed(
+def test_a_logger_without_its_package_names_the_install_command(
     cli: Ready, capsys: pytest.CaptureFixture[str], logger: str, package: str
 ) -> None:
     if find_spec(package.replace("-", "_")):
         pytest.skip(f"{package} is installed")
-    assert cli.again(f"--trainer.logger={logger}") == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: trainer.logger: ")
-    assert f"pip install -U '{package}" in said
-    assert "Namespace" not in said
+    assert cli.run_args(f"--trainer.logger={logger}") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: trainer.logger: ")
+    assert f"pip install -U '{package}" in line
+    assert "Namespace" not in line
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_folders_that_cannot_be_made(cli: Ready, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused(
+    cli: Ready, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
-    assert cli.again("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}/file/x") == 2
+    assert cli.run_args("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}/file/x") == 2
     assert "error: trainer.logger.save_dir: " in capsys.readouterr().err
 
 
-def test_the_seed_of_the_environment(
+def test_an_invalid_seed_in_the_environment_is_refused(
     cli: Ready, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "many")
-    assert cli.again("--seed_everything=true") == 2
+    assert cli.run_args("--seed_everything=true") == 2
     assert "error: seed_everything: the environment's PL_GLOBAL_SEED is many" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "it is empty"),
         ("# model: {}", "it is empty"),
@@ -251,29 +257,29 @@ def test_the_seed_of_the_environment(
         ),
     ],
 )
-def test_config_files(
-    cli: Ready, capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | bytes, said: str
+def test_invalid_config_files_are_refused(
+    cli: Ready, capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | bytes, message: str
 ) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert cli.again(f"--config={file}") == 2
+    assert cli.run_args(f"--config={file}") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert said in line
+    assert message in line
 
 
-def test_config_files_that_are_not_there(cli: Ready, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_config_files_are_refused(cli: Ready, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "rlrt.yaml").write_text("model: {clip_low: 0.1}")
-    for words, said in (
+    for args, message in (
         ([f"--config={tmp_path}/rltr.yaml"], f"there is no such file (did you mean {tmp_path}/rlrt.yaml?)"),
         (["--config", str(tmp_path)], "it is a folder; name a file in it"),
         (["--config="], "--config: give the name of a file"),
         (["--config"], "--config: give the name of a file"),
     ):
-        assert cli.again(*words) == 2
-        assert said in capsys.readouterr().err
+        assert cli.run_args(*args) == 2
+        assert message in capsys.readouterr().err
 
 
-def test_what_is_given() -> None:
+def test_given_lists_the_settings_of_configs_and_flags_in_order() -> None:
     config = "{model: {method: {class_path: RLSD, init_args: {lam: 0.2}}}, trainer: {callbacks: [{class_path: A}]}}"
     flags = ["--model.method.init_args.lam=0.3", "--trainer.callbacks+=B", "--data.ahead", "true"]
     assert given(["fit", "--config", config, *flags]) == [
@@ -288,7 +294,7 @@ def test_what_is_given() -> None:
 
 
 class OfTheUser(Callback):
-    """Fails in the way that it is told."""
+    """A user's callback that fails in the given way."""
 
     def __init__(self, how: str = "", limit: int = 0) -> None:
         if how == "refuses":
@@ -304,15 +310,15 @@ class OfTheUser(Callback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_faults_in_code_keep_their_traceback(cli: Ready, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_in_user_code_keep_their_traceback(cli: Ready, capsys: pytest.CaptureFixture[str]) -> None:
     name = f"--trainer.callbacks+={__name__}.OfTheUser"
-    assert cli.again(name, "--trainer.callbacks.how=refuses", "--trainer.callbacks.limit=3") == 2
+    assert cli.run_args(name, "--trainer.callbacks.how=refuses", "--trainer.callbacks.limit=3") == 2
     assert "error: trainer.callbacks.limit: limit is 3" in capsys.readouterr().err
-    assert cli.again(name, "--trainer.callbacks.limits=3") == 2
+    assert cli.run_args(name, "--trainer.callbacks.limits=3") == 2
     assert "OfTheUser has no setting limits (did you mean limit?)" in capsys.readouterr().err
     for how, error in (("calls itself wrongly", TypeError), ("looks for a key", KeyError)):
         with pytest.raises(error):
-            cli.again(name, f"--trainer.callbacks.how={how}")
+            cli.run_args(name, f"--trainer.callbacks.how={how}")
     with pytest.raises(RuntimeError, match="user's own code"):
         main(["fit", *QUICK, name, "--trainer.num_sanity_val_steps=0"])
 
@@ -330,7 +336,7 @@ SMALL = [
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_lightning_finds_out_late(
+def test_errors_that_lightning_finds_late_are_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nowhere"]
@@ -340,7 +346,7 @@ def test_what_lightning_finds_out_late(
 
     monkeypatch.setattr("lightning.pytorch.callbacks.device_stats_monitor._PSUTIL_AVAILABLE", False)
     monkeypatch.setattr("rlrt_lightning.cli.refusals.find_spec", lambda name: None)
-    monkeypatch.setattr(RolloutDataModule, "draw", None)  # it ends before that
+    monkeypatch.setattr(RolloutDataModule, "draw", None)  # the run ends before it draws
     logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
     assert main(["fit", *QUICK, *logger, *SMALL, "--trainer.callbacks+=DeviceStatsMonitor"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -348,10 +354,10 @@ def test_what_lightning_finds_out_late(
     assert line.endswith("; pip install psutil")
 
 
-def test_misspelt_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_command_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fti"]) == 2
-    assert "there is no command fti; choose from fit, validate" in (said := capsys.readouterr().err)
-    assert "(did you mean fit?)" in said
+    assert "there is no command fti; choose from fit, validate" in (err := capsys.readouterr().err)
+    assert "(did you mean fit?)" in err
 
 
 def test_a_process_ends_with_exit_code_2_and_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Matrices of which CI tests a part."""
+"""Marks for parametrized tests of which CI runs a part."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 import pytest
 
 
-def in_part(values: Iterable[Any], *in_ci: Any) -> list[Any]:
-    """All values for `parametrize`, where those that CI leaves out are marked as slow."""
+def slow_except(values: Iterable[Any], *in_ci: Any) -> list[Any]:
+    """All values for `parametrize`; those that are not in `in_ci` are marked as slow."""
     return [value if value in in_ci else pytest.param(value, marks=pytest.mark.slow) for value in values]
