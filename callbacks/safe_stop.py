@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rlrt_lightning.runtime.checkpoints import PART, WholeCheckpointIO, check_writable, remove
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.private.lightning import saves_within_epochs
 from rlrt_lightning.runtime.run_files import run_folder
 from rlrt_lightning.runtime.stopping import Stop
 
@@ -37,12 +38,10 @@ class SafeStop(Callback):
 
     def __init__(self) -> None:
         self._saved = 0  # optimizer steps that are in the newest checkpoint
-        self._requeue: Any = None
-        self._asked_to_requeue = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listens, and checks that checkpoints can be written and resumed exactly."""
-        self._listen(trainer)
+        _data(trainer).stop_signal.begin()
         adopt(trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(trainer)
         if stage != "fit":
@@ -53,12 +52,7 @@ class SafeStop(Callback):
         for callback in _checkpoints(trainer):
             if callback.dirpath is None and trainer.logger is None:
                 callback.dirpath = str(folder / "checkpoints")
-            inexact = {
-                "every_n_train_steps": callback._every_n_train_steps,
-                "train_time_interval": callback._train_time_interval,
-                "save_on_exception": callback.save_on_exception,
-            }
-            for name, value in inexact.items():
+            for name, value in saves_within_epochs(callback).items():
                 if value:
                     raise ConfigError(
                         f"checkpoint.{name} saves where a run cannot be resumed exactly; set checkpoint.every_n_epochs "
@@ -67,21 +61,9 @@ class SafeStop(Callback):
             if trainer.is_global_zero and "://" not in str(callback.dirpath):
                 check_writable(Path(callback.dirpath or folder))
 
-    def _listen(self, trainer: Trainer) -> None:
-        # In place of Lightning's own functions, which go through torch.distributed in the middle of whatever is going
-        # on, end the epoch between two micro-batches of one optimizer step, and save wherever the signal finds them.
-        # Which signals there are, and what their handlers were before, stays with Lightning.
-        signals = cast(Any, trainer)._signal_connector
-        stop = _data(trainer).stop_signal
-        stop.number, self._asked_to_requeue = None, False
-        self._requeue = type(signals)._slurm_sigusr_handler_fn.__get__(signals)
-
-        def requeue(number: int, frame: Any) -> None:
-            self._asked_to_requeue = True
-            stop.receive(number)
-
-        signals._sigterm_notifier_fn = lambda number, frame: stop.receive(number)
-        signals._slurm_sigusr_handler_fn = requeue
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens also where the run was resumed in the middle of an epoch, so that no phase of one comes first."""
+        _data(trainer).stop_signal.listen(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Knows what is saved."""
@@ -113,8 +95,9 @@ class SafeStop(Callback):
             progress.reset()
             progress.increment_ready()
             progress.increment_started()
-        if trainer.strategy.broadcast(self._asked_to_requeue):
-            self._requeue(signal.SIGUSR1, None)
+        stop = _data(trainer).stop_signal
+        if trainer.strategy.broadcast(stop.requeue_asked) and stop.requeue is not None:
+            stop.requeue()
             return f"saved after {step} optimizer steps, and asked SLURM to start the job again"
         if step == self._saved:
             return f"all {step} optimizer steps are saved; {RESUME}" if step else "nothing was trained yet"

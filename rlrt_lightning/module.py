@@ -329,7 +329,7 @@ class RLRTModule(LightningModule):
         if isinstance(self.policy.model, FSDPModule):
             return  # by an earlier fit or validate of this trainer
         for own in (self.policy, self.teacher):
-            if "model" in own._modules:
+            if hasattr(own, "model"):
                 strategy.shard(cast(Any, own.model))
         if self.teacher.adapters is not None:
             self.teacher.adapters.copy(self.policy.model)  # in the same shards

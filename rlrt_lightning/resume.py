@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from rlrt_lightning.objective import TeacherWeights
 from rlrt_lightning.policy.model import EMBEDDED
@@ -169,7 +170,7 @@ def of_object(value: Any, name: str, leave_out: Sequence[str] = ()) -> Settings:
 
 def _kept(value: Any, parameter: str) -> Any:
     """An attribute without running a property's code; modules of torch keep theirs apart."""
-    of = {**vars(value), **vars(value).get("_modules", {})}
+    of = {**vars(value), **(dict(value.named_children()) if isinstance(value, nn.Module) else {})}
     return of.get(parameter, of.get(f"_{parameter}", inspect.Parameter.empty))
 
 

@@ -25,6 +25,8 @@ from rlrt_lightning.runtime.seeding import generator
 from rlrt_lightning.tasks.base import Messages, Problem
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlrt_lightning.policy.model import Policy
 
 _SOLVE = "\n\nNow solve the problem yourself, step by step."
@@ -82,6 +84,9 @@ class Teacher(nn.Module):
             scores: frees the GPU of them while the policy is trained, and sends them twice an epoch.
     """
 
+    model: PreTrainedModel
+    """Its own weights, where it has a whole copy; not set otherwise."""
+
     def __init__(
         self,
         template: str | None = None,
@@ -117,11 +122,11 @@ class Teacher(nn.Module):
     def load(self, policy: Policy) -> None:
         """Takes a copy of the policy's weights where the teacher needs its own: of the adapters alone where the policy
         has some, and of nothing where these are initial ones. A copy that an earlier run needed is given back."""
-        if self.weights == "policy":
-            self._modules.pop("model", None)
+        if self.weights == "policy" and hasattr(self, "model"):
+            del self.model
         if self.adapters is not None and (self.weights == "policy" or self.adapters.off != (self.weights == "initial")):
             self.adapters = None
-        if self.weights == "policy" or self.adapters is not None or "model" in self._modules:
+        if self.weights == "policy" or self.adapters is not None or hasattr(self, "model"):
             return
         if policy.lora is not None:
             self.adapters = TeacherAdapters(policy.model, off=self.weights == "initial")
@@ -131,7 +136,7 @@ class Teacher(nn.Module):
     @contextmanager
     def _at_work(self, device: torch.device) -> Iterator[None]:
         """Brings a copy that rests on the CPU to the policy's device, and back."""
-        if not self.rest_on_cpu or "model" not in self._modules:
+        if not self.rest_on_cpu or not hasattr(self, "model"):
             yield
             return
         move_weights(self.model, device)

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlrt_lightning.cli.given import Given, given, meant
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, first_line
+from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, value_type
 
 COMMANDS = "fit, validate, test, predict, reflection, shift, serve, curves or pass_at_k"
 
@@ -73,11 +74,12 @@ class RLRTParser(LightningArgumentParser):
         """See `jsonargparse.ArgumentParser.parse_args`; config files are looked at first."""
         if not self.class_name:
             RLRTParser.given = given(args or ())
-            groups = {action.dest.rpartition(".")[0] for parser in self._parsers() for action in parser._actions}
+            groups = {action.dest.rpartition(".")[0] for parser in self._parsers() for action in actions(parser)}
             for name, value in self.given:
                 if name in groups and not isinstance(value, (dict, str)):
                     raise ConfigError(f"{name}: it has to hold settings by name; it is {_yaml(value)}")
-        return super().parse_args(args, *more, **kwargs)
+        with own_defaults():
+            return super().parse_args(args, *more, **kwargs)
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """See `jsonargparse.ArgumentParser.dump`, which also answers `--print_config`."""
@@ -126,23 +128,23 @@ class RLRTParser(LightningArgumentParser):
         return _Wrong((), message)
 
     def _type(self, key: str) -> Any:
-        """The type of a setting. jsonargparse has no public name for it; without it the line says less."""
+        """The type of a setting."""
         for parser in self._parsers():
-            for action in parser._actions:
+            for action in actions(parser):
                 if action.dest == key:
-                    return getattr(action, "_typehint", action.type)
+                    return value_type(action)
         return None
 
     def _settings(self) -> Iterator[str]:
         """Names of all settings, those of the classes that are the defaults included."""
         for parser in self._parsers():
-            for action in parser._actions:
+            for action in actions(parser):
                 yield from (option.removeprefix("--") for option in action.option_strings)
                 if isinstance(action.default, dict):
                     yield from (f"{action.dest}.{name}" for name in action.default.get("init_args", {}))
 
     def _parsers(self) -> list[Any]:
-        commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        commands = [action.choices for action in actions(self) if isinstance(action.choices, dict)]
         return [self, *(parser for choices in commands for parser in choices.values())]
 
 

@@ -124,12 +124,17 @@ class TeacherAdapters(nn.Module):
     @contextmanager
     def within(self, model: nn.Module) -> Iterator[None]:
         """Computes with these adapters in place of the model's own."""
-        change = self._switch if self.off else self._exchange
-        change(model)
+        if self.off:
+            _scale(model, 0.0)  # not peft's `enable_adapters`, which also changes what requires a gradient
+        else:
+            self._exchange(model)
         try:
             yield
         finally:
-            change(model)
+            if self.off:
+                _scale(model, 1.0)
+            else:
+                self._exchange(model)
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
@@ -139,14 +144,14 @@ class TeacherAdapters(nn.Module):
             b.copy_(a)
             a.copy_(kept)
 
-    @staticmethod
-    def _switch(model: nn.Module) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                # Not `enable_adapters`, which also changes what requires a gradient.
-                layer._disable_adapters = not layer._disable_adapters
+def _scale(model: nn.Module, factor: float) -> None:
+    """Multiplies what the adapters add; at 0 the outputs are exactly those of the model without them."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", factor)
 
 
 def _adapters(model: nn.Module) -> list[Tensor]:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from rlrt_lightning.runtime.checkpoints import no_code, written_aside
 from rlrt_lightning.runtime.errors import ConfigError, first_line
+from rlrt_lightning.runtime.private.lightning import shard_over_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +62,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timedelta(seconds=timeout_s),
         )
         self.reshard_after_forward = reshard_after_forward
+        self.save_distributed_checkpoint = save_distributed_checkpoint
 
     @property
     def _computes_in_bf16(self) -> bool:
@@ -69,12 +71,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """See `Strategy.setup_environment`."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over_all_ranks(self)
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """See `Strategy.save_checkpoint`. Written aside and then renamed, so that what bears the name is complete."""
-        if not self._save_distributed_checkpoint:
+        if not self.save_distributed_checkpoint:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
@@ -131,16 +133,14 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description=(FSDP2Strategy.__d
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers: what transformers says is not to be split, or the longest list of modules.
+    """The decoder's layers: the longest list of modules, those within other lists (experts of a layer) aside.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If there is none.
     """
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        layers = list(max(lists, key=len, default=[]))
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    layers = list(max(outer, key=len, default=[]))
     if not layers:
         raise ConfigError(f"trainer.strategy: no decoder layers to shard were found in {type(model).__name__}")
     return layers

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException, metadata
 
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +34,6 @@ DISK = {
 
 SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """The variable by which torch.load runs no code of a file, whatever its caller has asked for."""
-
-PLAIN = {("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-"""What the index of a folder of shards names beside classes of its own, sizes, types and paths."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -189,7 +187,7 @@ class _Index(pickle.Unpickler):
             (isinstance(own, type) and own.__module__ == metadata.__name__)
             or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
             or (module.startswith("pathlib") and name in ("Path", "PosixPath", "WindowsPath"))
-            or (module, name) in PLAIN
+            or (module, name) in INDEX_CLASSES
         )
         if not plain:
             raise pickle.UnpicklingError(f"{module}.{name}")

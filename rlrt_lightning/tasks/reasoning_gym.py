@@ -6,6 +6,7 @@ import difflib
 import random
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rlrt_lightning.runtime.errors import ConfigError
@@ -26,8 +27,8 @@ class ReasoningGym(Task):
     Problems are made on demand, the same ones for the same settings. The held-out problems are the generator's first
     and the training problems those after them, so that no draw is used twice; a generator with few possible problems
     may still draw the same one for both. The reward is the scorer's, from 0 to 1; a completion is correct at 1. Some
-    scorers give the answer to `eval`: in this process, reasoning-gym and sympy's parser then know literals and
-    mathematics only, so that no completion is run.
+    scorers give the answer to `eval`: in the verifier's processes, reasoning-gym and sympy's parser know literals and
+    mathematics only, so that no completion is run; a release of theirs with which one would be is refused.
 
     Args:
         name: Name of the task in reasoning-gym, such as `chain_sum`.
@@ -69,9 +70,10 @@ class ReasoningGym(Task):
         self.instruction = instruction
         self.pattern = pattern
         self._generator: Any = None
+        self._closed = False  # whether answers cannot be run in this process
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": None}  # some generators do not pickle
+        return {**self.__dict__, "_generator": None, "_closed": False}  # some generators do not pickle
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split, each made when it is asked for."""
@@ -85,15 +87,22 @@ class ReasoningGym(Task):
         if not found:
             return Verdict(0.0, False, message="no answer where pattern looks for one")
         answer = found[-1].strip()
-        reward = float(self._make_generator().score_answer(answer=answer, entry=problem.info))
+        reward = float(self._score(answer, problem.info))
         message = "right" if reward >= 1 else f"scored {reward:g}"
         if reward < 1 and problem.answer is not None:  # some tasks only have a scorer
             message += f": an answer is {problem.answer}"
         return Verdict(reward, reward >= 1, answer, message)
 
     def warm_up(self) -> None:
-        """Imports reasoning-gym and makes the generator."""
-        self._make_generator()
+        """Imports reasoning-gym, makes the generator, and sees to it that its scorer runs no answer."""
+        generator = self._make_generator()
+        close_eval(partial(generator.score_answer, entry=generator[0]))
+        self._closed = True
+
+    def _score(self, answer: str, entry: dict[str, Any]) -> float:
+        if not self._closed:
+            self.warm_up()
+        return self._make_generator().score_answer(answer=answer, entry=entry)
 
     def _make_generator(self) -> Any:
         if self._generator is None:
@@ -113,7 +122,6 @@ class ReasoningGym(Task):
                 self._generator = create_dataset(self.name, seed=seed, size=self.heldout + self.size, **self.config)
             except (TypeError, ValueError, AssertionError) as error:
                 raise ConfigError(f"reasoning-gym's task {self.name} refuses config or size: {error}") from None
-            close_eval()
         return self._generator
 
     def _problem(self, number: int) -> Problem:
