@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 def main() -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from rlrt_lightning.analysis.events import scalars
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder with a run's TensorBoard events")
-    log = EventAccumulator(str(parser.parse_args().run)).Reload()
+    curves = scalars(parser.parse_args().run)
     phases = {
-        tag.removeprefix("time/"): [event.value for event in log.Scalars(tag)]
-        for tag in log.Tags()["scalars"]
+        tag.removeprefix("time/"): [value for _, value in curve]
+        for tag, curve in curves.items()
         if tag.startswith("time/")
     }
     total = [sum(epoch) for epoch in zip(*phases.values(), strict=True)]

@@ -12,8 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from rlrt_lightning.runtime.checkpoints import PART, WholeCheckpointIO, check_writable, remove
+from rlrt_lightning.runtime.checkpoints import WholeCheckpointIO, check_writable
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import PART, remove
 from rlrt_lightning.runtime.private.lightning import saves_within_epochs
 from rlrt_lightning.runtime.run_files import run_folder
 from rlrt_lightning.runtime.stopping import Stop

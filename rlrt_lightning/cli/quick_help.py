@@ -11,11 +11,12 @@ import io
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from rlrt_lightning.runtime.files import write_whole
 
 MAKERS = ("lightning", "jsonargparse", "torch", "docstring-parser", "typeshed-client", "rich-argparse")
 """Whose releases change the text, beside our own files."""
@@ -42,10 +43,7 @@ def show(words: Sequence[str], make: Callable[[], object]) -> None:
         make()
     print(made.getvalue(), end="")
     with suppress(OSError):  # a home that cannot be written to: it takes the long way again
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False, encoding="utf-8") as aside:
-            aside.write(made.getvalue())
-        os.replace(aside.name, kept)
+        write_whole(kept, made.getvalue())
 
 
 def folder() -> Path:

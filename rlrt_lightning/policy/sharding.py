@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from rlrt_lightning.runtime.checkpoints import no_code, written_aside
+from rlrt_lightning.runtime.checkpoints import checkpoint_aside, no_code
 from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.runtime.private.lightning import shard_over_all_ranks
 
@@ -81,7 +81,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
-            with written_aside(path) as aside:
+            with checkpoint_aside(path) as aside:
                 self.broadcast(aside)
                 super().save_checkpoint(checkpoint, aside, storage_options)
                 self.barrier()

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import pickle
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,12 +16,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException, metadata
 
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import BEFORE, PART, written_aside
 from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
 
 log = logging.getLogger(__name__)
-
-PART, BEFORE = ".part", ".before"
-"""What the name of a checkpoint ends in while it is written, and that of the one before while they change places."""
 
 DISK = {
     getattr(errno, name)
@@ -49,28 +46,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # object stores show a file when it is complete
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with written_aside(Path(path)) as aside, aside.open("wb") as file:
+        with checkpoint_aside(Path(path)) as aside, aside.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write what is to be found at a path: it gets its name when it is complete.
+def checkpoint_aside(path: Path) -> Iterator[Path]:
+    """`written_aside` for a checkpoint.
 
     Raises:
         ConfigError: If it cannot be written; nothing of it is left, and what was at the path is still there.
     """
-    aside = path.with_name(path.name + PART)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(aside)
-        yield aside
-        _rename(aside, path)
+        with written_aside(path) as aside:
+            yield aside
     except BaseException as error:
-        with suppress(OSError):
-            remove(aside)
         if (reason := disk_error(error)) is not None:
             raise ConfigError(
                 f"the checkpoint {path} cannot be written: {reason}; what was saved before it is untouched: make room, "
@@ -88,37 +80,6 @@ def disk_error(error: BaseException | None) -> str | None:
             return next((reason for e, _ in error.failures.values() if (reason := disk_error(e)) is not None), None)
         error = error.__cause__ or error.__context__
     return None
-
-
-def _rename(aside: Path, path: Path) -> None:
-    """Gives a complete checkpoint its name; a folder cannot take a name in one go."""
-    before = path.with_name(path.name + BEFORE)
-    if (path.is_dir() and not path.is_symlink()) or (aside.is_dir() and path.exists()):
-        remove(before)
-        path.rename(before)
-    os.replace(aside, path)
-    remove(before)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Has the names in a folder reach the disk, where that can be asked for: Windows opens no folders."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
