@@ -138,7 +138,7 @@ def _written(path: Path) -> int:
     return (last if last.exists() else path).stat().st_mtime_ns
 
 
-class _Index(pickle.Unpickler):
+class Index(pickle.Unpickler):
     """The index of a folder of shards, which torch unpickles as it is: here, without what could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -184,7 +184,7 @@ def problem(path: Path, resume: bool) -> str | None:
     try:
         if sharded:
             with (path / ".metadata").open("rb") as file:
-                _Index(file).load()
+                Index(file).load()
         found = torch.load(path / "meta.pt" if sharded else path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return "holds objects that are not loaded, because loading them could run code"
