@@ -7,6 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rlrt_lightning.runtime.private.lightning import save_last
 from rlrt_lightning.runtime.trainer_checks import check_logged
 
 
@@ -38,10 +39,8 @@ class RunCheckpoint(ModelCheckpoint):
         if not of_evaluation or self._evaluated_step == trainer.global_step:
             super().on_train_epoch_end(trainer, pl_module)
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        # Lightning's private record of the last save; tests/runtime/test_checkpoints.py fails if it is removed.
-        saved = self._last_global_step_saved == trainer.global_step
-        if due and not saved and not trainer.fast_dev_run and self.save_last:  # type: ignore[attr-defined]
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if due and not trainer.fast_dev_run and self.save_last:  # type: ignore[attr-defined]
+            save_last(self, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets Lightning save the last epoch if no epoch was saved."""

@@ -12,8 +12,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from rlrt_lightning.runtime.checkpoints import PART, WholeCheckpointIO, check_writable, remove
+from rlrt_lightning.runtime.checkpoints import WholeCheckpointIO, check_writable
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import PART, remove
+from rlrt_lightning.runtime.private.lightning import saves_within_epochs
 from rlrt_lightning.runtime.run_files import run_folder
 from rlrt_lightning.runtime.stopping import Stop
 
@@ -37,12 +39,10 @@ class SafeStop(Callback):
 
     def __init__(self) -> None:
         self._saved = 0  # optimizer steps in the newest checkpoint
-        self._requeue: Any = None
-        self._asked_to_requeue = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Installs the signal handlers, and checks that checkpoints can be written and resumed exactly."""
-        self._listen(trainer)
+        """Prepares for signals, and checks that checkpoints can be written and resumed exactly."""
+        _data(trainer).stop_signal.begin()
         adopt(trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(trainer)
         if stage != "fit":
@@ -53,12 +53,7 @@ class SafeStop(Callback):
         for callback in _checkpoints(trainer):
             if callback.dirpath is None and trainer.logger is None:
                 callback.dirpath = str(folder / "checkpoints")
-            inexact = {
-                "every_n_train_steps": callback._every_n_train_steps,
-                "train_time_interval": callback._train_time_interval,
-                "save_on_exception": callback.save_on_exception,
-            }
-            for name, value in inexact.items():
+            for name, value in saves_within_epochs(callback).items():
                 if value:
                     raise ConfigError(
                         f"checkpoint.{name} saves where a run cannot be resumed exactly; set checkpoint.every_n_epochs "
@@ -67,21 +62,9 @@ class SafeStop(Callback):
             if trainer.is_global_zero and "://" not in str(callback.dirpath):
                 check_writable(Path(callback.dirpath or folder))
 
-    def _listen(self, trainer: Trainer) -> None:
-        # These replace Lightning's handlers, which call torch.distributed at arbitrary points, end the epoch between
-        # two micro-batches of one optimizer step, and save wherever the signal arrives. Lightning still registers the
-        # signals and restores the previous handlers.
-        signals = cast(Any, trainer)._signal_connector
-        stop = _data(trainer).stop_signal
-        stop.number, self._asked_to_requeue = None, False
-        self._requeue = type(signals)._slurm_sigusr_handler_fn.__get__(signals)
-
-        def requeue(number: int, frame: Any) -> None:
-            self._asked_to_requeue = True
-            stop.receive(number)
-
-        signals._sigterm_notifier_fn = lambda number, frame: stop.receive(number)
-        signals._slurm_sigusr_handler_fn = requeue
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Installs the signal handlers in a run that was resumed within an epoch, where no phase comes first."""
+        _data(trainer).stop_signal.listen(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Records the saved step."""
@@ -114,8 +97,9 @@ class SafeStop(Callback):
             progress.reset()
             progress.increment_ready()
             progress.increment_started()
-        if trainer.strategy.broadcast(self._asked_to_requeue):
-            self._requeue(signal.SIGUSR1, None)
+        stop = _data(trainer).stop_signal
+        if trainer.strategy.broadcast(stop.requeue_asked) and stop.requeue is not None:
+            stop.requeue()
             return f"saved after {step} optimizer steps, and asked SLURM to requeue the job"
         if step == self._saved:
             return f"all {step} optimizer steps are saved; {RESUME}" if step else "nothing was trained yet"

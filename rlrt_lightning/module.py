@@ -327,7 +327,7 @@ class RLRTModule(LightningModule):
         if isinstance(self.policy.model, FSDPModule):
             return  # already sharded by an earlier call of fit or validate
         for own in (self.policy, self.teacher):
-            if "model" in own._modules:
+            if hasattr(own, "model"):
                 strategy.shard(cast(Any, own.model))
         if self.teacher.adapters is not None:
             self.teacher.adapters.copy(self.policy.model)  # copies the sharding too

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from rlrt_lightning.objective import TeacherWeights
 from rlrt_lightning.policy.model import EMBEDDED
@@ -168,8 +169,8 @@ def of_object(value: Any, name: str, exclude: Sequence[str] = ()) -> Settings:
 
 
 def _attribute(value: Any, parameter: str) -> Any:
-    """An attribute, without evaluating properties; torch modules store submodules separately."""
-    attributes = {**vars(value), **vars(value).get("_modules", {})}
+    """An attribute, without evaluating properties; torch modules keep submodules separately."""
+    attributes = {**vars(value), **(dict(value.named_children()) if isinstance(value, nn.Module) else {})}
     return attributes.get(parameter, attributes.get(f"_{parameter}", inspect.Parameter.empty))
 
 

@@ -25,6 +25,8 @@ from rlrt_lightning.runtime.seeding import generator
 from rlrt_lightning.tasks.base import Messages, Problem
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlrt_lightning.policy.model import Policy
 
 _SOLVE = "\n\nNow solve the problem yourself, step by step."
@@ -81,6 +83,9 @@ class Teacher(nn.Module):
             frees GPU memory during training, for two transfers per epoch.
     """
 
+    model: PreTrainedModel
+    """Its own weights, where it has a whole copy; not set otherwise."""
+
     def __init__(
         self,
         template: str | None = None,
@@ -116,11 +121,11 @@ class Teacher(nn.Module):
     def load(self, policy: Policy) -> None:
         """Copies the policy's weights if the teacher needs its own. If the policy has adapters, only they are copied,
         or nothing for initial weights. A copy that is no longer needed is freed."""
-        if self.weights == "policy":
-            self._modules.pop("model", None)
+        if self.weights == "policy" and hasattr(self, "model"):
+            del self.model
         if self.adapters is not None and (self.weights == "policy" or self.adapters.off != (self.weights == "initial")):
             self.adapters = None
-        if self.weights == "policy" or self.adapters is not None or "model" in self._modules:
+        if self.weights == "policy" or self.adapters is not None or hasattr(self, "model"):
             return
         if policy.lora is not None:
             self.adapters = TeacherAdapters(policy.model, off=self.weights == "initial")
@@ -130,7 +135,7 @@ class Teacher(nn.Module):
     @contextmanager
     def _on_device(self, device: torch.device) -> Iterator[None]:
         """Moves the teacher's copy from the CPU to the policy's device and back, with `rest_on_cpu`."""
-        if not self.rest_on_cpu or "model" not in self._modules:
+        if not self.rest_on_cpu or not hasattr(self, "model"):
             yield
             return
         move_weights(self.model, device)

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlrt_lightning.cli.given import Given, did_you_mean, given
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, first_line
+from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, value_type
 
 COMMANDS = "fit, validate, test, predict, reflection, shift, serve, curves or pass_at_k"
 
@@ -74,11 +75,12 @@ class RLRTParser(LightningArgumentParser):
         """See `jsonargparse.ArgumentParser.parse_args`. Checks config files first."""
         if not self.class_name:
             RLRTParser.given = given(args or ())
-            groups = {action.dest.rpartition(".")[0] for parser in self._parsers() for action in parser._actions}
+            groups = {action.dest.rpartition(".")[0] for parser in self._parsers() for action in actions(parser)}
             for name, value in self.given:
                 if name in groups and not isinstance(value, (dict, str)):
                     raise ConfigError(f"{name}: it has to be a mapping of settings; it is {_yaml(value)}")
-        return super().parse_args(args, *more, **kwargs)
+        with own_defaults():
+            return super().parse_args(args, *more, **kwargs)
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """See `jsonargparse.ArgumentParser.dump`, which also implements `--print_config`. Refuses credentials."""
@@ -127,23 +129,23 @@ class RLRTParser(LightningArgumentParser):
         return _Problem((), message)
 
     def _type(self, key: str) -> Any:
-        """The type of a setting. jsonargparse has no public accessor; without it, messages do not name the type."""
+        """The type of a setting; without it, messages do not name the type."""
         for parser in self._parsers():
-            for action in parser._actions:
+            for action in actions(parser):
                 if action.dest == key:
-                    return getattr(action, "_typehint", action.type)
+                    return value_type(action)
         return None
 
     def _settings(self) -> Iterator[str]:
         """Names of all settings, including those of the default classes."""
         for parser in self._parsers():
-            for action in parser._actions:
+            for action in actions(parser):
                 yield from (option.removeprefix("--") for option in action.option_strings)
                 if isinstance(action.default, dict):
                     yield from (f"{action.dest}.{name}" for name in action.default.get("init_args", {}))
 
     def _parsers(self) -> list[Any]:
-        commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        commands = [action.choices for action in actions(self) if isinstance(action.choices, dict)]
         return [self, *(parser for choices in commands for parser in choices.values())]
 
 

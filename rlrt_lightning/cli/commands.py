@@ -15,7 +15,6 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
-from rlrt_lightning.cli import class_defaults
 from rlrt_lightning.cli.argument_errors import RLRTParser
 from rlrt_lightning.cli.refusals import constructor_error, setting_of
 from rlrt_lightning.datamodule import RolloutDataModule
@@ -51,9 +50,6 @@ CLASS_DEFAULTS: dict[str, Any] = {
     "data.engine": {"class_path": "rlrt_lightning.TransformersEngine"},
     "data.benchmarks": {"heldout": {}},
 }
-
-
-class_defaults.install()
 
 
 class SaveConfig(SaveConfigCallback):
@@ -118,17 +114,24 @@ class RLRTCli(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_stream_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """See `LightningCLI.parse_arguments`, which would warn that `__main__` passes arguments besides sys.argv."""
-        self.config = parser.parse_args(args)
+        """See `LightningCLI.parse_arguments`, which warns of what `__main__` does: words of its own beside sys.argv.
 
-    def _parse_ckpt_path(self) -> None:
-        """Does nothing. Lightning would merge a checkpoint's settings into the config and import the classes they name;
-        here only the user's config decides what runs."""
+        The next hook gets the checkpoint's path back: Lightning would merge the settings that the checkpoint holds into
+        the config, and import the classes that they name. Only the user's config decides what runs.
+        """
+        self.config = parser.parse_args(args)
+        settings = self.config[self.config.subcommand]
+        self._ckpt_path = settings.get("ckpt_path")
+        if self._ckpt_path is not None:
+            settings.ckpt_path = None
 
     def before_instantiate_classes(self) -> None:
-        """See `LightningCLI.before_instantiate_classes`. Refuses credentials and non-finite numbers."""
-        refuse_credentials(self.config[self.subcommand])
-        check_finite(self.config[self.subcommand])
+        """See `LightningCLI.before_instantiate_classes`; what no setting may be is refused."""
+        settings = self.config[self.subcommand]
+        if self._ckpt_path is not None:
+            settings.ckpt_path = self._ckpt_path
+        refuse_credentials(settings)
+        check_finite(settings)
         self.parser.add_instantiator(self._make, object)
 
     def instantiate_classes(self) -> None:

@@ -11,11 +11,12 @@ import io
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from rlrt_lightning.runtime.files import write_whole
 
 TEXT_PACKAGES = ("lightning", "jsonargparse", "torch", "docstring-parser", "typeshed-client", "rich-argparse")
 """Packages whose releases change the text, besides our own files."""
@@ -42,10 +43,7 @@ def show(words: Sequence[str], make: Callable[[], object]) -> None:
         make()
     print(output.getvalue(), end="")
     with suppress(OSError):  # without a writable cache, the help is generated each time
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False, encoding="utf-8") as temporary:
-            temporary.write(output.getvalue())
-        os.replace(temporary.name, cached)
+        write_whole(cached, output.getvalue())
 
 
 def cache_folder() -> Path:

@@ -24,6 +24,7 @@ from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.objective import pass_at_k
 from rlrt_lightning.policy.sharding import whole
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from rlrt_lightning.evaluation.sets import Evaluated
@@ -140,13 +141,13 @@ class Results:
                     f"(different {', '.join(differs)}); use another folder, or delete this one"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, json.dumps(described, indent=2) + "\n")
+        write_whole(path, json.dumps(described, indent=2) + "\n")
         for file in self._files():
             lines = _lines(file)
             complete = self._complete(lines, described["samples"])
             kept = [line for line in lines if (row := _parsed(line)) and row["problem"] in complete]
             if kept != lines:
-                _write_atomically(file, "".join(kept))
+                write_whole(file, "".join(kept))
 
     def read(self) -> dict[str, list[Row]]:
         """Reads the completions of finished problems, by problem and sample; call `begin` first."""
@@ -253,10 +254,3 @@ def _parsed(line: str, needed: Set[str] = frozenset({"problem", "sample"})) -> R
     except ValueError:
         return None
     return row if isinstance(row, dict) and needed <= row.keys() else None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Writes to a temporary file and renames it, so that the file is never incomplete."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

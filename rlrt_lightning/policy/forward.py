@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class ForwardPasses(TokenSide, nn.Module):
         """Runs forward passes with the teacher's weights if it has its own."""
         own = self.model
         adapters: TeacherAdapters | None = getattr(teacher, "adapters", None)
-        self.model = cast("PreTrainedModel", teacher._modules.get("model", own))
+        self.model = getattr(teacher, "model", own)
         try:
             with adapters.applied_to(own) if adapters is not None else nullcontext():
                 yield

@@ -124,12 +124,17 @@ class TeacherAdapters(nn.Module):
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Runs the model with these adapters instead of its own."""
-        change = self._toggle if self.off else self._swap
-        change(model)
+        if self.off:
+            _scale(model, 0.0)  # not peft's `enable_adapters`, which also changes what requires a gradient
+        else:
+            self._swap(model)
         try:
             yield
         finally:
-            change(model)
+            if self.off:
+                _scale(model, 1.0)
+            else:
+                self._swap(model)
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
@@ -139,14 +144,14 @@ class TeacherAdapters(nn.Module):
             b.copy_(a)
             a.copy_(previous)
 
-    @staticmethod
-    def _toggle(model: nn.Module) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                # Not `enable_adapters`, which also sets `requires_grad`.
-                layer._disable_adapters = not layer._disable_adapters
+def _scale(model: nn.Module, factor: float) -> None:
+    """Scales the adapters' contribution; with 0 the outputs are exactly those of the model without adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", factor)
 
 
 def _adapters(model: nn.Module) -> list[Tensor]:

@@ -93,7 +93,7 @@ class Policy(ForwardPasses):
         Raises:
             ConfigError: If the weights cannot be read, or the attention implementation is not available.
         """
-        if "model" in self._modules:
+        if hasattr(self, "model"):
             return
         from transformers import AutoModelForCausalLM
 

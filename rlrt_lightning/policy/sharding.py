@@ -24,8 +24,9 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from rlrt_lightning.runtime.checkpoints import atomic_write, no_code
+from rlrt_lightning.runtime.checkpoints import checkpoint_aside, no_code
 from rlrt_lightning.runtime.errors import ConfigError, first_line
+from rlrt_lightning.runtime.private.lightning import shard_over_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timedelta(seconds=timeout_s),
         )
         self.reshard_after_forward = reshard_after_forward
+        self.save_distributed_checkpoint = save_distributed_checkpoint
 
     @property
     def _computes_in_bf16(self) -> bool:
@@ -68,18 +70,18 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """See `Strategy.setup_environment`."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over_all_ranks(self)
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """See `Strategy.save_checkpoint`. Writes to a temporary path and renames it, so that checkpoints are always
         complete."""
-        if not self._save_distributed_checkpoint:
+        if not self.save_distributed_checkpoint:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
-            with atomic_write(path) as aside:
+            with checkpoint_aside(path) as aside:
                 self.broadcast(aside)
                 super().save_checkpoint(checkpoint, aside, storage_options)
                 self.barrier()
@@ -131,16 +133,14 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description=(FSDP2Strategy.__d
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers: transformers' `_no_split_modules`, or else the longest module list.
+    """The decoder layers: the longest module list that is not inside another one (such as a layer's experts).
 
     Raises:
         ConfigError: If no decoder layers are found.
     """
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        layers = list(max(lists, key=len, default=[]))
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    layers = list(max(outer, key=len, default=[]))
     if not layers:
         raise ConfigError(f"trainer.strategy: no decoder layers to shard were found in {type(model).__name__}")
     return layers

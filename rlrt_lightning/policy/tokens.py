@@ -33,13 +33,13 @@ class TokenSide:
         Raises:
             ConfigError: If there is no model at `path`, or it is not a causal language model.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"model.policy.path: no model can be read at {self.path!r}: {reason(error)}") from error
-        if type(config) not in AutoModelForCausalLM._model_mapping:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ConfigError(f"model.policy.path: {self.path!r} is a {config.model_type} model, not a causal LM")
         return config
 

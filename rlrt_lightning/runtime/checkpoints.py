@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import pickle
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,11 +16,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException, metadata
 
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import BEFORE, PART, written_aside
+from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
 
 log = logging.getLogger(__name__)
-
-PART, PREVIOUS = ".part", ".before"
-"""Suffix of a checkpoint that is being written, and of the previous one while it is being replaced."""
 
 DISK_ERRORS = {
     getattr(errno, name)
@@ -32,9 +30,6 @@ DISK_ERRORS = {
 
 WEIGHTS_ONLY_VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """Environment variable that makes torch.load run no code from a file, regardless of its arguments."""
-
-SAFE_GLOBALS = {("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-"""Allowed in the index of a folder of shards, besides torch's metadata classes, sizes, dtypes and paths."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -53,28 +48,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # object stores write atomically
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
+        with checkpoint_aside(Path(path)) as aside, aside.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, and renames it to `path` on success.
+def checkpoint_aside(path: Path) -> Iterator[Path]:
+    """`written_aside`, with a disk error as a `ConfigError`.
 
     Raises:
         ConfigError: If it cannot be written; the temporary file is removed, and what was at `path` is kept.
     """
-    temporary = path.with_name(path.name + PART)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-        yield temporary
-        _rename(temporary, path)
+        with written_aside(path) as aside:
+            yield aside
     except BaseException as error:
-        with suppress(OSError):
-            remove(temporary)
         if (reason := disk_error(error)) is not None:
             raise ConfigError(
                 f"the checkpoint {path} cannot be written: {reason}; earlier checkpoints are intact; free disk space "
@@ -92,37 +82,6 @@ def disk_error(error: BaseException | None) -> str | None:
             return next((reason for e, _ in error.failures.values() if (reason := disk_error(e)) is not None), None)
         error = error.__cause__ or error.__context__
     return None
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """Moves a complete checkpoint to its path. A folder cannot replace another atomically, so that is moved first."""
-    previous = path.with_name(path.name + PREVIOUS)
-    if (path.is_dir() and not path.is_symlink()) or (temporary.is_dir() and path.exists()):
-        remove(previous)
-        path.rename(previous)
-    os.replace(temporary, path)
-    remove(previous)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Syncs a folder's entries to disk. Windows cannot open folders, so it does nothing there."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -161,7 +120,7 @@ def newest(folders: Iterable[Path], more: Iterable[Path], resume: bool) -> Path 
     """
     found = set(more)
     for folder in folders:
-        found.update(folder.glob("**/*.ckpt"), folder.glob(f"**/*.ckpt{PREVIOUS}"))
+        found.update(folder.glob("**/*.ckpt"), folder.glob(f"**/*.ckpt{BEFORE}"))
     skipped: list[str] = []
     for path in sorted((path for path in found if path.exists()), key=_completed_at, reverse=True):
         wrong = problem(path, resume)
@@ -181,7 +140,7 @@ def _completed_at(path: Path) -> int:
     return (last if last.exists() else path).stat().st_mtime_ns
 
 
-class _SafeUnpickler(pickle.Unpickler):
+class Index(pickle.Unpickler):
     """Reads the index of a folder of shards without running code from it; torch's own reader is not restricted."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -191,7 +150,7 @@ class _SafeUnpickler(pickle.Unpickler):
             (isinstance(own, type) and own.__module__ == metadata.__name__)
             or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
             or (module.startswith("pathlib") and name in ("Path", "PosixPath", "WindowsPath"))
-            or (module, name) in SAFE_GLOBALS
+            or (module, name) in INDEX_CLASSES
         )
         if not safe:
             raise pickle.UnpicklingError(f"{module}.{name}")
@@ -227,7 +186,7 @@ def problem(path: Path, resume: bool) -> str | None:
     try:
         if sharded:
             with (path / ".metadata").open("rb") as file:
-                _SafeUnpickler(file).load()
+                Index(file).load()
         found = torch.load(path / "meta.pt" if sharded else path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return "holds pickled objects that could run code when loaded"

@@ -70,9 +70,12 @@ class WarmUp(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `LambdaLR.load_state_dict`."""
         super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
-        self._last_lr = [base * at(self.last_epoch) for base, at in zip(self.base_lrs, self.lr_lambdas, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
+        for group, base, at in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * at(self.last_epoch)
+
+    def get_last_lr(self) -> list[Any]:
+        """See `LambdaLR.get_last_lr`, which would give a checkpoint's learning rates after `load_state_dict`."""
+        return [group["lr"] for group in self.optimizer.param_groups]
 
 
 def keep_settings(optimizer: Optimizer) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -18,21 +22,63 @@ class Stop(SIGTERMException):
 
 
 class StopSignal:
-    """Records a signal that asks the run to end. The `SafeStop` callback installs the handler."""
+    """Whether a signal has asked the run to end.
+
+    Its handlers replace Lightning's, which call torch.distributed wherever the signal arrives, end the epoch between
+    two micro-batches of one optimizer step, and save at once. Lightning installs its handlers between the last hook of
+    the setup and the first dataloader hook, so `listen` has to be called from the latter; after the run Lightning
+    restores the handlers that were there before.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """The signal received, or None."""
+        """The signal that was received."""
+        self.requeue: Callable[[], None] | None = None
+        """Lightning's handler that saves the run and has SLURM start the job again; None without requeueing."""
+        self.requeue_asked = False
+        """Whether it was the signal to requeue."""
         self._immediate = False
+        self._active = False
+        self._users: Any = None  # handler of SIGTERM
+
+    def begin(self) -> None:
+        """Forgets earlier signals. To be called while a run is set up, before Lightning installs its handlers."""
+        self.number, self.requeue, self.requeue_asked = None, None, False
+        self._active, self._users = True, signal.getsignal(signal.SIGTERM)
+
+    def listen(self, trainer: Trainer) -> None:
+        """Replaces Lightning's handlers if that has not been done; only the main thread can."""
+        if not self._active or threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            return
+        for number in signal.valid_signals() - {signal.SIGTERM}:
+            handler: Any = signal.getsignal(number)
+            if getattr(handler, "__module__", "").partition(".")[0] == "lightning":  # that of SLURM's requeueing
+                self.requeue = partial(handler, number, None)
+                signal.signal(number, self._on_requeue)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        if trainer.received_sigterm:  # by Lightning's handler, before this one replaced it
+            self.number = signal.SIGTERM
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self.receive(number)
+        if callable(self._users):
+            self._users(number, frame)
+
+    def _on_requeue(self, number: int, frame: Any) -> None:
+        self.requeue_asked = True
+        self.receive(number)
 
     def receive(self, number: int) -> None:
-        """Records a signal; called by the signal handler."""
+        """Handles a signal: records it, and ends the run if the current phase may be aborted."""
         self.number = number
         if self._immediate:
             raise Stop(EXIT_CODE)
 
     def check(self, trainer: Trainer) -> None:
         """Ends the run if any rank received a signal. All ranks must call it."""
+        self.listen(trainer)
         asked = self.number is not None
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)

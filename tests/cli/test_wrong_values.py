@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from jsonargparse import _typehints as typehints
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 import rlrt_lightning
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.cli import argument_errors
 from rlrt_lightning.cli.commands import RLRTCli
 from rlrt_lightning.cli.given import given
 from rlrt_lightning.cli.refusals import run
 from rlrt_lightning.datamodule import RolloutDataModule
+from rlrt_lightning.runtime.private.jsonargparse import actions, value_type
 from tests.helpers.processes import ROOT
 
 NUMBERS = {int: ("-1", "0"), float: ("-1", ".nan")}
@@ -89,9 +88,9 @@ def cli() -> Ready:
 
 def settings(cli: RLRTCli) -> Iterator[tuple[str, set[Any]]]:
     """All settings with their types, those of the default classes included."""
-    (commands,) = (a.choices for a in cli.parser._actions if isinstance(a.choices, dict))
-    for action in commands["fit"]._actions:
-        if (type_ := getattr(action, "_typehint", None)) is not None:
+    (commands,) = (a.choices for a in actions(cli.parser) if isinstance(a.choices, dict))
+    for action in actions(commands["fit"]):
+        if (type_ := value_type(action)) is not None:
             yield action.dest, set(flat(type_))
             if (isinstance(action.default, dict) and "class_path" in action.default) or action.dest == "model.method":
                 cls = getattr(rlrt_lightning, str(action.default["class_path"]).rpartition(".")[2], None)
@@ -374,14 +373,3 @@ def test_a_process_ends_with_exit_code_2_and_one_line(tmp_path: Path) -> None:
     assert [line for line in done.stderr.splitlines() if "Seed set" not in line] == [
         "error: model.clip_low is -1.0; it has to be from 0 to below 1"
     ]
-
-
-def test_the_private_names_of_jsonargparse_are_there(cli: Ready) -> None:
-    """What argument_errors.py and class_defaults.py reach for. Without `_typehint` a line no longer names the type."""
-    ours = "def discard_init_args_on_class_path_change(parser_or_action, prev_val, value):"
-    assert ours in inspect.getsource(typehints), "it can no longer be replaced"
-    assert callable(typehints.import_object)
-    (commands,) = (a.choices for a in cli.parser._actions if isinstance(a.choices, dict))
-    types = {action.dest: getattr(action, "_typehint", None) for action in commands["fit"]._actions}
-    assert types["model.clip_low"] is float
-    assert argument_errors._words(types["data.task"]) == "Task or null"

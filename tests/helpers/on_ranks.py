@@ -21,7 +21,7 @@ from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.objective import SRPO
 from rlrt_lightning.policy.lora import LoRA
 from rlrt_lightning.policy.model import Policy
-from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
+from rlrt_lightning.policy.sharding import FSDP2Strategy, local, whole
 from rlrt_lightning.rollouts import TransformersEngine
 from rlrt_lightning.tasks import Problem, Verdict
 from rlrt_lightning.teacher import Teacher
@@ -48,7 +48,7 @@ class Recorder(Callback):
             [(r.response_ids, s.logp) for r, s in zip(epoch.rollouts, epoch.teacher, strict=True) if s is not None]
         )
         self.seen["shape"] = [str(p.shape) for p in pl_module.policy.parameters() if p.requires_grad]
-        self.seen["held"] = sum(getattr(p, "_local_tensor", p).numel() for p in pl_module.parameters())
+        self.seen["held"] = sum(local(p).numel() for p in pl_module.parameters())
 
     def _record_metrics(self, trainer: Any) -> None:
         """Records the previous epoch's metrics, which the module logs after the callbacks' `on_train_epoch_end`."""

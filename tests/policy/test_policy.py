@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning import ConfigError, LoRA, Policy
+from rlrt_lightning.policy.lora import TeacherAdapters
 from rlrt_lightning.policy.padding import pad_sequences
 from tests.helpers.tiny import ARCHITECTURES, tiny_policy
 
@@ -143,6 +144,23 @@ def test_only_adapters_are_trained_and_they_merge_into_a_plain_model(tmp_path: P
     plain.adopt(AutoModelForCausalLM.from_pretrained(tmp_path))
     for got, want in zip(made.score(SEQUENCES), plain.score(SEQUENCES), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_teacher_without_adapters_scores_exactly_as_the_initial_model() -> None:
+    made, plain = Policy(lora=LoRA(rank=4)), Policy()
+    made.load()
+    plain.load()
+    for p in made.model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05)
+    trained, requires = made.score(SEQUENCES), [p.requires_grad for p in made.model.parameters()]
+    with TeacherAdapters(made.model, off=True).applied_to(made.model):
+        assert [p.requires_grad for p in made.model.parameters()] == requires
+        for got, want, other in zip(made.score(SEQUENCES), plain.score(SEQUENCES), trained, strict=True):
+            assert torch.equal(got, want)
+            assert not torch.equal(got, other)
+    for got, want in zip(made.score(SEQUENCES), trained, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_adapters_for_missing_layers_are_refused() -> None:

@@ -42,6 +42,8 @@ class Sends(Callback):
         phase: rollout, teacher, update, validation or save.
     """
 
+    number = signal.SIGTERM
+
     def __init__(self, phase: str) -> None:
         self.phase = phase
 
@@ -72,7 +74,7 @@ class Sends(Callback):
     def send(self, phase: str) -> None:
         if phase == self.phase:
             self.phase = ""
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 def exit_code_of_stopped_run(folder: Path, phase: str, *flags: str) -> int:
@@ -130,7 +132,7 @@ def test_under_slurm_a_stopped_job_is_saved_requeued_and_resumed(
     (bin_ / "scontrol").write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
     (bin_ / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
-    monkeypatch.setattr(signal, "SIGTERM", signal.SIGUSR1)  # what Sends sends
+    monkeypatch.setattr(Sends, "number", signal.SIGUSR1)
     root = f"--trainer.default_root_dir={tmp_path}"
     assert exit_code_of_stopped_run(tmp_path, "update", root) == 143
     assert (tmp_path / "asked").read_text().split() == ["requeue", "7"]

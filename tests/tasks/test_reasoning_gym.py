@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
 
 import pytest
 import sympy
+import sympy.parsing.sympy_parser as parser
 
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import ReasoningGym
+from rlrt_lightning.tasks import closed_eval as closing
 from rlrt_lightning.tasks.closed_eval import closed_eval
 from rlrt_lightning.tasks.verifier import Verifier
+from tests.helpers.processes import ROOT
 
 pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
 
@@ -154,3 +158,28 @@ def test_without_reasoning_gym_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
     with pytest.raises(ConfigError, match=r"pip install 'rlrt-lightning\[reasoning-gym\]'"):
         ReasoningGym("chain_sum").problems("train")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in EVALUATING])
+def test_a_release_that_runs_answers_is_refused(name, monkeypatch):
+    """Such as one that gets `eval` from elsewhere, against which replacing it in these modules does nothing."""
+    task = ReasoningGym(name, size=3, heldout=1)
+    problem = task.problems("train")[0]
+    for module in [parser, *(m for n, m in sys.modules.items() if n.partition(".")[0] == "reasoning_gym")]:
+        monkeypatch.setitem(vars(module), "eval", eval)  # put back what other tests have replaced
+    monkeypatch.setattr(closing, "closed_eval", eval)
+    with pytest.raises(ConfigError, match=r"^data.task: reasoning-gym .* and sympy .* run code"):
+        task.verify(problem, "<answer>1</answer>")
+
+
+def test_problems_are_drawn_without_a_change_to_other_libraries():
+    """The process that trains draws problems, and only the verifier's processes score answers."""
+    code = (
+        "import sympy.parsing.sympy_parser as parser; from rlrt_lightning.tasks import ReasoningGym\n"
+        "task = ReasoningGym('countdown', size=3, heldout=1); problem = task.problems('train')[0]\n"
+        "assert 'eval' not in vars(parser); task.verify(problem, '<answer>1</answer>'); assert 'eval' in vars(parser)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
