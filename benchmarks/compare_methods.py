@@ -58,13 +58,13 @@ def train(out: Path, method: str, seed: int, extra: list[str]) -> None:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from rlrt_lightning.analysis.events import scalars
 
     (events,) = folder.glob("**/events.out.tfevents.*")
-    log = EventAccumulator(str(events.parent)).Reload()
+    curves = scalars(events.parent)
     values = {}
     for name, (tag, how) in COLUMNS.items():
-        curve = [e.value for e in log.Scalars(tag)] if tag in log.Tags()["scalars"] else [0.0]
+        curve = [value for _, value in curves.get(tag, [(0, 0.0)])]
         values[name] = {"mean": statistics.fmean(curve), "middle": curve[len(curve) // 2], "last": curve[-1]}[how]
     return values
 

@@ -12,16 +12,12 @@ from pathlib import Path
 
 
 def main() -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from rlrt_lightning.analysis.events import scalars
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder with a run's TensorBoard events")
-    log = EventAccumulator(str(parser.parse_args().run)).Reload()
-    phases = {
-        tag.removeprefix("time/"): {event.step: event.value for event in log.Scalars(tag)}
-        for tag in log.Tags()["scalars"]
-        if tag.startswith("time/")
-    }
+    curves = scalars(parser.parse_args().run)
+    phases = {tag.removeprefix("time/"): dict(curve) for tag, curve in curves.items() if tag.startswith("time/")}
     steps = sorted(set().union(*phases.values()))  # an epoch after a validation has no sync
     phases["all"] = {step: sum(phase.get(step, 0.0) for phase in phases.values()) for step in steps}
     total = sum(phases["all"].values())

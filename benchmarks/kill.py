@@ -162,13 +162,13 @@ class Run:
 
 def logged(folder: Path) -> tuple[dict[tuple[str, int], Any], int]:
     """All that the runs in a folder have logged, by tag and step, and at how many places two runs do not agree."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from rlrt_lightning.analysis.events import event_log
 
     found: dict[tuple[str, int], Any] = {}
     differ = 0
     for run in sorted(folder.glob("rlrt/version_*")):
-        log = EventAccumulator(str(run), size_guidance=dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0))
-        tags = log.Reload().Tags()
+        log = event_log(run, "scalars", "images", "histograms", "tensors")
+        tags = log.Tags()
         events = [(tag, e.step, e.value) for tag in tags["scalars"] for e in log.Scalars(tag)]
         events += [(tag, e.step, e.encoded_image_string) for tag in tags["images"] for e in log.Images(tag)]
         events += [(tag, e.step, e.histogram_value) for tag in tags["histograms"] for e in log.Histograms(tag)]

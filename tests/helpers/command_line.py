@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlrt_lightning.__main__ import main
+from rlrt_lightning.analysis import events
 from rlrt_lightning.cli.commands import RLRTCli
 from tests.helpers.processes import ROOT
 
@@ -30,8 +30,7 @@ def cli_exit_code(name: str, folder: Path, *flags: str, configs: tuple[str, ...]
 
 def scalars(folder: Path, version: int = 0) -> dict[str, list[tuple[int, float]]]:
     """Every logged metric of a run, as pairs of step and value."""
-    log = EventAccumulator(str(folder / "rlrt" / f"version_{version}")).Reload()
-    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    return events.scalars(folder / "rlrt" / f"version_{version}")
 
 
 def without_timings(curves: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlrt_lightning import (
     RLRT,
@@ -25,6 +24,7 @@ from rlrt_lightning import (
     Teacher,
     Verdict,
 )
+from rlrt_lightning.analysis.events import event_log
 from rlrt_lightning.callbacks import PromptPreview
 from rlrt_lightning.epoch.prompts import PromptReader
 from rlrt_lightning.policy.chat import template_variables
@@ -351,7 +351,7 @@ def test_a_verifier_fault_is_not_shown_as_feedback() -> None:
 
 def texts_of(folder: Path) -> dict[str, str]:
     (events,) = folder.rglob("events.out.tfevents.*")
-    log = EventAccumulator(str(events), size_guidance={"tensors": 0}).Reload()
+    log = event_log(events.parent, "tensors")
     return {
         tag.removesuffix("/text_summary"): log.Tensors(tag)[0].tensor_proto.string_val[0].decode()
         for tag in log.Tags()["tensors"]
