@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -130,6 +131,25 @@ def epochs_of_ours(
             num_sanity_val_steps=0,
         ).fit(module, datamodule=data)
     return clock.epochs[1:]
+
+
+def epoch_parser(doc: str | None, option: str, variants: Sequence[str]) -> argparse.ArgumentParser:
+    """Options of a script that measures epochs of our training for each variant, in turns.
+
+    Args:
+        doc: The script's description.
+        option: The hidden option that selects a variant (`in_turns`).
+        variants: Values of the option.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="folder or id of the model (default: embedded)")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum response length")
+    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches per optimizer step")
+    parser.add_argument("--epochs", type=int, default=2, help="measured epochs per turn")
+    parser.add_argument("--turns", type=int, default=3, help=f"number of measurements of each {option}")
+    parser.add_argument("--out", help="JSON file for all measurements")
+    parser.add_argument(f"--{option}", choices=variants, help=argparse.SUPPRESS)
+    return parser
 
 
 def in_turns(variants: Sequence[str], turns: int, option: str) -> dict[str, list[Any]]:

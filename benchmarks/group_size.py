@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 
-from common import Metrics, cell, epochs_of_ours, in_turns, save
+from common import Metrics, cell, epoch_parser, epochs_of_ours, in_turns, save
 
 SIZES = ("4", "8", "16", "32")
 COLUMNS = {
@@ -30,15 +30,8 @@ def measure(args: argparse.Namespace) -> list[Metrics]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="folder or id of the model (default: embedded)")
+    parser = epoch_parser(__doc__, "size", SIZES)
     parser.add_argument("--rollouts", type=int, default=64, help="rollouts per epoch")
-    parser.add_argument("--tokens", type=int, default=64, help="maximum response length")
-    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches per optimizer step")
-    parser.add_argument("--epochs", type=int, default=2, help="measured epochs per turn")
-    parser.add_argument("--turns", type=int, default=3, help="number of measurements of each size")
-    parser.add_argument("--out", help="JSON file for all measurements")
-    parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.size:
         print(json.dumps(measure(args)), flush=True)

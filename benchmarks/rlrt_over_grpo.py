@@ -10,8 +10,9 @@ import argparse
 import json
 import statistics
 
-from common import Metrics, cell, epochs_of_ours, in_turns, ratios, save
+from common import Metrics, cell, epoch_parser, epochs_of_ours, in_turns, ratios, save
 
+METHODS = ("GRPO", "RLRT")
 PHASES = ("sync", "rollout", "verify", "teacher", "train")
 
 
@@ -24,21 +25,14 @@ def measure(args: argparse.Namespace) -> list[Metrics]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="folder or id of the model (default: embedded)")
+    parser = epoch_parser(__doc__, "method", METHODS)
     parser.add_argument("--prompts", type=int, default=8, help="prompts per epoch")
     parser.add_argument("--rollouts", type=int, default=8, help="rollouts per prompt, K")
-    parser.add_argument("--tokens", type=int, default=64, help="maximum response length")
-    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches per optimizer step")
-    parser.add_argument("--epochs", type=int, default=2, help="measured epochs per turn")
-    parser.add_argument("--turns", type=int, default=3, help="number of measurements of each method")
-    parser.add_argument("--out", help="JSON file for all measurements")
-    parser.add_argument("--method", choices=("GRPO", "RLRT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.method:
         print(json.dumps(measure(args)), flush=True)
         return
-    found = in_turns(("GRPO", "RLRT"), args.turns, "method")
+    found = in_turns(METHODS, args.turns, "method")
     save(args.out, {"epochs": found, "settings": vars(args)})
     seconds = {name: [statistics.median(f["seconds"] for f in turn) for turn in turns] for name, turns in found.items()}
     every = {name: [f for turn in turns for f in turn] for name, turns in found.items()}

@@ -197,7 +197,7 @@ class RolloutDataModule(LightningDataModule):
         )
         questions, seconds = self._questions(), list[float]()
         drawn = partial(self._draw_epoch, questions, seconds)
-        self.epoch, batches = make_epoch(questions, drawn, parts, settings, self._phase, Progress.beside(trainer))
+        self.epoch, batches = make_epoch(questions, drawn, parts, settings, self._phase, Progress.for_trainer(trainer))
         self.engine.release()
         metrics = epoch_metrics(self.epoch, self._clock, counter, module.importance_cap if self.rescore else None)
         metrics["rollout/overlong_prompts"] = float(self._position.overlong)
@@ -259,7 +259,7 @@ class RolloutDataModule(LightningDataModule):
         self._ahead.wait()
         self._sync_engine()
         drawing = draw(questions, self.engine, self.verifier(task).submit, n, sampling)
-        return list(Progress.beside(self._trainer)("rollouts", drawing, len(questions.prompts) * n))
+        return list(Progress.for_trainer(self._trainer)("rollouts", drawing, len(questions.prompts) * n))
 
     def _sync_engine(self) -> None:
         if self._synced != self._trainer.global_step or not self.engine.ready:
@@ -308,7 +308,7 @@ class RolloutDataModule(LightningDataModule):
             prompts = [self._reader.tokens(p) for p in problems]
             questions = Questions(0, list(problems), prompts, list(seeds), range(len(problems)))
             drawn = self._roll_out(task, questions, n, sampling)
-        return collect_verdicts(problems, drawn, self.max_fault_share, Progress.beside(self._trainer))
+        return collect_verdicts(problems, drawn, self.max_fault_share, Progress.for_trainer(self._trainer))
 
     @property
     def training_problems(self) -> Sequence[Problem]:

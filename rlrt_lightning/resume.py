@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import re
@@ -22,7 +21,7 @@ from torch import nn
 from rlrt_lightning.objective import TeacherWeights
 from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.runtime.checkpoints import problem
-from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError, did_you_mean
 from rlrt_lightning.runtime.optimizers import probe
 
 if TYPE_CHECKING:
@@ -427,9 +426,8 @@ def _known(allow: Sequence[str], known: Settings) -> list[str]:
     names = [ALIASES.get(name, name) for name in allow]
     for name in names:
         if not _under(name, known, reverse=True):
-            close = difflib.get_close_matches(name, list(known), n=1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            raise ConfigError(f"model.allow_changes has {name}, which is not a setting of this run{meant}")
+            hint = did_you_mean(name, list(known))
+            raise ConfigError(f"model.allow_changes has {name}, which is not a setting of this run{hint}")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Reads what runs have logged to TensorBoard."""
+"""Reads the TensorBoard events of runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def event_log(run: Path, *kinds: str) -> EventAccumulator:
 
     Args:
         run: Folder with the run's events.
-        kinds: Those of which all events are read (scalars, images, histograms, tensors); of others a sample.
+        kinds: Kinds of events to read in full (scalars, images, histograms, tensors); other kinds are sampled.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlrt_lightning.runtime import errors
 from rlrt_lightning.runtime.errors import ConfigError
 
 Given = list[tuple[str, Any]]
@@ -112,15 +112,12 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The hint ` (did you mean ...?)` for an unknown name; empty if no known name is similar.
+    """`errors.did_you_mean` for a setting, which is often given without its prefix: --lr for --model.optimizer.lr.
 
     Args:
         word: The unknown name.
         known: The valid names.
     """
     known = list(known)
-    # Settings are often given without their prefix: --lr for --model.optimizer.lr.
-    close = [k for k in known if k.rpartition(".")[2] == word.lstrip("-")] or difflib.get_close_matches(
-        word, known, n=1
-    )
-    return f" (did you mean {close[0]}?)" if close else ""
+    nearest = next((name for name in known if name.rpartition(".")[2] == word.lstrip("-")), word)
+    return errors.did_you_mean(nearest, known)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -16,6 +17,18 @@ class ConfigError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, which can run to pages."""
     return str(error).strip().split("\n")[0]
+
+
+def did_you_mean(word: str, known: Sequence[str], default: Sequence[str] = ()) -> str:
+    """The hint ` (did you mean ...?)` for an unknown name.
+
+    Args:
+        word: The unknown name.
+        known: The valid names.
+        default: Its first name is suggested if no known name is similar; without it the hint is empty.
+    """
+    close = difflib.get_close_matches(word, known, n=1) or default
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def check_ranges(where: str, ranges: Mapping[str, tuple[Any, bool, str]]) -> None:

@@ -21,7 +21,7 @@ class Progress:
         self.hidden = hidden
 
     @classmethod
-    def beside(cls, trainer: Any) -> Progress:
+    def for_trainer(cls, trainer: Any) -> Progress:
         """A progress bar that is hidden if the trainer's own bar is."""
         bar = trainer.progress_bar_callback
         return cls(bar is None or getattr(bar, "is_disabled", False) or trainer.sanity_checking)

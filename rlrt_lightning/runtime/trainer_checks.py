@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import re
@@ -12,7 +11,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError, did_you_mean
 from rlrt_lightning.runtime.trainer_limits import check_limits
 
 log = logging.getLogger(__name__)
@@ -116,12 +115,12 @@ def _check_monitor(callback: Any, trainer: Any, data: Any) -> None:
     where = "checkpoint.monitor" if saves else f"{type(callback).__name__}.monitor"
     if tag.startswith("eval/"):
         if not _is_logged(tag, trainer, data):
-            raise ConfigError(f"{where} is {tag}, which is not logged{_did_you_mean(tag, _scores(data))}")
+            raise _not_logged(where, tag, _scores(data))
         if wrong := _never_evaluated(trainer, data, saves):
             raise ConfigError(f"{where} is {tag}, but {wrong}")
     elif tag.split("/")[0] not in TAG_PREFIXES:
         if _only_known_classes(trainer):
-            raise ConfigError(f"{where} is {tag}, which is not logged{_did_you_mean(tag, _scores(data))}")
+            raise _not_logged(where, tag, _scores(data))
     elif saves:
         log.warning(
             "%s is %s, which is measured before or during the last epoch of the saved weights; %s is measured on the "
@@ -182,9 +181,8 @@ def check_logged(callback: ModelCheckpoint, logged: list[str]) -> None:
     """
     tag = callback.monitor
     if tag and not tag.startswith("eval/") and tag not in logged:
-        raise ConfigError(f"checkpoint.monitor is {tag}, which is not logged{_did_you_mean(tag, logged)}")
+        raise _not_logged("checkpoint.monitor", tag, logged)
 
 
-def _did_you_mean(tag: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(tag, known, n=1) or known[:1]
-    return f" (did you mean {close[0]}?)" if close else ""
+def _not_logged(where: str, tag: str, logged: list[str]) -> ConfigError:
+    return ConfigError(f"{where} is {tag}, which is not logged{did_you_mean(tag, logged, default=logged)}")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import processors
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from rlrt_lightning import Policy
+from tests.helpers.tiny import END, byte_level_tokenizer
 
-END = "<|endoftext|>"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -41,10 +41,7 @@ def byte_policy(
         settings: Settings of the policy.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    pieces = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token=END, bos_token=bos)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", *special], special_tokens=True)
+    tokenizer = byte_level_tokenizer(["<|im_start|>", "<|im_end|>", *special], bos)
     if single is not None:
         named = [(t, tokenizer.convert_tokens_to_ids(t)) for t in (END, bos) if t is not None and t in single]
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)

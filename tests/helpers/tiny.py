@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from rlrt_lightning.policy.model import Policy
 
+END = "<|endoftext|>"
+"""The end token of `byte_level_tokenizer`."""
+
 SMALL: dict[str, Any] = {
     "vocab_size": 28,
     "hidden_size": 32,
@@ -86,6 +89,21 @@ def tiny_policy(architecture: str = "qwen3", overrides: dict[str, Any] | None = 
     return made
 
 
+def byte_level_tokenizer(special: Sequence[str], bos: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes.
+
+    Args:
+        special: Special tokens besides the end token `END`.
+        bos: The token that begins a text.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=bos)
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    return tokenizer
+
+
 def save_byte_level_model(folder: Path, special: Sequence[str] = ("<|im_end|>",), rows: int | None = None) -> str:
     """Saves a random model with a byte-level tokenizer, and returns its path.
 
@@ -94,11 +112,7 @@ def save_byte_level_model(folder: Path, special: Sequence[str] = ("<|im_end|>",)
         special: Special tokens besides the end token.
         rows: Number of embeddings; None: one for each token.
     """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    tokenizer.add_tokens(list(special), special_tokens=True)
+    tokenizer = byte_level_tokenizer(special)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     own = {"vocab_size": rows or len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}

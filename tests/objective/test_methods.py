@@ -74,7 +74,7 @@ def test_the_readmes_example_method_trains(
     caplog.set_level(logging.INFO)
     (code,) = re.findall(r"(    # my_method\.py\n(?:    .*\n|\n)+)", (ROOT / "README.md").read_text())
     lines = [line.removeprefix("    ") for line in code.rstrip().splitlines()]
-    lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("--"))]
+    lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("python -m"))]
     assert len(lines) < 30
     (tmp_path / "my_method.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)

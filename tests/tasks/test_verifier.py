@@ -415,7 +415,9 @@ with Verifier(Unruly(), workers=2) as verifier:
     verdicts = [verifier.submit(Problem("p", "q"), "abc") for _ in range(4)]
     print([v.result(timeout=60).answer for v in verdicts], sys.modules["__main__"].__file__)
 """
-    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-"], cwd=ROOT, input=code, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.stdout.split() == [*"['unruly 3', 'unruly 3', 'unruly 3', 'unruly 3'] <stdin>".split()], done.stderr
 
 
