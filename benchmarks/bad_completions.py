@@ -1,11 +1,11 @@
-r"""Adversarial completions against the rewards, in the verifier's real worker processes.
+r"""Tests the rewards with adversarial completions, in the verifier's real worker processes.
 
     python benchmarks/bad_completions.py --count 5000
 
-Megabytes of digits, LaTeX nested ten thousand deep, towers of exponents, code that would leave a trace if anything ran
-it, bytes that are no text. Prints a table by kind; ends with exit code 1 where a wrong completion counted as right or a
-right one as wrong, where a verdict took longer or a worker held more memory than its limit, or where code of a
-completion was run. Five thousand take five to twelve minutes on two cores.
+The completions contain megabytes of digits, LaTeX nested ten thousand levels deep, towers of exponents, invalid text,
+and code that would leave a trace if it were executed. Prints a table by kind. Exits with code 1 if a wrong completion
+counted as correct or a correct one as wrong, if a verdict exceeded its time limit or a worker its memory limit, or if
+code in a completion was executed. 5,000 completions take five to twelve minutes on two cores.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from rlrt_lightning.tasks import DatasetTask, ExactMatch, MathReward, Problem, R
 from rlrt_lightning.tasks.verifier import Verifier
 
 ANSWERS = ["73519", r"\frac{173}{377}", "x^{17}+9x-3", r"\{731, 977\}", "(731,977]", r"\text{Evelyn}", "-0.0731"]
-"""True answers, which no completion below gives by chance."""
+"""Ground truths, which none of the adversarial completions contains by chance."""
 
-SCORERS = [  # the first nine give an answer to eval if nobody stops them
+SCORERS = [  # the first nine pass the answer to `eval` unless that is prevented
     "binary_matrix",
     "countdown",
     "intermediate_integration",
@@ -58,7 +58,7 @@ SCORERS = [  # the first nine give an answer to eval if nobody stops them
 
 
 class Case(NamedTuple):
-    """A completion, what judges it, and whether it is right."""
+    """A completion, the task that judges it, and whether it is correct."""
 
     kind: str
     task: str
@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 
 def tasks() -> dict[str, Task]:
-    """What judges, by name."""
+    """The judging tasks, by name."""
     found: dict[str, Task] = {
         "math": DatasetTask(train="unused"),
         "boxed": DatasetTask(train="unused", reward=MathReward(fallback=False)),
@@ -84,7 +84,7 @@ def tasks() -> dict[str, Task]:
     return found
 
 
-# The kinds: each writes one answer, which then stands in a box, between tags, alone or in the middle of a text.
+# One function per kind of answer. The answer is then put in a box, between tags, alone or in the middle of a text.
 
 
 def digits(rng: random.Random) -> str:
@@ -123,13 +123,13 @@ def factorial(rng: random.Random) -> str:
     )
 
 
-def hoard(rng: random.Random) -> str:
+def huge(rng: random.Random) -> str:
     return rng.choice(
         ["[0]*10**10", "'a'*10**11", "[[0]*10**9, [0]*10**9]", "7**7**8", "(1,)*10**10", "0" * 30_000_000]
     )
 
 
-def endless(rng: random.Random) -> str:
+def unbounded(rng: random.Random) -> str:
     return rng.choice(
         [
             r"\sum_{k=1}^{10^{12}} \frac{1}{k}",
@@ -175,15 +175,15 @@ def boxes(rng: random.Random) -> str:
     return r"\boxed{" * rng.choice([10, 10_000, 1_000_000]) + "1" + "}" * rng.choice([0, 1, 10_000, 1_000_000])
 
 
-def halves(rng: random.Random) -> str:
+def invalid(rng: random.Random) -> str:
     return rng.choice(["\ud83d", "\udcff\udcfe", "73\ud800519", "\x00", "7\x003519", "�", "\x1b[2J\x07", "\r"])
 
 
-def marks(rng: random.Random) -> str:
+def unicode(rng: random.Random) -> str:
     return rng.choice(["‮91537", "7͏3͏5͏1͏9͏1", "1" + "̶" * 5_000, "٧٣٥١٨", "７３５１８", "﷽" * 9_000, "⁴²", "½¾", "‏" * 999])
 
 
-def nothing(rng: random.Random) -> str:
+def blank(rng: random.Random) -> str:
     return rng.choice(["", " ", "\n\n", "\t" * 100_000, "​", "{}", r"\text{}", "$$", r"\ ", ",", "."])
 
 
@@ -193,7 +193,7 @@ def backtracking(rng: random.Random) -> str:
 
 
 def code(rng: random.Random) -> str:
-    """Would make the file CANARY, open the port PORT, or end the process."""
+    """Code that would create the file CANARY, connect to the port PORT, or end the process."""
     act = rng.choice(
         [
             "__import__('os').system('touch CANARY')",
@@ -244,9 +244,9 @@ def shell(rng: random.Random) -> str:
 
 
 KINDS: dict[str, tuple[Callable[[random.Random], str], int]] = {
-    # weights: code is what must never run, the rest is what hangs or fills memory
-    **{f.__name__: (f, 3) for f in (digits, decimals, nested, tower, factorial, endless, hoard, matrix, collection)},
-    **{f.__name__: (f, 4) for f in (relations, operators, commands, boxes, halves, marks, nothing, backtracking)},
+    # With relative frequencies. Code must never run; the other kinds try to hang the worker or exhaust its memory.
+    **{f.__name__: (f, 3) for f in (digits, decimals, nested, tower, factorial, unbounded, huge, matrix, collection)},
+    **{f.__name__: (f, 4) for f in (relations, operators, commands, boxes, invalid, unicode, blank, backtracking)},
     "code": (code, 40),
     "shell": (shell, 3),
 }
@@ -267,13 +267,13 @@ WRAPS = [
 
 
 def cases(count: int, seed: int = 0, canary: str = "", port: int = 9) -> Iterator[Case]:
-    """So many completions, one in twenty of them right; the same ones for the same arguments.
+    """Generates completions, one in twenty of which is correct. Deterministic for given arguments.
 
     Args:
-        count: How many.
-        seed: Of the draws.
-        canary: The file that their code would make.
-        port: The port that their code would connect to.
+        count: Number of completions.
+        seed: Random seed.
+        canary: The file that code in the completions would create.
+        port: The port that code in the completions would connect to.
     """
     rng = random.Random(f"bad-completions/{seed}")
     judges = tasks()
@@ -285,10 +285,10 @@ def cases(count: int, seed: int = 0, canary: str = "", port: int = 9) -> Iterato
             yield _right(rng, number)
             continue
         kind = names[number % len(names)] if number < 2 * len(names) else rng.choices(names, weights)[0]
-        evaluating = gym[:9] if kind in ("code", "hoard") else []
+        evaluating = gym[:9] if kind in ("code", "huge") else []
         name = rng.choice(["math"] * 6 + ["boxed", "exact", "pattern", "bomb", "strategy", *evaluating, *gym])
         answer = KINDS[kind][0](rng).replace("CANARY", canary).replace("PORT", str(port))
-        # A scorer looks between tags only, and what stands elsewhere teaches nothing about it.
+        # A scorer reads only the text between tags, so an answer elsewhere would not test it.
         wrap = rng.choice(WRAPS[-2:] if name in gym else WRAPS)
         problem = rng.choice(questions[name]) if name in questions else Problem(f"p{number}", "?", rng.choice(ANSWERS))
         yield Case(kind, name, problem, wrap.replace("ANSWER", answer))
@@ -297,15 +297,15 @@ def cases(count: int, seed: int = 0, canary: str = "", port: int = 9) -> Iterato
 def _right(rng: random.Random, number: int) -> Case:
     answer = rng.choice(ANSWERS)
     name = rng.choice(["math", "boxed", "exact", "pattern"])
-    if name == "pattern":  # which finds one word
+    if name == "pattern":  # its regular expression captures a single word
         answer = ANSWERS[0]
     text = {"math": r"Hence \boxed{%s}.", "boxed": r"\boxed{ %s }", "exact": "%s", "pattern": "#### %s"}[name] % answer
     return Case("right", name, Problem(f"p{number}", "?", answer), text, right=True)
 
 
 @dataclass
-class Figures:
-    """What came of the completions of one kind."""
+class KindResult:
+    """Results for the completions of one kind."""
 
     count: int = 0
     right: int = 0
@@ -314,7 +314,7 @@ class Figures:
 
 
 class Trap:
-    """A file that must not appear and a port that nobody must connect to."""
+    """Detects executed code: a file that must not appear, and a port that must get no connection."""
 
     def __init__(self) -> None:
         self.file = Path(tempfile.mkdtemp()) / "canary"
@@ -322,8 +322,8 @@ class Trap:
         self._socket.setblocking(False)
         self.port = int(self._socket.getsockname()[1])
 
-    def sprung(self) -> bool:
-        """Whether anything was run."""
+    def triggered(self) -> bool:
+        """Whether any code was executed."""
         with suppress(BlockingIOError):
             self._socket.accept()
             return True
@@ -336,7 +336,7 @@ class Trap:
 def judged(
     given: Iterable[Case], timeout_s: float, memory_gb: float, workers: int
 ) -> Iterator[tuple[Case, Any, float]]:
-    """The completions with their verdicts, and the seconds that each took in a worker that was ready for it."""
+    """The completions with their verdicts and the seconds that each took, without the start of the worker."""
     judges = tasks()
     todo = iter(given)
     lock = threading.Lock()
@@ -353,13 +353,13 @@ def judged(
                     return done
                 verifier = verifiers[case.task]
                 if case.task not in ready:  # loading a task has no time limit
-                    verifier.submit(case.problem, "nothing").result()
+                    verifier.submit(case.problem, "warm-up").result()
                     ready.add(case.task)
                 start = time.perf_counter()
                 verdict = verifier.submit(case.problem, case.completion).result()
                 spent = time.perf_counter() - start
                 done.append((case._replace(completion=case.completion[:150]), verdict, spent))
-                if verdict.fault:  # the worker may be a new one
+                if verdict.fault:  # the worker may have been replaced
                     ready.clear()
 
     with ThreadPoolExecutor(workers) as pool:
@@ -368,7 +368,7 @@ def judged(
 
 
 class Memory:
-    """Looks at the worker processes while they work: the most bytes that one has held."""
+    """Monitors the worker processes: the peak memory of a single one, in bytes."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -387,7 +387,7 @@ class Memory:
         while not self._stop.wait(0.05):
             server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
             for process in Path("/proc").glob("[0-9]*"):
-                with suppress(OSError, KeyError):  # it may have ended
+                with suppress(OSError, KeyError):  # the process may have ended
                     if int((process / "stat").read_text().rpartition(")")[2].split()[1]) != server:
                         continue
                     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
@@ -396,21 +396,21 @@ class Memory:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=5_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=5_000, help="number of completions")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--timeout", type=float, default=2.0, help="data.verifier_timeout_s")
     parser.add_argument("--memory", type=float, default=2.0, help="data.verifier_memory_gb")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--allowance", type=float, default=2.0, help="seconds that a verdict may take beyond its limit")
+    parser.add_argument("--workers", type=int, default=2, help="number of worker processes")
+    parser.add_argument("--allowance", type=float, default=2.0, help="seconds that a verdict may exceed its limit by")
     args = parser.parse_args()
     trap = Trap()
     given = cases(args.count, args.seed, str(trap.file), trap.port)
-    figures: dict[str, Figures] = defaultdict(Figures)
+    results: dict[str, KindResult] = defaultdict(KindResult)
     wrong: list[str] = []
     start = time.perf_counter()
     with Memory() as memory:
         for case, verdict, seconds in judged(given, args.timeout, args.memory, args.workers):
-            row = figures[case.kind]
+            row = results[case.kind]
             row.count += 1
             row.right += verdict.correct
             row.slowest = max(row.slowest, seconds)
@@ -418,24 +418,24 @@ def main() -> int:
                 row.faults["time" if "time limit" in verdict.message else verdict.message.split(":")[0][:40]] += 1
             what = f"{case.kind} by {case.task}: {case.completion!r}: {verdict.message!r}"
             if verdict.correct != case.right:
-                wrong.append(f"judged {'right' if verdict.correct else 'wrong'}: {what}")
+                wrong.append(f"judged {'correct' if verdict.correct else 'wrong'}: {what}")
             if seconds > args.timeout + args.allowance:
                 wrong.append(f"took {seconds:.1f} s: {what}")
             if verdict.fault and ("SystemExit" in verdict.message or "exit code" in verdict.message):
                 wrong.append(f"ended its process: {what}")
-    if memory.peak > (args.memory + 0.5) * 1e9:  # the limit is on what a worker takes beyond its start
+    if memory.peak > (args.memory + 0.5) * 1e9:  # the limit excludes the memory at the start of a worker
         wrong.append(f"a worker held {memory.peak / 2**30:.2f} GiB")
-    if trap.sprung():
-        wrong.append("code of a completion was run")
+    if trap.triggered():
+        wrong.append("code in a completion was executed")
     spent = time.perf_counter() - start
-    print("| kind | completions | right | faults | slowest, s |\n| --- | --- | --- | --- | --- |")
-    for kind, row in sorted(figures.items()):
+    print("| kind | completions | correct | faults | slowest, s |\n| --- | --- | --- | --- | --- |")
+    for kind, row in sorted(results.items()):
         faults = ", ".join(f"{n} {what}" for what, n in sorted(row.faults.items())) or "-"
         print(f"| {kind} | {row.count} | {row.right} | {faults} | {row.slowest:.2f} |")
-    verdicts = sum(row.count for row in figures.values())
+    verdicts = sum(row.count for row in results.values())
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{verdicts} of {args.count} verdicts in {spent:.0f} s")
-    print(f"most memory of a worker {memory.peak / 2**30:.2f} GiB, of this process {own:.2f} GiB")
+    print(f"peak memory of a worker {memory.peak / 2**30:.2f} GiB, of this process {own:.2f} GiB")
     print(f"{len(wrong)} violations", *wrong, sep="\n")
     return int(bool(wrong) or verdicts != args.count)
 

@@ -1,7 +1,8 @@
-"""What the benchmarks of whole epochs share: a task, epochs of ours, turns, and the machine's own limits."""
+"""Shared by the benchmarks: a task, measured epochs, alternating turns, and the limits of the hardware."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 def question(number: int) -> str:
@@ -22,12 +23,12 @@ def question(number: int) -> str:
 
 
 def ask(model: str, number: int) -> str:
-    """A question that the model can read."""
+    """A question in the format of the model."""
     return question(number) if model != "embedded" else f"a{number % 10}b{number // 10 % 10}c{number % 7}d1"
 
 
 def right(completion: str) -> bool:
-    """About half of all completions, whatever they say: by a checksum."""
+    """A checksum of the text; True for about half of all completions."""
     return sum(map(ord, completion)) % 2 == 0
 
 
@@ -40,25 +41,28 @@ def epochs_of_ours(
     epochs: int,
     dtype: str = "float32",
     micro_batches: int = 1,
-    forced: bool = False,
+    fixed_length: bool = False,
     learning_rate: float = 1e-6,
     precision: str = "32-true",
-) -> list[Figures]:
-    """Epochs of one optimizer step each with their seconds, the phases that every run logs, and the speeds. The first
-    one, in which everything is slow, is left out.
+) -> list[Metrics]:
+    """Runs epochs of one optimizer step each. The first epoch is a warm-up and is left out.
 
     Args:
-        model: Folder or id; `embedded`.
+        model: Folder or id of the model, or `embedded`.
         method: The method.
-        prompts: Problems of an epoch.
-        rollouts: Rollouts of each.
-        tokens: Longest response.
-        epochs: How many are measured.
+        prompts: Problems per epoch.
+        rollouts: Rollouts per problem.
+        tokens: Maximum response length.
+        epochs: Number of measured epochs.
         dtype: Type of the weights.
-        micro_batches: Of the optimizer step.
-        forced: No token ends a response.
-        learning_rate: 0 gives the same rollouts to all methods.
-        precision: Of the trainer; with bf16-mixed a bfloat16 copy draws the rollouts, and the trainer rescores them.
+        micro_batches: Micro-batches per optimizer step.
+        fixed_length: No token ends a response, so that all responses have the maximum length.
+        learning_rate: 0 keeps the rollouts the same for all methods.
+        precision: Precision of the trainer. With bf16-mixed a bfloat16 copy generates the rollouts, and the trainer
+            rescores them.
+
+    Returns:
+        For each epoch its `seconds` and the metrics `time/`, `speed/` and `rollout/` that every run logs.
     """
     from lightning import Callback, Trainer
 
@@ -77,18 +81,18 @@ def epochs_of_ours(
 
     class Clock(Callback):
         def __init__(self) -> None:
-            self.last, self.figures = 0.0, list[Figures]()
+            self.last, self.epochs = 0.0, list[Metrics]()
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             now = time.perf_counter()
             logged = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
             kept = {tag: value for tag, value in logged.items() if tag.startswith(("time/", "speed/", "rollout/"))}
-            self.figures.append({"seconds": now - self.last, **kept})
+            self.epochs.append({"seconds": now - self.last, **kept})
             self.last = now
 
     mixed = precision == "bf16-mixed"
     policy = Policy(path=model, dtype=dtype)  # type: ignore[arg-type]
-    if forced:
+    if fixed_length:
         policy.end_tokens = [-1]
     template = "{prompt}<sol>{context}" if model == "embedded" else None
     module = RLRTModule(
@@ -126,21 +130,48 @@ def epochs_of_ours(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         ).fit(module, datamodule=data)
-    return clock.figures[1:]
+    return clock.epochs[1:]
 
 
-def in_turns(ways: Sequence[str], turns: int, option: str) -> dict[str, list[Any]]:
-    """Runs this script once for each way in a process of its own, in turns (A B C A B C ...), and gives what each
-    printed last, as JSON."""
-    found: dict[str, list[Any]] = {way: [] for way in ways}
+def epoch_parser(doc: str | None, option: str, variants: Sequence[str]) -> argparse.ArgumentParser:
+    """Options of a script that measures epochs of our training for each variant, in turns.
+
+    Args:
+        doc: The script's description.
+        option: The hidden option that selects a variant (`in_turns`).
+        variants: Values of the option.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="folder or id of the model (default: embedded)")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum response length")
+    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches per optimizer step")
+    parser.add_argument("--epochs", type=int, default=2, help="measured epochs per turn")
+    parser.add_argument("--turns", type=int, default=3, help=f"number of measurements of each {option}")
+    parser.add_argument("--out", help="JSON file for all measurements")
+    parser.add_argument(f"--{option}", choices=variants, help=argparse.SUPPRESS)
+    return parser
+
+
+def in_turns(variants: Sequence[str], turns: int, option: str) -> dict[str, list[Any]]:
+    """Runs the current script in a new process for each variant, in turns (A B C A B C ...).
+
+    Args:
+        variants: Values of the option.
+        turns: Number of turns.
+        option: The script's option that selects a variant.
+
+    Returns:
+        The last line that each process printed, parsed as JSON: a list over the turns for each variant.
+    """
+    found: dict[str, list[Any]] = {variant: [] for variant in variants}
     for turn in range(turns):
-        for way in ways:
-            command = [sys.executable, *sys.argv, f"--{option}={way}"]
+        for variant in variants:
+            command = [sys.executable, *sys.argv, f"--{option}={variant}"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise SystemExit(f"{way}: {done.stderr[-3000:]}")
-            found[way].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"turn {turn + 1}, {way}: done", file=sys.stderr, flush=True)
+                raise SystemExit(f"{variant}: {done.stderr[-3000:]}")
+            found[variant].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"turn {turn + 1}, {variant}: done", file=sys.stderr, flush=True)
     return found
 
 
@@ -149,9 +180,9 @@ def cell(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def ratios(numbers: Sequence[float], of: Sequence[float]) -> str:
-    """Median and range of the ratios within each turn."""
-    return cell([a / b for a, b in zip(numbers, of, strict=True)])
+def ratios(values: Sequence[float], baseline: Sequence[float]) -> str:
+    """Median and range of the ratio to the baseline within each turn."""
+    return cell([a / b for a, b in zip(values, baseline, strict=True)])
 
 
 def save(path: str | None, found: Any) -> None:
@@ -160,8 +191,8 @@ def save(path: str | None, found: Any) -> None:
         Path(path).write_text(json.dumps(found, indent=1))
 
 
-def arithmetic_rate(dtype: torch.dtype = torch.float32, seconds: float = 3.0) -> float:
-    """Operations per second in matrix products: the best that was seen, over a few sizes."""
+def peak_flops(dtype: torch.dtype = torch.float32, seconds: float = 3.0) -> float:
+    """Peak FLOP/s of matrix products, over a few sizes."""
     best = 0.0
     for rows, inner, columns in ((2048, 2048, 2048), (1024, 576, 1536), (1024, 1536, 576), (4096, 1024, 4096)):
         a, b = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
@@ -174,8 +205,8 @@ def arithmetic_rate(dtype: torch.dtype = torch.float32, seconds: float = 3.0) ->
     return best
 
 
-def read_rate(seconds: float = 2.0) -> float:
-    """Bytes per second that come out of memory: the best that was seen."""
+def peak_bandwidth(seconds: float = 2.0) -> float:
+    """Peak memory bandwidth for reading, in bytes per second."""
     numbers, best = torch.zeros(2**28), 0.0
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -185,8 +216,8 @@ def read_rate(seconds: float = 2.0) -> float:
     return best
 
 
-def weights_in_products(model: Any) -> tuple[int, int]:
-    """Weights that each token is multiplied with in the decoder, and in the head."""
+def matmul_weights(model: Any) -> tuple[int, int]:
+    """Number of weights that each token is multiplied with in the decoder, and in the head."""
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
     return body - (0 if model.config.tie_word_embeddings else head), head

@@ -1,11 +1,11 @@
-"""Methods side by side on the embedded task: `python benchmarks/compare_methods.py --out runs/compare`.
+"""Compares the methods on the embedded task: `python benchmarks/compare_methods.py --out runs/compare`.
 
-Each method runs with the same seeds; a run is the README's command with another method's config and seed, on one
-thread. Runs that are there already are not made again. Prints a table of mean and standard deviation over seeds, and
-of differences to GRPO with the same seed, and writes every run's figures to `OUT/runs.csv`.
+All methods run with the same seeds. A run is the README's command with the method's config and a seed, on one thread.
+Finished runs are skipped. Prints a table of mean and standard deviation over seeds and of the difference from GRPO with
+the same seed, and writes the metrics of every run to `OUT/runs.csv`.
 
-Questions, sampling and the choice of siblings have streams of their own, so runs of one seed see the same questions in
-the same order whatever the method.
+Questions, sampling and the choice of siblings have separate random streams, so runs with the same seed see the same
+questions in the same order, whatever the method.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS = {
     "GRPO + entropy": "grpo_entropy",
     "DIVER": "diver",
 }
-COLUMNS = {  # name in the table: tag, and how the curve becomes a figure
+COLUMNS = {  # name in the table: tag, and how the curve is reduced to one number
     "reward": ("rollout/reward", "mean"),
     "avg@8 middle": ("eval/heldout/avg@8", "middle"),
     "avg@8 end": ("eval/heldout/avg@8", "last"),
@@ -58,13 +58,13 @@ def train(out: Path, method: str, seed: int, extra: list[str]) -> None:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from rlrt_lightning.analysis.events import scalars
 
     (events,) = folder.glob("**/events.out.tfevents.*")
-    log = EventAccumulator(str(events.parent)).Reload()
+    curves = scalars(events.parent)
     values = {}
     for name, (tag, how) in COLUMNS.items():
-        curve = [e.value for e in log.Scalars(tag)] if tag in log.Tags()["scalars"] else [0.0]
+        curve = [value for _, value in curves.get(tag, [(0, 0.0)])]
         values[name] = {"mean": statistics.fmean(curve), "middle": curve[len(curve) // 2], "last": curve[-1]}[how]
     return values
 
@@ -75,11 +75,11 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the table")
-    parser.add_argument("--seeds", type=int, default=8, help="seeds 0 to N-1 of each method")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which methods")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("extra", nargs="*", help="more flags for every run, after --")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and runs.csv")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds per method, from 0")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs")
+    parser.add_argument("extra", nargs="*", help="further flags for every run, after --")
     args = parser.parse_args()
     work = [(method, seed) for seed in range(args.seeds) for method in args.methods]
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -1,8 +1,8 @@
 """Rollout tokens per second of the three engines: `python benchmarks/engines.py --model models/smollm2-135m-instruct`.
 
-Each engine runs in a process of its own with the same prompts, in turns (A B C A B C ...), and draws once before the
-clock runs. Prints the median over the turns with the range, and the ratio to the transformers engine. The server is
-started by the script, on loopback.
+Each engine runs in a separate process with the same prompts, in turns (A B C A B C ...), after a warm-up. Prints the
+median over the turns with the range, and the ratio to the transformers engine. The script starts the server, on
+loopback.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUESTIONS = [f"What is {a} + {7 * a % 13}? Explain it in a few sentences." for a
 
 
 def measure(args: argparse.Namespace) -> None:
-    """One engine, in this process; prints tokens, seconds of sampling and seconds of the sync."""
+    """Measures one engine in this process; prints the number of tokens and the seconds of sampling and of the sync."""
     from rlrt_lightning import Policy, Sampling, TransformersEngine, VllmColocateEngine, VllmServerEngine
 
     policy = Policy(path=args.model, dtype=args.dtype)
@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> None:
     end = time.perf_counter()
     tokens = sum(len(r.response_ids) for r in drawn)
     print(json.dumps({"tokens": tokens, "seconds": end - synced, "sync": synced - start}), flush=True)
-    os._exit(0)  # vLLM's own way out can take its time
+    os._exit(0)  # shutting down vLLM can take long
 
 
 def serve(model: str, dtype: str) -> tuple[subprocess.Popen[bytes], str]:
@@ -67,16 +67,16 @@ def serve(model: str, dtype: str) -> tuple[subprocess.Popen[bytes], str]:
             return process, url
         except OSError:
             time.sleep(1)
-    raise SystemExit("the server does not answer")
+    raise SystemExit("the server does not respond")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or id of the model")
-    parser.add_argument("--dtype", default="float32", help="type of the weights (bfloat16 where the processor has it)")
-    parser.add_argument("--rollouts", type=int, default=8, help=f"rollouts of each of the {len(QUESTIONS)} prompts")
-    parser.add_argument("--tokens", type=int, default=64, help="longest response")
-    parser.add_argument("--turns", type=int, default=3, help="how often each engine is measured")
+    parser.add_argument("--dtype", default="float32", help="type of the weights (bfloat16 if the CPU supports it)")
+    parser.add_argument("--rollouts", type=int, default=8, help=f"rollouts for each of the {len(QUESTIONS)} prompts")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum response length")
+    parser.add_argument("--turns", type=int, default=3, help="number of measurements of each engine")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
@@ -84,7 +84,7 @@ def main() -> None:
     if args.engine:
         measure(args)
     server, url = serve(args.model, args.dtype)
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
     try:
         with tempfile.TemporaryDirectory() as weights:
             for turn in range(args.turns):
@@ -93,15 +93,15 @@ def main() -> None:
                     done = subprocess.run([*words, "--weights", weights], capture_output=True, text=True, check=False)
                     if done.returncode:
                         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-                    figures[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-                    print(f"turn {turn + 1}, {name}: {figures[name][-1]}", flush=True)
+                    measured[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+                    print(f"turn {turn + 1}, {name}: {measured[name][-1]}", flush=True)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
-    speeds = {name: [f["tokens"] / f["seconds"] for f in rows] for name, rows in figures.items()}
-    print("\n| engine | tokens/s, median (range) | of transformers | sync, s |\n| --- | --- | --- | --- |")
+    speeds = {name: [f["tokens"] / f["seconds"] for f in rows] for name, rows in measured.items()}
+    print("\n| engine | tokens/s, median (range) | relative to transformers | sync, s |\n| --- | --- | --- | --- |")
     for name, speed in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(speed, speeds["transformers"], strict=True))
-        sync = statistics.median(f["sync"] for f in figures[name])
+        sync = statistics.median(f["sync"] for f in measured[name])
         cell = f"{statistics.median(speed):.0f} ({min(speed):.0f} to {max(speed):.0f})"
         print(f"| {name} | {cell} | {ratio:.2f} | {sync:.2f} |")
 

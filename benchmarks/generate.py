@@ -1,9 +1,9 @@
-"""Our rollouts against transformers' `generate`: `python benchmarks/generate.py --model models/smollm2-135m-instruct`.
+"""Our rollouts and transformers' `generate`: `python benchmarks/generate.py --model models/smollm2-135m-instruct`.
 
-The same weights, prompts and length limit, natural stopping, in turns (A B A B ...) in one process; `generate` has the
-K copies of each prompt in one batch and gives back the log-probs that training needs. Prints tokens per second, the
-ratio, and what the machine could do at best: each step of decoding multiplies its open rows with all weights, and reads
-all weights once, at the best rates of products and of reading that are seen in the same run.
+Both use the same weights, prompts and length limit, with natural stopping, in turns (A B A B ...) in one process;
+`generate` gets the K copies of each prompt in one batch and returns the log-probs that training needs. Prints tokens
+per second, the ratio, and our share of the hardware limit: each decoding step multiplies its active rows with all
+weights and reads all weights once, at the peak FLOP/s and memory bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from common import arithmetic_rate, question, read_rate, weights_in_products
+from common import matmul_weights, peak_bandwidth, peak_flops, question
 
 
 def ours(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn: int) -> list[int]:
@@ -23,11 +23,11 @@ def ours(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn: 
     engine = TransformersEngine()
     engine.sync(policy)
     seeds = [100 * turn + i for i in range(len(prompts))]
-    drawn = engine.generate(prompts, args.rollouts, Sampling(max_new_tokens=args.tokens), seeds)
-    return [len(rollout.response_ids) for rollout in drawn]
+    rollouts = engine.generate(prompts, args.rollouts, Sampling(max_new_tokens=args.tokens), seeds)
+    return [len(rollout.response_ids) for rollout in rollouts]
 
 
-def theirs(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn: int) -> list[int]:
+def transformers_generate(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn: int) -> list[int]:
     torch.manual_seed(turn)
     longest = max(map(len, prompts))
     rows = [prompt for prompt in prompts for _ in range(args.rollouts)]
@@ -55,14 +55,14 @@ def theirs(policy: Any, prompts: list[list[int]], args: argparse.Namespace, turn
 
 
 def bound(policy: Any, prompts: list[list[int]], lengths: list[int], rates: tuple[float, float]) -> float:
-    """Seconds that prompts and responses of these lengths take at least."""
-    arithmetic, read = rates
-    body, head = weights_in_products(policy.model)
+    """Lower bound of the time for prompts and responses of these lengths, in seconds."""
+    flops, bandwidth = rates
+    body, head = matmul_weights(policy.model)
     width = next(policy.model.parameters()).element_size()
-    seconds = 2 * body * sum(map(len, prompts)) / arithmetic
+    seconds = 2 * body * sum(map(len, prompts)) / flops
     for step in range(1, max(lengths)):
         rows = sum(length > step for length in lengths)
-        seconds += max(2 * (body + head) * rows / arithmetic, width * (body + head) / read)
+        seconds += max(2 * (body + head) * rows / flops, width * (body + head) / bandwidth)
     return seconds
 
 
@@ -71,28 +71,28 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or id of the model")
-    parser.add_argument("--rollouts", type=int, default=8, help="rollouts of each of 8 prompts")
-    parser.add_argument("--tokens", type=int, default=128, help="longest response")
-    parser.add_argument("--turns", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--rollouts", type=int, default=8, help="rollouts for each of 8 prompts")
+    parser.add_argument("--tokens", type=int, default=128, help="maximum response length")
+    parser.add_argument("--turns", type=int, default=3, help="number of measurements of each sampler")
     args = parser.parse_args()
     policy = Policy(path=args.model)
     policy.load()
     prompts = [policy.encode_prompt(question(i)) for i in range(8)]
-    ways = {"ours": ours, "generate": theirs}
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    rates = arithmetic_rate(), read_rate()
+    samplers = {"ours": ours, "generate": transformers_generate}
+    speeds: dict[str, list[float]] = {name: [] for name in samplers}
+    rates = peak_flops(), peak_bandwidth()
     best: list[tuple[float, list[int]]] = []
     for turn in range(args.turns):
-        for name, way in ways.items():
+        for name, sample in samplers.items():
             start = time.perf_counter()
-            lengths = way(policy, prompts, args, turn)
+            lengths = sample(policy, prompts, args, turn)
             seconds = time.perf_counter() - start
             speeds[name].append(sum(lengths) / seconds)
             print(f"turn {turn + 1}, {name}: {sum(lengths)} tokens, {speeds[name][-1]:.0f} tokens/s", flush=True)
             if name == "ours":
                 best.append((seconds, lengths))
-        rates = max(rates[0], arithmetic_rate()), max(rates[1], read_rate())
-    print("\n| sampler | tokens/s, median (range) | of generate |\n| --- | --- | --- |")
+        rates = max(rates[0], peak_flops()), max(rates[1], peak_bandwidth())
+    print("\n| sampler | tokens/s, median (range) | relative to generate |\n| --- | --- | --- |")
     for name, speed in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(speed, speeds["generate"], strict=True))
         middle = statistics.median(speed)

@@ -1,12 +1,14 @@
-"""What one GPU does: `python benchmarks/gpu.py` (about five minutes; needs torch, transformers and lightning alone).
+"""Throughput and memory on one GPU: `python benchmarks/gpu.py` (about five minutes).
 
-Random weights in the shape of Qwen3-0.6B, so that nothing has to be fetched: weights in float32, arithmetic in bfloat16
-(`bf16-mixed`), rollouts from a bfloat16 copy, all of them of full length, about half of them right by a checksum.
+Needs only torch, transformers and lightning, and downloads nothing. The model has random weights and the shape of
+Qwen3-0.6B: weights in float32, arithmetic in bfloat16 (`bf16-mixed`), rollouts from a bfloat16 copy. All rollouts have
+full length, and a checksum counts about half of them as correct.
 
-1. Epochs of GRPO and RLRT through the Python interface: tokens per second of sampling, scoring and training, the share
-   of the GPU's peak in training (MFU, 6 operations a weight and token), peak memory, and RLRT's time over GRPO's.
-2. Forward and backward pass of one sequence of 2k, 8k and 16k tokens, with a padding mask and without: time and peak
-   memory. Under a causal mask padding on the right is never seen, so both give the same values.
+1. Epochs of GRPO and RLRT with the Python API: tokens per second in sampling, scoring and training, utilization of the
+   GPU in training (MFU, 6 FLOP per weight and token, relative to the measured matmul rate), peak memory, and RLRT's
+   time relative to GRPO's.
+2. Forward and backward pass over two sequences of 2k, 8k and 16k tokens, with and without a padding mask: time and peak
+   memory. With a causal mask no token attends to padding on its right, so both give the same values.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Figures, cell, epochs_of_ours, save
+from common import Metrics, cell, epochs_of_ours, save
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -38,7 +40,7 @@ SHAPE: dict[str, Any] = {
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> None:
-    """A Qwen3 model with random weights, and a tokenizer with as many words."""
+    """Writes a Qwen3 model with random weights, and a tokenizer with the same vocabulary size."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -52,7 +54,7 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
 
 @contextmanager
 def measured(found: dict[str, float]) -> Iterator[None]:
-    """Seconds and the peak of allocated memory (GB) of what is done inside."""
+    """Measures the time (s) and the peak of allocated memory (GB) of the block."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -63,7 +65,7 @@ def measured(found: dict[str, float]) -> Iterator[None]:
 
 
 def matmul_rate() -> float:
-    """Operations per second of an 8192 x 8192 x 8192 product of random bfloat16 numbers, median of ten."""
+    """FLOP/s of an 8192 x 8192 x 8192 product of random bfloat16 matrices, median of ten."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     found: dict[str, float] = {}
     seconds = []
@@ -74,9 +76,9 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / statistics.median(seconds[3:])
 
 
-def epochs(model: str, method: Any, args: argparse.Namespace) -> list[Figures]:
+def epochs(model: str, method: Any, args: argparse.Namespace) -> list[Metrics]:
     torch.cuda.reset_peak_memory_stats()
-    figures = epochs_of_ours(
+    result = epochs_of_ours(
         model,
         method,
         args.prompts,
@@ -84,28 +86,28 @@ def epochs(model: str, method: Any, args: argparse.Namespace) -> list[Figures]:
         args.tokens,
         args.epochs,
         micro_batches=args.micro_batches,
-        forced=True,
+        fixed_length=True,
         learning_rate=0.0,
         precision="bf16-mixed",
     )
-    for figure in figures:
-        figure["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    for epoch in result:
+        epoch["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.empty_cache()
-    return figures
+    return result
 
 
 def long_passes(model: Any, lengths: list[int], turns: int) -> dict[str, list[dict[str, float]]]:
-    """Forward and backward pass of two rows, one of them shorter by an eighth, through the decoder."""
+    """Forward and backward pass through the decoder for two sequences, one of which has an eighth of padding."""
     found: dict[str, list[dict[str, float]]] = {}
     for length in lengths:
         ids = torch.randint(1, 1000, (2, length), device="cuda")
         mask = torch.ones_like(ids)
         mask[1, length - length // 8 :] = 0
         for _ in range(turns):
-            for name, given in {"mask": mask, "no mask": None}.items():
+            for name, padding in {"mask": mask, "no mask": None}.items():
                 one: dict[str, float] = {}
                 with measured(one), torch.autocast("cuda", torch.bfloat16):
-                    states = model.model(input_ids=ids, attention_mask=given, use_cache=False).last_hidden_state
+                    states = model.model(input_ids=ids, attention_mask=padding, use_cache=False).last_hidden_state
                     states[mask.bool()].float().square().mean().backward()
                 model.zero_grad()
                 found.setdefault(f"{length} {name}", []).append(one)
@@ -122,19 +124,19 @@ def main() -> None:
     from rlrt_lightning import GRPO, RLRT
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16, help="prompts of an epoch, 8 rollouts each")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a response")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of the epoch's optimizer step")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs that are counted, after a first one")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 16384], help="of the long sequences")
-    parser.add_argument("--turns", type=int, default=3, help="how often each long pass is measured")
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer for a quick look")
-    parser.add_argument("--out", help="file for all numbers, as JSON")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts per epoch, with 8 rollouts each")
+    parser.add_argument("--tokens", type=int, default=512, help="response length")
+    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches per optimizer step")
+    parser.add_argument("--epochs", type=int, default=2, help="measured epochs, after a warm-up epoch")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 16384], help="sequence lengths")
+    parser.add_argument("--turns", type=int, default=3, help="number of measurements of each length")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="number of layers")
+    parser.add_argument("--out", help="JSON file for all measurements")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu.py needs a GPU, and torch sees none")
+        raise SystemExit("benchmarks/gpu.py needs a GPU, but torch finds none")
     peak = matmul_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {peak / 1e12:.0f} TFLOP/s in bfloat16 products")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {peak / 1e12:.0f} TFLOP/s in bfloat16 matmuls")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), {**SHAPE, "num_hidden_layers": args.layers})
         found = {m.__class__.__name__: epochs(folder, m, args) for m in (GRPO(normalize_std=True), RLRT())}
@@ -156,8 +158,8 @@ def main() -> None:
         "peak memory, GB": lambda f: f["memory_gb"],
     }
     table(f"{weights / 1e6:.0f} M weights", found, columns)
-    times = {name: statistics.median(f["seconds"] for f in figures) for name, figures in found.items()}
-    print(f"\nRLRT's epoch takes {times['RLRT'] / times['GRPO']:.2f} times GRPO's")
+    times = {name: statistics.median(f["seconds"] for f in run) for name, run in found.items()}
+    print(f"\nRLRT's epoch takes {times['RLRT'] / times['GRPO']:.2f} times as long as GRPO's")
     passes = long_passes(model, args.lengths, args.turns)
     table("forward and backward", passes, {"s": lambda f: f["seconds"], "GB": lambda f: f["memory_gb"]})
     save(args.out, {"epochs": found, "long": passes, "settings": vars(args), "peak_flops": peak})

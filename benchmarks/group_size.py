@@ -1,7 +1,7 @@
-"""Speed and padding by size of the group: `python benchmarks/group_size.py --model models/smollm2-135m-instruct`.
+"""Speed and padding by group size: `python benchmarks/group_size.py --model models/smollm2-135m-instruct`.
 
-Epochs of RLRT with the same number of rollouts, in groups of K = 4, 8, 16 and 32, with natural lengths and the
-learning rate 0. Each K runs in a process of its own, in turns; the first epoch of each is not counted.
+Epochs of RLRT with the same number of rollouts, in groups of K = 4, 8, 16 and 32, with natural stopping and learning
+rate 0. Each K runs in a separate process, in turns; the first epoch of each process is not counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 
-from common import Figures, cell, epochs_of_ours, in_turns, save
+from common import Metrics, cell, epoch_parser, epochs_of_ours, in_turns, save
 
 SIZES = ("4", "8", "16", "32")
 COLUMNS = {
@@ -21,7 +21,7 @@ COLUMNS = {
 }
 
 
-def measure(args: argparse.Namespace) -> list[Figures]:
+def measure(args: argparse.Namespace) -> list[Metrics]:
     from rlrt_lightning import RLRT
 
     k = int(args.size)
@@ -30,21 +30,14 @@ def measure(args: argparse.Namespace) -> list[Figures]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="folder or id of the model; embedded")
-    parser.add_argument("--rollouts", type=int, default=64, help="rollouts of an epoch")
-    parser.add_argument("--tokens", type=int, default=64, help="longest response")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of the epoch's optimizer step")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs of each turn that are counted")
-    parser.add_argument("--turns", type=int, default=3, help="how often each size is measured")
-    parser.add_argument("--out", help="file for all figures, as JSON")
-    parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
+    parser = epoch_parser(__doc__, "size", SIZES)
+    parser.add_argument("--rollouts", type=int, default=64, help="rollouts per epoch")
     args = parser.parse_args()
     if args.size:
         print(json.dumps(measure(args)), flush=True)
         return
     found = in_turns(SIZES, args.turns, "size")
-    save(args.out, {"figures": found, "settings": vars(args)})
+    save(args.out, {"epochs": found, "settings": vars(args)})
     print(f"| K | {' | '.join(COLUMNS.values())} |\n| --- |{' --- |' * len(COLUMNS)}")
     medians: dict[str, list[float]] = {tag: [] for tag in COLUMNS}
     for size, turns in found.items():
@@ -57,7 +50,7 @@ def main() -> None:
     for tag, name in COLUMNS.items():
         if tag.endswith("per_s"):
             spread = max(abs(value / statistics.median(medians[tag]) - 1) for value in medians[tag])
-            print(f"\n{name}: within {spread:.0%} of the median of the sizes")
+            print(f"\n{name}: within {spread:.0%} of the median over the sizes")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Kills a run again and again: `python benchmarks/kill.py`.
+"""Tests exact resume by killing a run repeatedly: `python benchmarks/kill.py`.
 
-Trains the embedded task once undisturbed, and once with SIGKILL at random moments of all phases and a resume by
-`--ckpt_path last` after each. Prints where the kills came, and compares everything that both have logged (all but times
-and speeds), what they sampled, and weights and optimizer at the end, bit for bit. Exit code 1 where they differ.
+Trains the embedded task twice: once without interruption, and once with SIGKILL at random moments in all phases and a
+resume with `--ckpt_path last` after each. Prints in which phases the kills fell, and compares bit for bit everything
+that both logged (except times and speeds), their samples, and the final weights and optimizer states. Exits with code 1
+if they differ.
 
-The teacher is a moving average, and lam decays. Each run is a fork of this process, since importing takes longer than
+The teacher is a moving average, and lam decays. Each run is a fork of this process, because importing takes longer than
 these epochs.
 """
 
@@ -42,11 +43,12 @@ SETTINGS = [
     "--model.method.lam_decay_steps=30",
     "--reversed_signal.picture_every_n_epochs=3",
 ]
-PHASES = ["rollout", "verify", "teacher", "update", "checkpoint", "validation", "between"]  # the last: what is left
+# "between" is outside all other phases.
+PHASES = ["rollout", "verify", "teacher", "update", "checkpoint", "validation", "between"]
 
 
 def announce(write: Callable[[str], Any]) -> None:
-    """Has the functions that a phase goes through say when it begins and ends."""
+    """Wraps the functions of each phase so that they report when the phase begins and ends."""
     from rlrt_lightning import RLRTModule, RolloutDataModule, TransformersEngine
     from rlrt_lightning.epoch import make
     from rlrt_lightning.runtime.checkpoints import WholeCheckpointIO
@@ -71,20 +73,20 @@ def announce(write: Callable[[str], Any]) -> None:
         plain = getattr(owner, name)
 
         @functools.wraps(plain)
-        def said(*args: Any, **kwargs: Any) -> Any:
+        def reported(*args: Any, **kwargs: Any) -> Any:
             with in_phase(phase):
                 return plain(*args, **kwargs)
 
-        setattr(owner, name, said)
+        setattr(owner, name, reported)
 
     generate = TransformersEngine.generate
 
-    @functools.wraps(generate)  # the command line compares its parameters
-    def generates(self: Any, *args: Any) -> Any:
+    @functools.wraps(generate)  # the command line inspects its signature
+    def reported_generate(self: Any, *args: Any) -> Any:
         with in_phase("rollout"):
             yield from generate(self, *args)
 
-    TransformersEngine.generate = generates  # type: ignore[method-assign]
+    TransformersEngine.generate = reported_generate  # type: ignore[method-assign]
     wrap(make, "collect_verdicts", "verify")
     wrap(Teacher, "score", "teacher")
     wrap(RLRTModule, "training_step", "update")
@@ -93,7 +95,7 @@ def announce(write: Callable[[str], Any]) -> None:
 
 
 class Run:
-    """A run in a process of its own, and the phases that it goes through."""
+    """A run in a separate process, and the phases that it reports."""
 
     def __init__(self, words: list[str], log: Path) -> None:
         out, into = os.pipe()
@@ -119,7 +121,7 @@ class Run:
         self.phases: list[tuple[str, float]] = []
 
     def read(self) -> bool:
-        """Waits for what the run says next; False when it has ended."""
+        """Waits for the run's next report; False when it has ended."""
         more = os.read(self._pipe, 65536)
         *lines, self._rest = (self._rest + more).split(b"\n")
         for line in lines:
@@ -128,14 +130,14 @@ class Run:
         return bool(more)
 
     def wait_for(self, phase: str, count: int) -> bool:
-        """Waits until a phase begins for the so-manieth time; False if the run ends before."""
+        """Waits until a phase has begun `count` times; False if the run ends first."""
         while sum(name == phase for name, _ in self.phases) < count:
             if not self.read():
                 return False
         return True
 
     def kill(self) -> str:
-        """Kills it; returns the phase that it was in."""
+        """Kills the run and returns its current phase."""
         os.kill(self.pid, signal.SIGKILL)
         while self.read():
             pass
@@ -144,14 +146,14 @@ class Run:
         return self.phases[-1][0]
 
     def finish(self) -> int:
-        """Waits for its end; returns the exit code."""
+        """Waits for the end of the run and returns its exit code."""
         while self.read():
             pass
         os.close(self._pipe)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def lengths(self) -> dict[str, float]:
-        """The median length of each phase, in seconds."""
+        """Median duration of each phase, in seconds."""
         times: dict[str, list[float]] = {}
         for (phase, begin), (_, end) in itertools.pairwise(self.phases):
             times.setdefault(phase, []).append(end - begin)
@@ -160,13 +162,13 @@ class Run:
 
 def logged(folder: Path) -> tuple[dict[tuple[str, int], Any], int]:
     """All that the runs in a folder have logged, by tag and step, and at how many places two runs do not agree."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from rlrt_lightning.analysis.events import event_log
 
     found: dict[tuple[str, int], Any] = {}
     differ = 0
     for run in sorted(folder.glob("rlrt/version_*")):
-        log = EventAccumulator(str(run), size_guidance=dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0))
-        tags = log.Reload().Tags()
+        log = event_log(run, "scalars", "images", "histograms", "tensors")
+        tags = log.Tags()
         events = [(tag, e.step, e.value) for tag in tags["scalars"] for e in log.Scalars(tag)]
         events += [(tag, e.step, e.encoded_image_string) for tag in tags["images"] for e in log.Images(tag)]
         events += [(tag, e.step, e.histogram_value) for tag in tags["histograms"] for e in log.Histograms(tag)]
@@ -179,7 +181,7 @@ def logged(folder: Path) -> tuple[dict[tuple[str, int], Any], int]:
 
 
 def final(folder: Path) -> dict[str, Any]:
-    """Every tensor of the newest checkpoint that training depends on, by name."""
+    """All tensors of the newest checkpoint on which training depends, by name."""
     import torch
 
     from rlrt_lightning.runtime.checkpoints import newest
@@ -193,11 +195,11 @@ def final(folder: Path) -> dict[str, Any]:
 
 
 def differences(whole: Path, cut: Path) -> list[str]:
-    """What is not the same in both folders."""
+    """Lists the differences between two folders of runs."""
     import torch
 
     (expected, _), (got, differ) = logged(whole), logged(cut)
-    wrong = [f"{differ} values that two runs have logged differ"] if differ else []
+    wrong = [f"{differ} values that were logged twice differ"] if differ else []
     places = expected.keys() | got.keys()
     wrong += [f"{tag} at step {step}" for tag, step in places if expected.get((tag, step)) != got.get((tag, step))]
     ours, theirs = final(whole), final(cut)
@@ -208,17 +210,17 @@ def differences(whole: Path, cut: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="how often")
-    parser.add_argument("--epochs", type=int, default=24, help="epochs of the run")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
-    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, help="which phases, in turn")
-    parser.add_argument("--out", type=Path, help="folder for the runs; a temporary one where not given")
-    parser.add_argument("extra", nargs="*", help="more flags for every run, after --")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills")
+    parser.add_argument("--epochs", type=int, default=24, help="number of epochs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
+    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, help="phases, in turn (default: all)")
+    parser.add_argument("--out", type=Path, help="folder for the runs (default: a temporary folder)")
+    parser.add_argument("extra", nargs="*", help="further flags for every run, after --")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="rlrt-kill-"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    import rlrt_lightning.cli.commands  # noqa: F401 - once, for all forks
+    import rlrt_lightning.cli.commands  # noqa: F401 - imported once for all forks
 
     def words(folder: Path, *more: str) -> list[str]:
         own = [f"--trainer.logger.save_dir={folder}", f"--trainer.max_epochs={args.epochs}"]
@@ -241,7 +243,7 @@ def main() -> int:
         run = Run(words(cut, *resume), log)
         if sum(killed.values()) < args.kills:
             phase = args.phases[sum(killed.values()) % len(args.phases)]
-            # Of the updates of an epoch and the like, any; a third of the time the next epoch's.
+            # The first to third occurrence of the phase; of the four updates per epoch the second, fourth or sixth.
             if run.wait_for(phase, moments.choice([1, 2, 3]) * (2 if phase in ("update", "between") else 1)):
                 time.sleep(moments.random() * lengths[phase])
                 killed[run.kill()] += 1

@@ -1,8 +1,7 @@
-"""Memory of each GPU under each strategy: by calculation for any model, and the same formula checked here on two CPU
-processes.
+"""Memory per GPU for each strategy: a formula for any model, and its check against two CPU processes.
 
-python benchmarks/memory.py                     # the table for 4B and 8B
-python benchmarks/memory.py --check             # formula against measurement, a model of 250 M weights, in float32
+python benchmarks/memory.py                     # the table for 4B and 8B models
+python benchmarks/memory.py --check             # formula and measurement for a model of 250 M weights in float32
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ FP32, BF16 = 4, 2
 
 @dataclass(frozen=True)
 class Model:
-    """Numbers of weights.
+    """Numbers of weights of a model.
 
     Args:
-        name: Of the model.
-        weights: All of them.
-        layer: Those of one decoder layer.
-        layers: How many of these there are.
-        adapters: Those of LoRA's adapters of rank 16 in all linear layers but the head.
+        name: Name of the model.
+        weights: Total number of weights.
+        layer: Weights of one decoder layer.
+        layers: Number of decoder layers.
+        adapters: Weights of rank-16 LoRA adapters in all linear layers except the head.
     """
 
     name: str
@@ -44,7 +43,7 @@ class Model:
 
     @classmethod
     def of(cls, name: str, config: Any) -> Model:
-        """Counts the weights of a configuration."""
+        """Counts the weights of a model configuration."""
         from transformers import AutoModelForCausalLM
 
         from rlrt_lightning.policy.sharding import decoder_layers
@@ -63,28 +62,27 @@ class Model:
 
 
 def held(model: Model, strategy: str, ranks: int, teacher: str, lora: bool, base: int = FP32) -> float:
-    """Bytes that a rank holds while the policy is trained, without activations: weights, gradients, Adam's two moments
-    and the teacher's own weights. With adapters the frozen weights take `base` bytes each."""
+    """Bytes that a rank holds during training, without activations: weights, gradients, Adam's two moments and the
+    teacher's own weights. With adapters each frozen weight takes `base` bytes."""
     trained = model.adapters if lora else model.weights
     size = (base * model.weights if lora else 0) + trained * (FP32 + FP32 + 2 * FP32)
     if strategy == "ddp":
-        size += trained * FP32  # the buckets in which gradients are sent
+        size += trained * FP32  # gradient buckets
     if teacher == "own":
-        size += trained * FP32  # a copy of what is trained; the rest is the policy's
+        size += trained * FP32  # a copy of the trained weights; the rest is shared with the policy
     return size / ranks if strategy == "fsdp2" else size
 
 
 def fetched(model: Model, strategy: str, size: int) -> float:
-    """Bytes of the other ranks' weights at a time: embeddings, head and norm, the layer that is computed and the one
-    that comes next."""
+    """Bytes of gathered weights at any time: embeddings, head and norm, the current layer and the next one."""
     return size * (model.weights - model.layers * model.layer + 2 * model.layer) if strategy == "fsdp2" else 0.0
 
 
 def table(ranks: int) -> str:
-    """The table of docs/strategies.md."""
+    """The table in docs/strategies.md."""
     from transformers import Qwen3Config
 
-    # The dimensions are those of the models' own config.json.
+    # Dimensions from the models' config.json.
     shared = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
     small = Qwen3Config(**shared, hidden_size=2560, intermediate_size=9728, head_dim=128, tie_word_embeddings=True)
     large = Qwen3Config(**shared, hidden_size=4096, intermediate_size=12288, head_dim=128, tie_word_embeddings=False)
@@ -111,12 +109,12 @@ def table(ranks: int) -> str:
 
 
 def rss() -> int:
-    """Bytes of memory that this process has."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
-    """Trains two steps and prints how much memory came to be used, in bytes."""
+    """Trains for two steps and prints the increase in memory, in bytes."""
     from lightning import Callback, Trainer
 
     from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling
@@ -133,7 +131,7 @@ def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
             seen["before"] = rss()
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            seen["held"] = rss() - seen["before"]  # of the second step: Adam has its moments, the gradients are there
+            seen["held"] = rss() - seen["before"]  # kept from the second step, with Adam's moments
 
     refresh = TeacherRefresh(ema_decay=0.5) if teacher == "own" else TeacherRefresh()
     trainer = Trainer(
@@ -163,7 +161,7 @@ def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
 
 
 def check() -> str:
-    """Formula and measurement side by side."""
+    """The table of formula and measurement."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     from rlrt_lightning.policy.model import EMBEDDED
@@ -183,7 +181,7 @@ def check() -> str:
     )
     model = Model.of("", config)
     lines = [
-        f"{model.weights / 1e6:.0f} M weights, two ranks, GB of each",
+        f"{model.weights / 1e6:.0f} M weights, two ranks, GB per rank",
         "| strategy | trained | teacher's weights | formula | measured |",
         "| --- | --- | --- | ---: | ---: |",
     ]
@@ -203,7 +201,7 @@ def check() -> str:
 
 
 def launch(strategy: str, teacher: str, lora: bool, folder: Path) -> list[int]:
-    """What each of two ranks measured."""
+    """Starts two ranks and returns the measurement of each, in bytes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -213,7 +211,7 @@ def launch(strategy: str, teacher: str, lora: bool, folder: Path) -> list[int]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
-        "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system, so that RSS is what is in use
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # freed memory returns to the system, so that RSS is the memory in use
         "CUDA_VISIBLE_DEVICES": "",
     }
     words = [sys.executable, __file__, "--rank", strategy, teacher, str(int(lora)), str(folder)]
@@ -230,8 +228,8 @@ def launch(strategy: str, teacher: str, lora: bool, folder: Path) -> list[int]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="measure on two CPU processes")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the table's fsdp2 rows")
+    parser.add_argument("--check", action="store_true", help="compare the formula with two CPU processes")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs in the fsdp2 rows of the table")
     parser.add_argument("--rank", nargs=4, help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.rank:

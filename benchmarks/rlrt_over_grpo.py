@@ -1,7 +1,7 @@
-"""What RLRT costs beside GRPO: `python benchmarks/rlrt_over_grpo.py --model models/smollm2-135m-instruct`.
+"""Epoch time of RLRT and GRPO: `python benchmarks/rlrt_over_grpo.py --model models/smollm2-135m-instruct`.
 
-Epochs from the same rollouts (learning rate 0, the same seeds), of which about half are right, with natural lengths.
-Either method runs in a process of its own, in turns (A B A B ...); the first epoch of each is not counted.
+Both methods use the same rollouts (learning rate 0, the same seeds), about half of them correct, with natural stopping.
+Each method runs in a separate process, in turns (A B A B ...); the first epoch of each process is not counted.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import argparse
 import json
 import statistics
 
-from common import Figures, cell, epochs_of_ours, in_turns, ratios, save
+from common import Metrics, cell, epoch_parser, epochs_of_ours, in_turns, ratios, save
 
+METHODS = ("GRPO", "RLRT")
 PHASES = ("sync", "rollout", "verify", "teacher", "train")
 
 
-def measure(args: argparse.Namespace) -> list[Figures]:
+def measure(args: argparse.Namespace) -> list[Metrics]:
     from rlrt_lightning import GRPO, RLRT
 
     method = RLRT() if args.method == "RLRT" else GRPO(normalize_std=True)
@@ -24,27 +25,20 @@ def measure(args: argparse.Namespace) -> list[Figures]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="folder or id of the model; embedded")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts of an epoch")
-    parser.add_argument("--rollouts", type=int, default=8, help="rollouts of each prompt, K")
-    parser.add_argument("--tokens", type=int, default=64, help="longest response")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of the epoch's optimizer step")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs of each turn that are counted")
-    parser.add_argument("--turns", type=int, default=3, help="how often each method is measured")
-    parser.add_argument("--out", help="file for all figures, as JSON")
-    parser.add_argument("--method", choices=("GRPO", "RLRT"), help=argparse.SUPPRESS)
+    parser = epoch_parser(__doc__, "method", METHODS)
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per epoch")
+    parser.add_argument("--rollouts", type=int, default=8, help="rollouts per prompt, K")
     args = parser.parse_args()
     if args.method:
         print(json.dumps(measure(args)), flush=True)
         return
-    found = in_turns(("GRPO", "RLRT"), args.turns, "method")
-    save(args.out, {"figures": found, "settings": vars(args)})
+    found = in_turns(METHODS, args.turns, "method")
+    save(args.out, {"epochs": found, "settings": vars(args)})
     seconds = {name: [statistics.median(f["seconds"] for f in turn) for turn in turns] for name, turns in found.items()}
     every = {name: [f for turn in turns for f in turn] for name, turns in found.items()}
     correct, length = (statistics.mean(f[f"rollout/{tag}"] for f in every["RLRT"]) for tag in ("correct", "length"))
-    print(f"{correct:.0%} of the rollouts right, {length:.0f} tokens long on average")
-    print(f"\n| method | seconds an epoch, median (range) | of GRPO's | {', s | '.join(PHASES)}, s |")
+    print(f"{correct:.0%} of the rollouts are correct; mean length {length:.0f} tokens")
+    print(f"\n| method | seconds per epoch, median (range) | relative to GRPO | {', s | '.join(PHASES)}, s |")
     print("| --- | --- | --- |" + " --- |" * len(PHASES))
     for name in found:
         phases = [statistics.median(f[f"time/{phase}"] for f in every[name]) for phase in PHASES]

@@ -1,7 +1,7 @@
-"""Whether a long run stays as it is: `python benchmarks/soak.py`.
+"""Tests a long run for leaks: `python benchmarks/soak.py`.
 
-Trains the embedded task for many epochs in a process of its own and samples its memory (with that of its children),
-open files, processes and threads. Prints the medians of the middle and the last third of the epochs; exit code 1 where
+Trains the embedded task for many epochs in a separate process and samples its memory (including its children's), open
+files, processes and threads. Prints the medians over the middle and the last third of the epochs. Exits with code 1 if
 memory has grown by more than 2 %, or any of the others at all. Linux only.
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all that it has started."""
+    """Ids of a process and all of its descendants."""
     children = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         children += [int(child) for child in (task / "children").read_text().split()]
@@ -28,7 +28,7 @@ def tree(pid: int) -> list[int]:
 
 
 def sample(pid: int) -> dict[str, float]:
-    """What a process and its children have at the moment; memory in MB (10^6 bytes)."""
+    """Current resources of a process and its descendants; memory in MB (10^6 bytes)."""
     page = os.sysconf("SC_PAGE_SIZE")
     found = {"memory": 0.0, "own memory": 0.0, "open files": 0.0, "processes": 0.0, "threads": 0.0}
     for p in tree(pid):
@@ -43,8 +43,8 @@ def sample(pid: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=300, help="epochs of the run")
-    parser.add_argument("extra", nargs="*", help="more flags for the run, after --")
+    parser.add_argument("--epochs", type=int, default=300, help="number of epochs")
+    parser.add_argument("extra", nargs="*", help="further flags for the run, after --")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "rlrt_lightning", "fit", f"--config={ROOT / 'configs' / 'rlrt.yaml'}"]
@@ -61,7 +61,7 @@ def main() -> int:
                 saved = [p.stem.split("-")[1] for p in Path(folder).glob("rlrt/*/checkpoints/epoch-*.ckpt")]
                 try:
                     samples.append((max(map(int, saved), default=0), sample(run.pid)))
-                except (OSError, ProcessLookupError):  # a process has ended meanwhile
+                except (OSError, ProcessLookupError):  # a process ended in the meantime
                     continue
         if run.returncode:
             print(output.read_text()[-3000:])

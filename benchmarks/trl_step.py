@@ -1,13 +1,13 @@
-"""A whole GRPO step, ours and TRL's: `python benchmarks/trl_step.py --model models/smollm2-135m-instruct`.
+"""A full GRPO step, ours and TRL's: `python benchmarks/trl_step.py --model models/smollm2-135m-instruct`.
 
-The same weights, prompts, K, response length (no token ends a response), reward, optimizer and learning rate; one
-optimizer step of --prompts x 8 rollouts. TRL as it comes (`plain`) and at the fastest setting that was found to run
-on a CPU (`fast`): no gradient checkpointing, and as many rollouts in a forward pass as ours has. Each side runs in a
-process of its own, in turns (A B C A B C ...); the first step of each is not counted. Needs
+Both use the same weights, prompts, K, response length (no token ends a response), reward, optimizer and learning rate;
+a step is one optimizer step on --prompts x 8 rollouts. TRL runs with its defaults (`plain`) and with the fastest
+settings found on a CPU (`fast`): no gradient checkpointing, and as many rollouts per forward pass as ours. Each variant
+runs in a separate process, in turns (A B C A B C ...); the first step of each process is not counted. Needs
 `pip install -e '.[bench]'`.
 
-Prints the median over all steps with the range, the ratio within each turn, and the arithmetic bound of the step: the
-products that it cannot do without (a prompt read once for its K rollouts), at the best rate that this machine shows.
+Prints the median over all steps with the range, the ratio within each turn, and a lower bound of the step: the required
+matmuls (each prompt read once for its K rollouts) at peak speed.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from typing import Any
 
 import torch
 from common import (
-    Figures,
-    arithmetic_rate,
+    Metrics,
     ask,
     cell,
     epochs_of_ours,
     in_turns,
+    matmul_weights,
+    peak_flops,
     ratios,
     right,
     save,
-    weights_in_products,
 )
 
 K = 8
-# glibc gives every large tensor back to the system, and takes it again page by page.
+# By default glibc returns every large tensor to the system and faults it in again page by page.
 KEEP_MEMORY = ":".join(
     f"glibc.malloc.{name}" for name in ("mmap_threshold=4000000000", "trim_threshold=8000000000", "top_pad=268435456")
 )
 
 
-def ours(args: argparse.Namespace) -> list[Figures]:
+def ours(args: argparse.Namespace) -> list[Metrics]:
     from rlrt_lightning import GRPO
 
     return epochs_of_ours(
-        args.model, GRPO(), args.prompts, K, args.tokens, args.steps, args.dtype, args.micro_batches, forced=True
+        args.model, GRPO(), args.prompts, K, args.tokens, args.steps, args.dtype, args.micro_batches, fixed_length=True
     )
 
 
-def trl(args: argparse.Namespace, **settings: Any) -> list[Figures]:
+def trl(args: argparse.Namespace, **settings: Any) -> list[Metrics]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -107,12 +107,12 @@ def trl(args: argparse.Namespace, **settings: Any) -> list[Figures]:
     return [{"seconds": b - a} for a, b in zip(clock.times, clock.times[1:], strict=False)]
 
 
-def measure(args: argparse.Namespace) -> list[Figures]:
+def measure(args: argparse.Namespace) -> list[Metrics]:
     rows = args.prompts * K
-    if args.way == "ours":
+    if args.variant == "ours":
         return ours(args)
-    if args.way == "plain":
-        return trl(args, gradient_accumulation_steps=rows // 8)  # of 8 rollouts each, as it comes
+    if args.variant == "plain":
+        return trl(args, gradient_accumulation_steps=rows // 8)  # micro-batches of 8 rollouts, TRL's default
     return trl(
         args,
         gradient_checkpointing=False,
@@ -122,52 +122,53 @@ def measure(args: argparse.Namespace) -> list[Figures]:
 
 
 def bound(args: argparse.Namespace) -> tuple[float, float]:
-    """Operations of the step, and those per second that the machine can do."""
+    """FLOP of the step, and peak FLOP/s of the machine."""
     from rlrt_lightning import Policy
 
     policy = Policy(path=args.model)
     policy.load()
     prompts = sum(len(policy.encode_prompt(ask(args.model, i))) for i in range(args.prompts))
-    body, head = weights_in_products(policy.model)
+    body, head = matmul_weights(policy.model)
     responses = args.prompts * K * args.tokens
-    drawn = 2 * body * (prompts + responses) + 2 * head * responses
+    sampled = 2 * body * (prompts + responses) + 2 * head * responses
     trained = 6 * body * (prompts + responses) + 6 * head * responses
-    return drawn + trained, arithmetic_rate(getattr(torch, args.dtype))
+    return sampled + trained, peak_flops(getattr(torch, args.dtype))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="folder or id of the model; embedded")
+    parser.add_argument("--model", default="embedded", help="folder or id of the model (default: embedded)")
     parser.add_argument(
-        "--dtype", default="float32", help="type of the weights on all sides (bfloat16 where it is fast)"
+        "--dtype", default="float32", help="type of the weights of all variants (bfloat16 where it is fast)"
     )
-    parser.add_argument("--prompts", type=int, default=8, help=f"prompts of a step, with {K} rollouts each")
-    parser.add_argument("--tokens", type=int, default=32, help="length of each response")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of a step, for ours and for TRL's fast setting")
-    parser.add_argument("--steps", type=int, default=2, help="steps of each turn that are counted")
-    parser.add_argument("--turns", type=int, default=3, help="how often each side is measured")
-    parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="whether glibc keeps memory")
-    parser.add_argument("--out", help="file for all figures, as JSON")
-    parser.add_argument("--way", choices=("ours", "plain", "fast"), help=argparse.SUPPRESS)
+    parser.add_argument("--prompts", type=int, default=8, help=f"prompts per step, with {K} rollouts each")
+    parser.add_argument("--tokens", type=int, default=32, help="response length")
+    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches per step (ours and `fast`)")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps per turn")
+    parser.add_argument("--turns", type=int, default=3, help="number of measurements of each variant")
+    parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="let glibc keep freed memory")
+    parser.add_argument("--out", help="JSON file for all measurements")
+    parser.add_argument("--variant", choices=("ours", "plain", "fast"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.way:
+    if args.variant:
         print(json.dumps(measure(args)), flush=True)
         return
     if args.malloc == "keep":
-        os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY  # of the processes that measure
+        os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY  # for the measuring processes
     operations, rate = bound(args)
-    found = in_turns(("ours", "plain", "fast"), args.turns, "way")
+    found = in_turns(("ours", "plain", "fast"), args.turns, "variant")
     rate = max(rate, bound(args)[1])
-    save(args.out, {"figures": found, "operations": operations, "rate": rate, "settings": vars(args)})
-    seconds = {way: [statistics.median(f["seconds"] for f in turn) for turn in turns] for way, turns in found.items()}
+    save(args.out, {"steps": found, "operations": operations, "rate": rate, "settings": vars(args)})
+    seconds = {name: [statistics.median(f["seconds"] for f in turn) for turn in turns] for name, turns in found.items()}
     print(f"{args.model}, {args.dtype}, {args.prompts} x {K} rollouts of {args.tokens} tokens, malloc {args.malloc}\n")
-    print("| side | seconds a step, median (range) | times ours |\n| --- | --- | --- |")
-    names = {"ours": "ours", "plain": "TRL, as it comes", "fast": "TRL, fastest"}
-    for way, name in names.items():
-        print(f"| {name} | {cell(seconds[way])} | {ratios(seconds[way], seconds['ours'])} |")
+    print("| variant | seconds per step, median (range) | relative to ours |\n| --- | --- | --- |")
+    names = {"ours": "ours", "plain": "TRL, defaults", "fast": "TRL, fastest settings"}
+    for variant, name in names.items():
+        print(f"| {name} | {cell(seconds[variant])} | {ratios(seconds[variant], seconds['ours'])} |")
     limit = operations / rate
-    print(f"| arithmetic bound ({operations / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s) | {limit:.2f} | ", end="")
-    print(f"{limit / statistics.median(seconds['ours']):.2f} |\n")
+    share = limit / statistics.median(seconds["ours"])
+    peak = f"{operations / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s"
+    print(f"| lower bound, matmuls at peak speed ({peak}) | {limit:.2f} | {share:.2f} |\n")
     for tag in ("sync", "rollout", "verify", "teacher", "train"):
         values = [f[f"time/{tag}"] for turn in found["ours"] for f in turn]
         print(f"ours, {tag}: {statistics.median(values):.2f} s")

@@ -1,4 +1,4 @@
-"""Where pictures, histograms and texts go."""
+"""TensorBoard writers for images, histograms and text."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 
 
 def tensorboards(trainer: Trainer) -> list[SummaryWriter]:
-    """The trainer's TensorBoard writers; other loggers get the figures only."""
+    """The trainer's TensorBoard writers; other loggers receive only metrics."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

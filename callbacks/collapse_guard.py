@@ -1,4 +1,4 @@
-"""Sees a collapse where it shows first: in the entropy and the length of the rollouts."""
+"""Detects a collapse of the policy from the entropy and length of its rollouts."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ENTROPY_NOISE = 0.1
-"""Nats below which entropy may rise as it likes: a policy that is nearly sure is far from running away."""
+MIN_ENTROPY = 0.1
+"""Rises of entropy up to this value, in nats, are ignored: a nearly deterministic policy is far from a collapse."""
 
 ADVICE = (
-    "lower model.optimizer.lr, act on fewer rollouts (model.method.gated) or more weakly (model.method.lam, eps_w), "
-    "and start again from a checkpoint before it"
+    "lower model.optimizer.lr, reweight fewer rollouts (model.method.gated) or weaken the reweighting "
+    "(model.method.lam, eps_w), and restart from an earlier checkpoint"
 )
 
 
 class CollapseGuard(Callback):
-    """Watches the rollouts for a policy that runs away, as in the paper's RLRT-all: moving means of entropy, length
-    and the share of truncated rollouts are compared with those of the run's first epochs.
+    """Detects a collapsing policy, as in the paper's RLRT-all. Compares moving means of entropy, length and the share
+    of truncated rollouts with their means over the run's first epochs.
 
-    Entropy that falls and responses that grow are what successful runs look like too. So entropy counts when it rises,
-    and length and truncated rollouts when they come near what they can be at most: above their limit, and over half
-    of the way from where they began to 1. Each curve is reported once.
+    Entropy also falls and responses also grow in successful runs. Entropy is therefore reported when it rises, length
+    and truncation when they exceed their limit and more than half of the distance from their reference to 1. Each
+    metric is reported once.
 
     Args:
-        action: warn, or stop: end after the epoch, which is saved as always. null watches nothing.
-        window: Epochs of the moving mean, and of the reference at the beginning; nothing is said before both are full.
-        entropy_rise: `rollout/entropy` above so many times its reference, and above 0.1 nats, is a collapse; null
-            never.
-        entropy_floor: `rollout/entropy` below so many nats is a collapse; null never: at the end of a run on an easy
-            task it is near 0.
-        length: `rollout/length` above this share of `data.sampling.max_new_tokens` is a collapse; null never.
-        truncated: `rollout/truncated` above this share is a collapse; null never.
+        action: `warn`; `stop`, which also ends the run after the epoch, saved as usual; or null to disable the checks.
+        window: Epochs in the moving mean, and in the reference at the start; the checks begin when both are complete.
+        entropy_rise: `rollout/entropy` above this multiple of its reference, and above 0.1 nats, is a collapse. Null
+            disables this check.
+        entropy_floor: `rollout/entropy` below this value, in nats, is a collapse. Null disables this check: on easy
+            tasks entropy ends near 0.
+        length: `rollout/length` above this share of `data.sampling.max_new_tokens` is a collapse. Null disables this
+            check.
+        truncated: `rollout/truncated` above this share is a collapse. Null disables this check.
     """
 
     def __init__(
@@ -71,44 +72,45 @@ class CollapseGuard(Callback):
         self._reported: list[str] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the epoch to the curves, before it is saved."""
+        """Adds the epoch's metrics to the curves and checks them, before the epoch is saved."""
         if self.action is None:
             return
         data = cast("RolloutDataModule", cast(Any, trainer).datamodule)
-        metrics, most = data.rollout_metrics, data.sampling.max_new_tokens
-        for tag, unit in (("rollout/entropy", 1.0), ("rollout/length", most), ("rollout/truncated", 1.0)):
-            if tag not in metrics:  # an engine that gives no entropies
+        metrics, longest = data.rollout_metrics, data.sampling.max_new_tokens
+        for tag, unit in (("rollout/entropy", 1.0), ("rollout/length", longest), ("rollout/truncated", 1.0)):
+            if tag not in metrics:  # not every engine computes entropies
                 continue
-            moved = self._curves.setdefault(tag, Curve(self.window)).add(metrics[tag] / unit)
-            if moved is None or tag in self._reported or not self.collapsed(tag, *moved):
+            means = self._curves.setdefault(tag, Curve(self.window)).add(metrics[tag] / unit)
+            if means is None or tag in self._reported or not self.collapsed(tag, *means):
                 continue
             self._reported.append(tag)
-            said = f"{tag} has gone from {moved[0] * unit:.3g} to {moved[1] * unit:.3g} (means of {self.window} epochs)"
+            reference, current = (mean * unit for mean in means)
+            change = f"{tag} has gone from {reference:.3g} to {current:.3g} (means of {self.window} epochs)"
             if self.action == "stop":
                 trainer.should_stop = True
-                ending = f"stopped after epoch {trainer.current_epoch}; {ADVICE}, or go on with --ckpt_path last"
+                advice = f"stopped after epoch {trainer.current_epoch}; {ADVICE}, or resume with --ckpt_path last"
             else:
-                ending = ADVICE
+                advice = ADVICE
             if trainer.is_global_zero:
-                log.warning("the policy may be collapsing: %s; %s", said, ending)
+                log.warning("the policy may be collapsing: %s; %s", change, advice)
 
-    def collapsed(self, tag: str, reference: float, now: float) -> bool:
-        """Whether a curve has run away.
+    def collapsed(self, tag: str, reference: float, current: float) -> bool:
+        """Whether a metric indicates a collapse.
 
         Args:
-            tag: Which one.
-            reference: Its mean at the beginning; of the length, as a share of what it can be.
-            now: Its moving mean.
+            tag: Name of the metric.
+            reference: Its mean over the first epochs; for the length, as a share of the maximum.
+            current: Its moving mean, in the same unit.
         """
         if tag == "rollout/entropy":
             rise, floor = self.entropy_rise, self.entropy_floor
-            risen = rise is not None and now > max(rise * reference, ENTROPY_NOISE)
-            return risen or (floor is not None and now < floor)
+            risen = rise is not None and current > max(rise * reference, MIN_ENTROPY)
+            return risen or (floor is not None and current < floor)
         limit = self.length if tag == "rollout/length" else self.truncated
-        return limit is not None and now > max(limit, (1 + reference) / 2)
+        return limit is not None and current > max(limit, (1 + reference) / 2)
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves as far as they are needed, so that a resumed run compares with its beginning."""
+        """The references and current windows, so a resumed run keeps its reference."""
         curves = {tag: (list(curve.first), list(curve.last)) for tag, curve in self._curves.items()}
         return {"curves": curves, "reported": self._reported}
 
@@ -119,12 +121,12 @@ class CollapseGuard(Callback):
 
 
 class Curve:
-    """The mean of a curve's beginning, and its moving mean.
+    """The mean of a metric's first values and the moving mean of its latest values.
 
     Args:
-        window: How many values each is the mean of.
-        first: The beginning, as far as it is known.
-        last: The newest values after it.
+        window: Number of values in each mean.
+        first: The first values so far, at most `window`.
+        last: The latest values after them, at most `window`.
     """
 
     def __init__(self, window: int, first: list[float] | None = None, last: list[float] | None = None) -> None:
@@ -133,7 +135,7 @@ class Curve:
         self.last = deque(last or [], maxlen=window)
 
     def add(self, value: float) -> tuple[float, float] | None:
-        """Both means after one more value; None while there are too few."""
+        """Adds a value and returns both means, or None until both windows are full."""
         if len(self.first) < self.window:
             self.first.append(value)
         else:

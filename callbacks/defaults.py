@@ -1,4 +1,4 @@
-"""The callbacks that every run has, whether it is started from the command line or from Python."""
+"""The callbacks that every run has, whether started from the command line or from Python."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WITH_SETTINGS: dict[str, type[Callback]] = {
     "collapse_guard": CollapseGuard,
     "checkpoint": ModelCheckpoint,
 }
-"""By the names of their settings on the command line."""
+"""Callbacks with settings, by their keys on the command line."""
 
 CHECKPOINT: dict[str, Any] = {
     "filename": "epoch-{epoch}",
@@ -35,20 +35,20 @@ CHECKPOINT: dict[str, Any] = {
     "save_last": True,
     "save_on_train_epoch_end": True,
 }
-"""Our defaults of the `ModelCheckpoint` callback: all of an epoch is saved at its end, before it is validated."""
+"""Our defaults for `ModelCheckpoint`. An epoch is saved at its end, before validation."""
 
 
 def default_callbacks(
     present: Sequence[Callback], checkpoints: bool, made: Mapping[str, Callback] | None = None
 ) -> list[Callback]:
-    """Those that are not there yet, in the order in which they have to run: a micro-batch has its metrics
-    (`EpochMetrics`) before a run is saved (`SafeStop`), and that happens while its ranks still watch each other
-    (`RankGuard`).
+    """The default callbacks that are not present yet, in the order in which they must run: a micro-batch's metrics are
+    collected (`EpochMetrics`) before a run is saved (`SafeStop`), which in turn happens while the ranks still watch
+    each other (`RankGuard`).
 
     Args:
-        present: The trainer's callbacks; one of the same class, or of a subclass, takes the place of ours.
-        checkpoints: Whether checkpoints are turned on.
-        made: Ours with the user's settings, by `WITH_SETTINGS`; None: with their defaults.
+        present: The trainer's callbacks. One of the same class, or of a subclass, replaces the default.
+        checkpoints: Whether checkpoints are enabled.
+        made: The callbacks of `WITH_SETTINGS` with the user's settings; None creates them with default settings.
     """
     if made is None:
         made = {name: kind(**(CHECKPOINT if name == "checkpoint" else {})) for name, kind in WITH_SETTINGS.items()}
@@ -58,8 +58,8 @@ def default_callbacks(
 
 
 def adopt_checkpoints(callbacks: Iterable[Callback]) -> None:
-    """Gives our settings to a `ModelCheckpoint` that has none, which is what Lightning's trainer makes by itself. It
-    stays the same object, as somebody may have asked the trainer for it already."""
+    """Applies our defaults to a `ModelCheckpoint` with Lightning's defaults, such as the one that the trainer creates.
+    The object is modified in place, because user code may hold a reference to it."""
     untouched = vars(ModelCheckpoint())
     for callback in callbacks:
         if type(callback) is ModelCheckpoint and vars(callback) == untouched:

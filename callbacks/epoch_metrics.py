@@ -1,4 +1,4 @@
-"""What every run logs at the end of each epoch."""
+"""Logs the metrics of each epoch."""
 
 from __future__ import annotations
 
@@ -14,42 +14,40 @@ if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
 
-Parts = list[tuple[float, float]]
-"""Means, and how many values each is the mean of."""
+WeightedMeans = list[tuple[float, float]]
+"""Pairs of a mean and the number of values it was taken over."""
 
 
 class EpochMetrics(Callback):
-    """Logs an epoch at its end: what its rollouts were like, what its updates were like over all tokens of all ranks,
-    and how long both took.
+    """Logs each epoch at its end: metrics of its rollouts, of its updates over all tokens of all ranks, and timings.
 
-    It writes to the loggers at once, before the epoch is saved: an epoch that is saved is not trained again, so its
-    metrics would be missing if the run were killed in between. A checkpoint in the middle of an epoch holds what is
-    known so far.
+    The metrics are written to the loggers before the epoch is saved. A saved epoch is not trained again, so its metrics
+    would be lost if the run were killed in between. A checkpoint within an epoch holds the metrics so far.
     """
 
     def __init__(self) -> None:
         self._updates: dict[str, list[tuple[Any, float]]] = {}
         self._steps: dict[str, float] = {}
-        self._tokens: Any = 0  # of the epoch's micro-batches; read at the epoch's end: a GPU would stop for it
-        self._places = 0  # of these, padding included
+        self._tokens: Any = 0  # in the epoch's micro-batches; read at the end, because reading synchronizes a GPU
+        self._padded_tokens = 0  # the same, including padding
         self._start = 0.0
         self._resumed = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins anew, unless the epoch was resumed in its middle."""
+        """Resets the metrics, unless the run was resumed within this epoch."""
         if self._resumed:
             self._resumed = False
             return
-        self._updates, self._tokens, self._places = {}, 0, 0
+        self._updates, self._tokens, self._padded_tokens = {}, 0, 0
         self._steps = {"faults/skipped_steps": 0, "train/empty_steps": 0}
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Collects what the micro-batch and, where it was the last of one, the optimizer step say."""
+        """Collects the metrics of the micro-batch and of any optimizer step that it completed."""
         self._tokens = self._tokens + batch.tokens
-        self._places += batch.places
+        self._padded_tokens += batch.padded_tokens
         for tag, (mean, of) in outputs["metrics"].items():
             self._updates.setdefault(tag, []).append((mean, of))
         module = cast("RLRTModule", pl_module)
@@ -67,7 +65,7 @@ class EpochMetrics(Callback):
         tokens, seconds = float(self._tokens), time.perf_counter() - self._start
         metrics["time/train"] = seconds
         metrics["speed/train_tokens_per_s"] = tokens / seconds
-        metrics["speed/train_padding"] = Mean(1 - tokens / max(self._places, 1), self._places)
+        metrics["speed/train_padding"] = Mean(1 - tokens / max(self._padded_tokens, 1), self._padded_tokens)
         values = {**data.rollout_metrics, **mean_over_ranks(metrics)}
         pl_module.log_dict(values, logger=False, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
         for logger in trainer.loggers:
@@ -77,32 +75,32 @@ class EpochMetrics(Callback):
         data.finish_epoch()
 
     def state_dict(self) -> dict[str, Any]:
-        """What each rank knows of the epoch so far, for a checkpoint in its middle. All ranks have to ask."""
+        """The metrics of each rank so far, for a checkpoint within an epoch. All ranks must call it."""
         own = {
             "updates": {tag: [(float(mean), of) for mean, of in parts] for tag, parts in self._updates.items()},
             "steps": self._steps,
             "tokens": int(self._tokens),
-            "places": self._places,
+            "places": self._padded_tokens,
             "seconds": time.perf_counter() - self._start,
         }
         return {"ranks": gather(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`. With other ranks than before there is nothing to go on with: the epoch begins anew."""
+        """See `state_dict`. With a different number of ranks, they are ignored and the epoch starts over."""
         ranks = state_dict["ranks"]
         if len(ranks) != world_size() or not ranks[rank()]["updates"]:
             return
         own = ranks[rank()]
-        self._updates, self._steps, self._tokens, self._places = (
+        self._updates, self._steps, self._tokens, self._padded_tokens = (
             own[name] for name in ("updates", "steps", "tokens", "places")
         )
         self._start = time.perf_counter() - own["seconds"]
         self._resumed = True
 
 
-def _mean(parts: Parts) -> Mean:
-    """The mean over all micro-batches. One that is not finite would make a whole epoch's curve NaN; what was bad in it
-    stands in a file of its own (`NumberGuard`)."""
+def _mean(parts: WeightedMeans) -> Mean:
+    """The mean over all micro-batches with finite values. One non-finite value would make the epoch's mean NaN;
+    `NumberGuard` writes such micro-batches to a file."""
     finite = [(float(mean), of) for mean, of in parts if of and math.isfinite(mean)]
     count = sum(of for _, of in finite)
     return Mean(sum(mean * of for mean, of in finite) / max(count, 1), count)

@@ -1,4 +1,4 @@
-"""avg@k and pass@k on held-out problems, and what the completions look like."""
+"""Logs avg@k, pass@k and sample completions on held-out problems."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlrt_lightning.evaluation.metrics import AvgAtK, PassAtK
 from rlrt_lightning.evaluation.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import gather
-from rlrt_lightning.runtime.run_files import own
+from rlrt_lightning.runtime.run_files import claim_path
 
 from .boards import tensorboards
 
@@ -27,24 +27,25 @@ if TYPE_CHECKING:
 
 
 class Evaluation(Callback):
-    """Counts the verdicts of `validate`, `test`, `predict` and the validation within `fit`, and shows samples.
+    """Computes metrics from the verdicts in `validate`, `test`, `predict` and the validation within `fit`, and shows
+    sample completions.
 
     Logs `eval/<benchmark>/avg@n` and `pass@k` with the bounds of their 95 % confidence intervals over problems
     (`_low`, `_high`), `length`, `truncated` and the share of each label, and writes a table of samples to TensorBoard's
-    text page. Outside of `fit` every completion with its verdict goes to `<benchmark>.jsonl`, a batch of
-    `data.eval_prompts` problems at a time, and at the end each problem to `<benchmark>.parquet` and the curves to
-    `pass_at_k.csv`.
+    text page. Outside of `fit`, every completion and its verdict is written to `<benchmark>.jsonl` after each batch of
+    `data.eval_prompts` problems. At the end, one row per problem is written to `<benchmark>.parquet` and the pass@k
+    curves to `pass_at_k.csv`.
 
     Args:
-        ks: Which pass@k to log; null is the number of samples of the benchmark alone.
-        table: Samples in the table of each benchmark, half of them wrong where there are so many; 0 for no table.
-        results: Folder of these files. An evaluation that finds its own results there, of the same weights and
-            settings, goes on where they end. Null is `evaluation` in the run's folder, and begins anew.
+        ks: Values of k for pass@k; null logs only k = the benchmark's number of samples.
+        table: Samples in each benchmark's table, half of them wrong if there are enough; 0 disables the table.
+        results: Folder for these files. An evaluation that finds its own results there, from the same weights and
+            settings, resumes after them. Null is `evaluation` in the run's folder, which starts from scratch.
     """
 
     def __init__(self, ks: list[int] | None = None, table: int = 8, results: str | None = None) -> None:
         if ks is not None and (not ks or min(ks) < 1):
-            raise ConfigError(f"evaluation.ks is {ks}; it has to name numbers of at least 1, or null")
+            raise ConfigError(f"evaluation.ks is {ks}; it has to be a list of numbers of at least 1, or null")
         if table < 0:
             raise ConfigError(f"evaluation.table is {table}; it has to be 0 or more")
         self.ks = ks
@@ -54,7 +55,7 @@ class Evaluation(Callback):
         self._results: dict[str, Results] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are enough samples for each k, and that no other results are in the way."""
+        """Checks that there are enough samples for each k, and that no other run's results would be overwritten."""
         if stage != "fit":
             self._folder(trainer)
         for name, spec in _data(trainer).benchmarks.items():
@@ -79,7 +80,7 @@ class Evaluation(Callback):
             self._resume(trainer, cast("RLRTModule", pl_module))
 
     def _resume(self, trainer: Trainer, module: RLRTModule) -> None:
-        """Opens the files, and counts what is in them."""
+        """Opens the result files and counts the results in them."""
         data, folder = _data(trainer), self._folder(trainer)
         weights = fingerprint(module.policy.model)
         self._results = {name: Results(folder, name, trainer.global_rank) for name in data.benchmarks}
@@ -99,7 +100,7 @@ class Evaluation(Callback):
             mine = data.benchmark_problems(name)[trainer.global_rank :: trainer.world_size]
             self._counts[name].add([finished[p.id] for p in mine if p.id in finished], self.table)
             data.evaluated[name].update(finished)
-        trainer.strategy.barrier()  # nobody adds to a file that another rank still reads
+        trainer.strategy.barrier()  # no rank appends to a file that another still reads
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         done: Evaluated = outputs
@@ -113,10 +114,10 @@ class Evaluation(Callback):
         for name, counts in self._counts.items():
             values = {f"eval/{name}/{tag}": value for tag, value in counts.values(trainer).items()}
             if trainer.sanity_checking:
-                # Lightning drops what is logged in its sanity check, which is our measurement before training.
+                # Lightning drops metrics logged in its sanity check, which is our evaluation before training.
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step)
-            elif not trainer.predicting:  # where Lightning takes no figures
+            elif not trainer.predicting:  # Lightning allows no logging there
                 pl_module.log_dict(values, sync_dist=True)  # the same on all ranks
             if self.table:
                 for board in tensorboards(trainer):
@@ -131,10 +132,10 @@ class Evaluation(Callback):
                 write_tables(folder, tables)
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.results) if self.results else own(trainer, "evaluation")
+        return Path(self.results) if self.results else claim_path(trainer, "evaluation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the engine give back its memory."""
+        """Lets the engine release its memory."""
         _data(trainer).engine.release()
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
@@ -166,12 +167,12 @@ class _Counts:
             self.truncated.update(torch.tensor([float(row["truncated"]) for row in of_problem], device=device))
             self.labels.update(row["label"] for row in of_problem)
             self.problems.append(summary(of_problem))
-            first = of_problem[0]  # one of each problem shows more than eight of one
+            first = of_problem[0]  # show many problems rather than many samples of one
             if len(self.shown[first["correct"]]) < table:
                 self.shown[first["correct"]].append(first)
 
     def values(self, trainer: Trainer) -> dict[str, float]:
-        """The figures over all ranks, by tag."""
+        """The metrics over all ranks, by tag."""
         values = {}
         metrics = {f"avg@{self.samples}": self.avg, **{f"pass@{k}": metric for k, metric in self.passed.items()}}
         for tag, metric in metrics.items():
@@ -187,7 +188,7 @@ class _Counts:
         for mark, row in rows:
             question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
             cells = (question, row["completion"], str(row["expected"]), row["message"] or str(row["answer"]))
-            lines.append(f"| {mark} | {' | '.join(map(_cell, cells))} |")
+            lines.append(f"| {mark} | {' | '.join(map(_escape_cell, cells))} |")
         return "\n".join(lines)
 
 
@@ -195,7 +196,7 @@ def _data(trainer: Trainer) -> RolloutDataModule:
     return cast("RolloutDataModule", cast(Any, trainer).datamodule)
 
 
-def _cell(text: str, longest: int = 1500) -> str:
-    """Text for a cell of a Markdown table, as code so that nothing in it is taken for Markdown or HTML."""
+def _escape_cell(text: str, longest: int = 1500) -> str:
+    """Formats text for a Markdown table cell, as code so that no Markdown or HTML in it is rendered."""
     text = text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 :]}"
     return "`" + text.replace("`", "'").replace("|", "¦").replace("\n", " ⏎ ") + "`"

@@ -1,4 +1,4 @@
-"""The trained policy as an ordinary Hugging Face folder."""
+"""Exports the trained policy in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rlrt_lightning.runtime.errors import ConfigError
-from rlrt_lightning.runtime.run_files import occupied, own
+from rlrt_lightning.runtime.run_files import claim_path, occupied
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
 
 
 class HFExport(Callback):
-    """Writes the policy and its tokenizer, when training ends, into a folder that transformers and vLLM load.
+    """Writes the policy and its tokenizer to a folder that transformers and vLLM can load, at the end of training.
 
     Args:
-        path: The folder; null is `export` in the run's folder. It has to be new or empty when training begins.
-        adapter: Write the adapters of `model.policy.lora` alone, as a folder for peft and vLLM; off merges them into
-            the weights.
+        path: The folder, new or empty when training starts; null is `export` in the run's folder.
+        adapter: Write only the adapters of `model.policy.lora`, in a format for peft and vLLM. Off merges them into the
+            weights.
     """
 
     def __init__(self, path: str | None = None, adapter: bool = False) -> None:
@@ -30,13 +30,13 @@ class HFExport(Callback):
         self._written = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are adapters to write, and that nothing is overwritten, before training."""
+        """Checks before training that there are adapters to write and that nothing would be overwritten."""
         if self.adapter and cast("RLRTModule", pl_module).policy.lora is None:
             raise ConfigError("HFExport.adapter is true, but model.policy.lora is not set: there are no adapters")
         if stage == "fit":
             folder = self._folder(trainer)
             if self.path and trainer.is_global_zero and occupied(folder) and not self._written:
-                raise ConfigError(f"HFExport.path: {folder} is there already and would be overwritten; name another")
+                raise ConfigError(f"HFExport.path: {folder} already exists and would be overwritten; choose another")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder."""
@@ -49,7 +49,7 @@ class HFExport(Callback):
             policy.lora.save(policy.model, folder, policy.path, write)
         else:
             weights = {}
-            for name, tensor in policy.merged_weights():  # on every rank, since each may have a part only
+            for name, tensor in policy.merged_weights():  # on every rank, because the weights may be sharded
                 if write:
                     weights[name] = tensor.cpu()
             if policy.config.get_text_config().tie_word_embeddings:
@@ -62,4 +62,4 @@ class HFExport(Callback):
         self._written = True
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.path) if self.path else own(trainer, "export")
+        return Path(self.path) if self.path else claim_path(trainer, "export")

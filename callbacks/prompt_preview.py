@@ -1,4 +1,4 @@
-"""Shows what the models read before anything is drawn."""
+"""Shows example prompts before any rollout is drawn."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
 
-LONGEST = 4000
-"""Characters of a prompt that are shown; a longer one is truncated in its middle."""
+MAX_CHARACTERS = 4000
+"""Characters of a prompt that are shown; the middle of a longer one is omitted."""
 
-PLACEHOLDERS = {"feedback": "(what the verifier says of a response)"}
-"""Stand for contexts that are not known before there are rollouts; for any other kind, `(a correct response)`."""
+PLACEHOLDERS = {"feedback": "(the verifier's message on a response)"}
+"""Placeholders for contexts that come from rollouts; `(a correct response)` for any other kind."""
 
-# Chat templates write special tokens in these forms; as plain text, a model would hardly have seen them.
+# Forms of special tokens in chat templates. Models are rarely trained on them as plain text.
 _MARKER = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_\w+>")
 
 
 class PromptPreview(Callback):
-    """Shows one prompt as the model reads it, special tokens included, and in training one of the teacher's.
+    """Shows an example prompt as the model reads it, with special tokens, and in training one of the teacher.
 
-    They go to the log before the weights are loaded, and to TensorBoard's text page as `prompts/student` and
-    `prompts/teacher`, with the problem's solution or answer where the data has one. Warns of prompts that end in an
-    end token, of stop strings and thinking tags that are special tokens, and of special tokens in a prompt that the
+    Prompts are logged before the weights are loaded, and written to TensorBoard's text page as `prompts/student` and
+    `prompts/teacher`, with the problem's solution or answer if the data has one. Warns of prompts that end in an end
+    token, of stop strings and thinking tags that are special tokens, and of special tokens in a prompt that the
     tokenizer does not have.
     """
 
@@ -49,7 +49,7 @@ class PromptPreview(Callback):
         self._texts: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Shows the prompts. On all ranks, since what is wrong with one has to end them all."""
+        """Shows the prompts. Runs on all ranks, so that an error ends all of them."""
         module, data = cast("RLRTModule", pl_module), cast("RolloutDataModule", cast(Any, trainer).datamodule)
         problem, policy = data.example(stage), module.policy
         if problem is None:
@@ -57,17 +57,17 @@ class PromptPreview(Callback):
         prompts = {"student": policy.encode_prompt(problem.prompt)}
         if stage == "fit" and module.method.context != "none":
             prompts["teacher"] = _teacher_prompt(module.teacher, policy, problem, module.method.context)
-        self._texts = {who: _clipped(_written(policy, ids)) for who, ids in prompts.items()}
+        self._texts = {who: _truncate(_as_text(policy, ids)) for who, ids in prompts.items()}
         for who, text in self._texts.items():
-            rank_zero_info("a prompt of the %s, %d tokens:\n%s", who, len(prompts[who]), textwrap.indent(text, "    "))
+            rank_zero_info("%s prompt, %d tokens:\n%s", who, len(prompts[who]), textwrap.indent(text, "    "))
         samplings = [data.sampling, *(spec.sampling for spec in data.benchmarks.values())]
         stops = dict.fromkeys(stop for sampling in samplings if sampling is not None for stop in sampling.stop)
         if trainer.is_global_zero:
-            for doubt in doubts(policy, prompts, list(stops)):
-                logging.getLogger(__name__).warning(doubt)
+            for message in warnings(policy, prompts, list(stops)):
+                logging.getLogger(__name__).warning(message)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Once; not before the run is sure to start, as it makes the run's folder."""
+        """Writes the prompts to TensorBoard once. This creates the run's folder, so it waits until the run starts."""
         for who, text in self._texts.items():
             for board in tensorboards(trainer):
                 as_code = textwrap.indent(text, "    ", lambda line: True)
@@ -77,54 +77,54 @@ class PromptPreview(Callback):
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _write
 
 
-def doubts(policy: Policy, prompts: dict[str, list[int]], stops: Sequence[str]) -> Iterator[str]:
-    """What is seldom meant, a line each.
+def warnings(policy: Policy, prompts: dict[str, list[int]], stops: Sequence[str]) -> Iterator[str]:
+    """Yields a message for each likely mistake in the prompts and stop strings.
 
     Args:
-        policy: Whose tokenizer reads the prompts.
-        prompts: Token ids, by who reads them.
+        policy: The policy, with the tokenizer.
+        prompts: Token ids, by reader (student, teacher).
         stops: The stop strings.
     """
     special, known = special_tokens(policy.tokenizer), policy.tokenizer.get_vocab()
     for who, ids in prompts.items():
-        last = next((i for i in reversed(ids) if _written(policy, [i]).strip()), None)
+        last = next((i for i in reversed(ids) if _as_text(policy, [i]).strip()), None)
         if last in policy.end_tokens:
             yield (
-                f"the prompt of the {who} ends in the end token {_written(policy, [last])!r}: does the chat template "
-                "open the response (add_generation_prompt)?"
+                f"the {who} prompt ends in the end token {_as_text(policy, [last])!r}; check that the chat template "
+                "starts the response (add_generation_prompt)"
             )
-        for marker in dict.fromkeys(_MARKER.findall(_written(policy, ids))):
+        for marker in dict.fromkeys(_MARKER.findall(_as_text(policy, ids))):
             if marker not in known:
                 pieces = len(policy.tokenizer(marker, add_special_tokens=False)["input_ids"])
-                yield f"the prompt of the {who} has {marker!r}, which is no token of this tokenizer but {pieces}"
+                yield f"the {who} prompt has {marker!r}, which this tokenizer splits into {pieces} tokens"
     for stop in stops:
         if found := [token for token in special if token in stop]:
-            seen = "show it" if policy.decode([special[found[0]]]) else "leave it out"
-            yield f"the stop string {stop!r} has the special token {found[0]!r}; the texts that are judged {seen}"
+            seen = "include" if policy.decode([special[found[0]]]) else "omit"
+            yield f"the stop string {stop!r} has the special token {found[0]!r}, which completions {seen}"
     for token, id in special.items():
         if id in policy.end_tokens and is_tag(token, known):
-            yield f"responses end at {token!r}, which the texts that are judged leave out, as any end token"
+            yield f"{token!r} ends responses, and completions omit it like any end token"
     for tag in (OPENING_TAG, CLOSING_TAG):
         if tag in special:
-            yield f"{tag} is a special token of this tokenizer; the texts that are judged show it all the same"
+            yield f"{tag} is a special token of this tokenizer, but completions include it"
 
 
 def _teacher_prompt(teacher: Teacher, policy: Policy, problem: Problem, kind: Context) -> list[int]:
     placeholder = PLACEHOLDERS.get(kind, "(a correct response)")
-    nobody = Rollout(0, 0, [], [], torch.zeros(0), False, "")
-    (context,) = teacher.contexts(kind, [problem], [nobody], torch.tensor([False]))
+    dummy = Rollout(0, 0, [], [], torch.zeros(0), False, "")
+    (context,) = teacher.contexts(kind, [problem], [dummy], torch.tensor([False]))
     if kind == "sibling":
         context = problem.solution
     ids, _ = teacher.prompt(policy, problem, context or placeholder, kind, policy.max_positions)
     return ids or teacher.prompt(policy, problem, placeholder, kind)[0]
 
 
-def _written(policy: Policy, ids: Sequence[int]) -> str:
-    """Tokens as text, special ones included."""
+def _as_text(policy: Policy, ids: Sequence[int]) -> str:
+    """Decodes tokens, including special ones."""
     text = policy.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return str(text)
 
 
-def _clipped(text: str) -> str:
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]}{MARK}{text[-half:]}"
+def _truncate(text: str) -> str:
+    half = MAX_CHARACTERS // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]}{MARK}{text[-half:]}"

@@ -1,4 +1,4 @@
-"""What happens to the other ranks when one fails or dies."""
+"""Ends all ranks when one fails or dies."""
 
 from __future__ import annotations
 
@@ -19,81 +19,78 @@ from rlrt_lightning.runtime.stopping import Stop
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 1.0
-"""Seconds between two signs of life."""
+HEARTBEAT_S = 1.0
+"""Seconds between two heartbeats."""
 
-RESUME = "what was trained up to the last checkpoint can be resumed with --ckpt_path last"
+RESUME = "resume from the last checkpoint with --ckpt_path last"
 
-LOST = re.compile("gloo|nccl|connection|socket|store", re.IGNORECASE)
-"""What the errors of a broken connection have in common."""
+CONNECTION_ERROR = re.compile("gloo|nccl|connection|socket|store", re.IGNORECASE)
+"""Matches the messages of errors from a broken connection."""
 
-DEAD = 3
-"""Exit code of a rank that ends because another one is gone."""
+FAILED_EXIT_CODE = 3
+"""Exit code of a rank that ends because another one failed."""
 
-END = "end"
-"""Begins what a rank that ends says; then comes the reason, if it failed."""
+ENDED = "end"
+"""Prefix of a rank's last heartbeat, followed by the reason if the rank failed."""
 
 
 class RankGuard(Callback):
-    """Ends all ranks, with a line that says which one failed and why, when one fails or shows no sign of life; without
-    it the others would wait for it in a collective for as long as its time limit, which has to be long: ranks also wait
-    for the slowest one's rollouts.
+    """Ends all ranks when one fails or stops sending heartbeats, with a line that says which one and why.
 
-    The signs go through a store of torch.distributed that the first rank keeps. With one rank there is nothing to do.
+    Without it, the others would wait in a collective until its timeout, which must be long because ranks also wait for
+    the slowest one's rollouts. Heartbeats go through a torch.distributed store on rank 0. Does nothing with one rank.
 
     Args:
-        timeout_s: A rank of which nothing was heard for so long counts as dead, in seconds; null watches nobody.
+        timeout_s: Seconds without a heartbeat after which a rank counts as dead; null disables heartbeats.
     """
 
     def __init__(self, timeout_s: float | None = 120.0) -> None:
         if timeout_s is not None and not 5 <= timeout_s < math.inf:
             raise ConfigError(f"rank_guard.timeout_s is {timeout_s}; it has to be at least 5, or null")
         self.timeout_s = timeout_s
-        self._watch: _Watch | None = None
+        self._heartbeat: _Heartbeat | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begins to watch.
+        """Starts the heartbeat thread.
 
         Raises:
-            ConfigError: If the first rank's machine cannot be reached.
+            ConfigError: If rank 0 cannot be reached.
         """
-        if self.timeout_s is not None and trainer.world_size > 1 and self._watch is None:
-            self._watch = _Watch(trainer, self.timeout_s)
-            self._watch.start()
+        if self.timeout_s is not None and trainer.world_size > 1 and self._heartbeat is None:
+            self._heartbeat = _Heartbeat(trainer, self.timeout_s)
+            self._heartbeat.start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Says goodbye: from here on this rank's silence means nothing."""
-        if self._watch is not None:
-            self._watch.finish("")
-            self._watch = None
+        """Announces the regular end of this rank, so the others do not expect further heartbeats."""
+        if self._heartbeat is not None:
+            self._heartbeat.finish("")
+            self._heartbeat = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tells the others why this rank ends.
+        """Announces to the other ranks why this one ends.
 
         Raises:
-            RankError: If it ends because the connection to another one broke off.
+            RankError: If it ends because the connection to another rank was lost.
         """
-        if self._watch is None:
+        if self._heartbeat is None:
             return
-        watch, self._watch = self._watch, None
-        if isinstance(exception, Stop):  # all of them end
-            watch.finish("")
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if isinstance(exception, Stop):  # raised on all ranks
+            heartbeat.finish("")
             return
-        lost = watch.silent() if LOST.search(str(exception)) else []
-        reason = (
-            f"nothing is heard of rank {lost[0]}" if lost else f"{type(exception).__name__}: {first_line(exception)}"
-        )
-        watch.finish(reason)
+        lost = heartbeat.silent() if CONNECTION_ERROR.search(str(exception)) else []
+        reason = f"rank {lost[0]} does not respond" if lost else f"{type(exception).__name__}: {first_line(exception)}"
+        heartbeat.finish(reason)
         if lost:
-            raise RankError(f"{reason}: its process has ended or its machine is gone; {RESUME}") from exception
+            raise RankError(f"{reason}: its process ended or its machine is unreachable; {RESUME}") from exception
 
 
 class RankError(ConfigError):
-    """A run that cannot go on without a rank that is gone."""
+    """A rank was lost, so the run cannot continue."""
 
 
-class _Watch(threading.Thread):
-    """Writes this rank's sign of life and reads the others'."""
+class _Heartbeat(threading.Thread):
+    """Writes this rank's heartbeats and reads those of the others."""
 
     def __init__(self, trainer: Trainer, timeout_s: float) -> None:
         super().__init__(name="rank-guard", daemon=True)
@@ -102,7 +99,7 @@ class _Watch(threading.Thread):
         host = environment.main_address if environment is not None else "127.0.0.1"
         limit = timedelta(seconds=timeout_s)
         if self.rank == 0:
-            # A store of its own: a rank that waits for something in the common one would be silent here.
+            # A separate store, because a rank that waits on the default store could not send heartbeats through it.
             self.store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
         port = trainer.strategy.broadcast(self.store.port if self.rank == 0 else 0)
         if self.rank:
@@ -112,76 +109,76 @@ class _Watch(threading.Thread):
                 )
             except RuntimeError as error:
                 raise ConfigError(
-                    f"rank_guard: rank {self.rank} cannot reach the first rank at {host}, port {port}; open the ports "
-                    "between the machines, or set rank_guard.timeout_s to null"
+                    f"rank_guard: rank {self.rank} cannot reach rank 0 at {host}, port {port}; open the ports between "
+                    "the machines, or set rank_guard.timeout_s to null"
                 ) from error
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        """Once a beat: says that this rank lives, and listens to the others."""
+        """Sends a heartbeat and checks the other ranks, once every `HEARTBEAT_S` seconds."""
         now = time.monotonic()
         heard = {other: ("", now) for other in range(self.ranks) if other != self.rank}
         beat = 0
-        while heard and not self.stopped.wait(BEAT_S):
+        while heard and not self.stopped.wait(HEARTBEAT_S):
             beat += 1
             try:
                 self.store.set(_key(self.rank), str(beat))
                 for other in list(heard):
-                    self._listen(other, heard)
-            except RuntimeError:  # torch.distributed's own errors are of this kind
+                    self._check(other, heard)
+            except RuntimeError:  # the base class of torch.distributed's errors
                 if not self.stopped.is_set() and 0 in heard:
-                    self._give_up("rank 0, through which the ranks hear of each other, is gone", DEAD)
+                    self._exit("rank 0, which relays the heartbeats, is gone", FAILED_EXIT_CODE)
                 return
 
-    def _listen(self, other: int, heard: dict[int, tuple[str, float]]) -> None:
-        sign, now = self._sign(other), time.monotonic()
-        before, when = heard[other]
-        if sign.startswith(END):
-            if reason := sign.removeprefix(END):
-                # The rank that failed says so by its own exit code; Lightning would kill it for ours.
-                self._give_up(f"rank {other} has failed ({reason})", DEAD if self.rank == 0 else 0)
+    def _check(self, other: int, heard: dict[int, tuple[str, float]]) -> None:
+        beat, now = self._read(other), time.monotonic()
+        previous, since = heard[other]
+        if beat.startswith(ENDED):
+            if reason := beat.removeprefix(ENDED):
+                # The failed rank reports the error by its exit code; Lightning would kill it if this one were not 0.
+                self._exit(f"rank {other} has failed ({reason})", FAILED_EXIT_CODE if self.rank == 0 else 0)
             del heard[other]
-        elif sign != before:
-            heard[other] = sign, now
-        elif now - when > self.timeout_s:
-            self._give_up(f"nothing was heard of rank {other} for {self.timeout_s:g} s", DEAD)
+        elif beat != previous:
+            heard[other] = beat, now
+        elif now - since > self.timeout_s:
+            self._exit(f"rank {other} did not respond for {self.timeout_s:g} s", FAILED_EXIT_CODE)
 
-    def _sign(self, other: int) -> str:
+    def _read(self, other: int) -> str:
         return self.store.get(_key(other)).decode() if self.store.check([_key(other)]) else ""
 
     def silent(self) -> list[int]:
-        """The ranks that give no sign of life over a few beats."""
+        """The ranks that send no heartbeat within four intervals."""
         others = [other for other in range(self.ranks) if other != self.rank]
         try:
-            before = [self._sign(other) for other in others]
-            time.sleep(4 * BEAT_S)
-            after = [self._sign(other) for other in others]
+            before = [self._read(other) for other in others]
+            time.sleep(4 * HEARTBEAT_S)
+            after = [self._read(other) for other in others]
         except RuntimeError:
-            return [0]  # who keeps the store
-        return [o for o, a, b in zip(others, before, after, strict=True) if a == b and not a.startswith(END)]
+            return [0]  # the store is on rank 0
+        return [o for o, a, b in zip(others, before, after, strict=True) if a == b and not a.startswith(ENDED)]
 
     def finish(self, reason: str) -> None:
-        """Ends the watch. A reason makes the others end too."""
+        """Stops the thread and announces the end of this rank; a reason makes the others end too."""
         self.stopped.set()
         self.join()
         try:
-            self.store.set(_key(self.rank), END + reason)
+            self.store.set(_key(self.rank), ENDED + reason)
             if self.rank == 0:
-                self._leave_last(3 * BEAT_S if reason else self.timeout_s)
+                self._wait_for_others(3 * HEARTBEAT_S if reason else self.timeout_s)
         except RuntimeError:
-            log.debug("rank 0's store was gone before this rank had ended")
+            log.debug("rank 0's store closed before this rank ended")
 
-    def _leave_last(self, patience_s: float) -> None:
-        """The store ends with this rank, so the others have to have heard what it says."""
-        until = time.monotonic() + patience_s
-        while time.monotonic() < until:
-            if all(self._sign(other).startswith(END) for other in range(1, self.ranks)):
+    def _wait_for_others(self, patience_s: float) -> None:
+        """Waits until the others have ended too, because the store closes with this rank."""
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            if all(self._read(other).startswith(ENDED) for other in range(1, self.ranks)):
                 return
             time.sleep(0.05)
 
-    def _give_up(self, what: str, code: int) -> None:
+    def _exit(self, what: str, code: int) -> None:
         print(f"error: {what}: rank {self.rank} ends too; {RESUME}", file=sys.stderr, flush=True)
-        os._exit(code)  # the main thread waits in a collective, which no exception here would end
+        os._exit(code)  # an exception here would not interrupt the main thread, which waits in a collective
 
 
 def _key(rank: int) -> str:

@@ -1,4 +1,4 @@
-"""What the reversed teacher says: the asymmetry D_t in figures, histograms and pictures."""
+"""Logs the asymmetry D_t between student and teacher as metrics, histograms and pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import Mean, mean_over_ranks
-from rlrt_lightning.runtime.run_files import own
+from rlrt_lightning.runtime.run_files import claim_path
 
 from .boards import tensorboards
 from .signal_picture import Scored, Token, draw, html_page
@@ -27,10 +27,10 @@ class ReversedSignalLogger(Callback):
     """Logs D_t = log P_S - log P_T of each epoch's scored rollouts under `signal/`, and shows it token by token.
 
     Args:
-        picture_every_n_epochs: Every so many epochs, the first among them, a few correct rollouts are drawn with each
-            token coloured by D_t: as an image in TensorBoard, and as `signal/epoch-N.html` in the run's folder. 0 for
-            never.
-        rollouts: Rollouts in a picture.
+        picture_every_n_epochs: Interval, in epochs and starting with the first, of pictures that show a few correct
+            rollouts with each token coloured by D_t: an image in TensorBoard, and `signal/epoch-N.html` in the run's
+            folder. 0 disables them.
+        rollouts: Number of rollouts in a picture.
     """
 
     def __init__(self, picture_every_n_epochs: int = 10, rollouts: int = 6) -> None:
@@ -44,19 +44,19 @@ class ReversedSignalLogger(Callback):
         self.rollouts = rollouts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that no other run's pictures are in the way."""
+        """Checks that no other run's pictures would be overwritten."""
         if stage == "fit":
-            own(trainer, "signal")
+            claim_path(trainer, "signal")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the epoch's signal before it is trained on."""
+        """Logs the epoch's signal before training on it."""
         data = cast("RolloutDataModule", cast(Any, trainer).datamodule)
         epoch = data.epoch
         module = cast("RLRTModule", pl_module)
         if epoch is None or module.method.context == "none":
             return
         data.rollout_metrics |= mean_over_ranks(signal_statistics(epoch))
-        folder = own(trainer, "signal")
+        folder = claim_path(trainer, "signal")
         if not trainer.is_global_zero or not epoch.has_context.any():
             return
         scored = epoch.mask & epoch.has_context[:, None]
@@ -67,7 +67,7 @@ class ReversedSignalLogger(Callback):
 
     def _picture(self, trainer: Trainer, module: RLRTModule, epoch: EpochRecord, folder: Path) -> None:
         shown = (epoch.has_context & epoch.correct).nonzero()[:, 0].tolist()
-        # One of each problem, those first in which the student went its own way most decidedly.
+        # One rollout per problem, sorted by the largest D_t.
         shown.sort(key=lambda i: -float(epoch.credit.asymmetry[i].max()))
         of_problem: dict[int, int] = {}
         for i in shown:
@@ -83,7 +83,7 @@ class ReversedSignalLogger(Callback):
 
 
 def signal_statistics(epoch: EpochRecord) -> dict[str, float]:
-    """D_t and the weights of an epoch in figures, by tag. Shares of tokens are shares of the scored ones.
+    """Statistics of D_t and of the token weights of an epoch, by tag. Shares of tokens are relative to scored tokens.
 
     Args:
         epoch: The epoch's rollouts with their credit.
@@ -108,7 +108,7 @@ def signal_statistics(epoch: EpochRecord) -> dict[str, float]:
         stats["signal/up_weighted"] = Mean(float((weights > 1).float().mean()), len(weights))
         stats["signal/down_weighted"] = Mean(float((weights < 1).float().mean()), len(weights))
         if advantages > 0:
-            # Near 1, or the method changes the size of the step besides its direction.
+            # Far from 1, the method changes the size of the step as well as its direction.
             stats["signal/effective_advantage"] = Mean(
                 float(credit.advantages[scored].abs().mean() / advantages), float(advantages) * len(weights)
             )
@@ -125,7 +125,7 @@ def _quantiles(values: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
 
 
 def describe(module: RLRTModule, epoch: EpochRecord, row: int) -> Scored:
-    """A scored rollout, token by token, for a picture."""
+    """Collects a scored rollout's tokens and their values for a picture."""
     rollout, policy = epoch.rollouts[row], module.policy
     problem = epoch.problems[rollout.group]
     tokens = [

@@ -1,4 +1,4 @@
-"""Checkpoints of which the last is the last epoch's, and a monitored score that of the saved weights."""
+"""Makes last.ckpt the last epoch's checkpoint, and a monitored score that of the saved weights."""
 
 from __future__ import annotations
 
@@ -7,51 +7,50 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rlrt_lightning.runtime.private.lightning import save_last
 from rlrt_lightning.runtime.trainer_checks import check_logged
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, whose place it takes in every run (`SafeStop`), with three differences.
+    """Lightning's `ModelCheckpoint`, which it replaces in every run (`SafeStop`), with three differences.
 
     - With `monitor`, Lightning writes last.ckpt only in epochs that are among the best. Here it is always the last
-      epoch that was due (`every_n_epochs`), so that a run is resumed from where it was.
-    - A score of an evaluation (`eval/...`) counts in the epoch in which it was measured. Lightning also gives it to the
-      weights of later epochs, as long as there is no newer one.
-    - After `trainer.fast_dev_run` there is no checkpoint; Lightning writes last.ckpt when training ends.
+      epoch that was due (`every_n_epochs`), so a run resumes from where it stopped.
+    - An evaluation score (`eval/...`) is used only in the epoch in which it was measured. Lightning also assigns it to
+      the weights of later epochs until there is a new one.
+    - `trainer.fast_dev_run` writes no checkpoint; Lightning writes last.ckpt at the end of training.
     """
 
-    _measured = -1  # optimizer steps after which the newest evaluation was made
+    _evaluated_step = -1  # global step of the latest evaluation
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes which weights were evaluated."""
-        self._measured = -1 if trainer.sanity_checking else trainer.global_step
+        """Records which weights were evaluated."""
+        self._evaluated_step = -1 if trainer.sanity_checking else trainer.global_step
         super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the epoch.
 
         Raises:
-            ConfigError: If what is monitored was not logged.
+            ConfigError: If the monitored tag was not logged.
         """
         check_logged(self, list(trainer.callback_metrics))
         of_evaluation = self.monitor is not None and self.monitor.startswith("eval/")
-        if not of_evaluation or self._measured == trainer.global_step:
+        if not of_evaluation or self._evaluated_step == trainer.global_step:
             super().on_train_epoch_end(trainer, pl_module)
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        # Lightning's own note of what it has saved; tests/runtime/test_checkpoints.py fails if it goes.
-        saved = self._last_global_step_saved == trainer.global_step
-        if due and not saved and not trainer.fast_dev_run and self.save_last:  # type: ignore[attr-defined]
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if due and not trainer.fast_dev_run and self.save_last:  # type: ignore[attr-defined]
+            save_last(self, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Has the last epoch saved, where no other was."""
+        """Lets Lightning save the last epoch if no epoch was saved."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().on_train_end(trainer, pl_module)
 
 
 def adopt(callbacks: list[Any]) -> None:
-    """Gives every plain `ModelCheckpoint` the behaviour of `RunCheckpoint`: Lightning calls no other callback after it
-    in an epoch, and users make their own as they are used to.
+    """Turns every plain `ModelCheckpoint` into a `RunCheckpoint`. A separate callback cannot do this, because Lightning
+    runs checkpoint callbacks last, and users may create plain ones.
 
     Args:
         callbacks: The trainer's callbacks.

@@ -1,4 +1,4 @@
-"""What a run does when SIGTERM asks it to end, as SLURM does before it takes the machine away."""
+"""Saves a run on SIGTERM, which SLURM sends before it ends a job."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from rlrt_lightning.runtime.checkpoints import PART, WholeCheckpointIO, check_writable, remove
+from rlrt_lightning.runtime.checkpoints import WholeCheckpointIO, check_writable
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import PART, remove
+from rlrt_lightning.runtime.private.lightning import saves_within_epochs
 from rlrt_lightning.runtime.run_files import run_folder
 from rlrt_lightning.runtime.stopping import Stop
 
@@ -22,106 +24,89 @@ from .run_checkpoint import adopt
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
 
-RESUME = "go on with --ckpt_path last"
+RESUME = "resume with --ckpt_path last"
 
 
 class SafeStop(Callback):
-    """Saves a run that is asked to end by SIGTERM, and sees to it that checkpoints are never half there.
+    """Saves a run that receives SIGTERM, and makes checkpoint writes atomic.
 
-    Rollouts, scoring and evaluations are given up at once (with several ranks: at the end of the phase) and made
-    again when the run is resumed. In the middle of the updates the next optimizer step is finished, and the checkpoint
-    also holds what is left of the epoch's micro-batches, so that the resumed run goes on with the step after it.
+    Rollouts, scoring and evaluations are aborted immediately (with several ranks: at the end of the phase) and repeated
+    when the run is resumed. During the updates, the current optimizer step is completed, and the checkpoint also holds
+    the epoch's remaining micro-batches, so that the resumed run continues with the next step.
 
-    Under SLURM with automatic requeueing, Lightning's checkpoint and request to requeue come at the same moments.
+    Under SLURM with automatic requeueing, Lightning's checkpoint and requeue request happen at the same points.
     """
 
     def __init__(self) -> None:
-        self._saved = 0  # optimizer steps that are in the newest checkpoint
-        self._requeue: Any = None
-        self._asked_to_requeue = False
+        self._saved = 0  # optimizer steps in the newest checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listens, and checks that checkpoints can be written and resumed exactly."""
-        self._listen(trainer)
+        """Prepares for signals, and checks that checkpoints can be written and resumed exactly."""
+        _data(trainer).stop_signal.begin()
         adopt(trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(trainer)
         if stage != "fit":
             return
         strategy: Any = trainer.strategy
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # none of the user's own
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # not a user's own
             strategy.checkpoint_io = WholeCheckpointIO()
         for callback in _checkpoints(trainer):
             if callback.dirpath is None and trainer.logger is None:
                 callback.dirpath = str(folder / "checkpoints")
-            inexact = {
-                "every_n_train_steps": callback._every_n_train_steps,
-                "train_time_interval": callback._train_time_interval,
-                "save_on_exception": callback.save_on_exception,
-            }
-            for name, value in inexact.items():
+            for name, value in saves_within_epochs(callback).items():
                 if value:
                     raise ConfigError(
                         f"checkpoint.{name} saves where a run cannot be resumed exactly; set checkpoint.every_n_epochs "
-                        "(SIGTERM saves in the middle of an epoch too)"
+                        "(SIGTERM also saves in the middle of an epoch)"
                     )
             if trainer.is_global_zero and "://" not in str(callback.dirpath):
                 check_writable(Path(callback.dirpath or folder))
 
-    def _listen(self, trainer: Trainer) -> None:
-        # In place of Lightning's own functions, which go through torch.distributed in the middle of whatever is going
-        # on, end the epoch between two micro-batches of one optimizer step, and save wherever the signal finds them.
-        # Which signals there are, and what their handlers were before, stays with Lightning.
-        signals = cast(Any, trainer)._signal_connector
-        stop = _data(trainer).stop_signal
-        stop.number, self._asked_to_requeue = None, False
-        self._requeue = type(signals)._slurm_sigusr_handler_fn.__get__(signals)
-
-        def requeue(number: int, frame: Any) -> None:
-            self._asked_to_requeue = True
-            stop.receive(number)
-
-        signals._sigterm_notifier_fn = lambda number, frame: stop.receive(number)
-        signals._slurm_sigusr_handler_fn = requeue
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Installs the signal handlers in a run that was resumed within an epoch, where no phase comes first."""
+        _data(trainer).stop_signal.listen(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Knows what is saved."""
+        """Records the saved step."""
         self._saved = trainer.global_step
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Knows what is saved; clears away what the run that is resumed was writing when it was killed."""
+        """Records the saved step, and removes partial checkpoints that the resumed run was writing when killed."""
         self._saved = checkpoint["global_step"]
         if trainer.is_global_zero and trainer.state.fn == "fit" and trainer.ckpt_path:
             for part in Path(trainer.ckpt_path).parent.glob(f"*.ckpt{PART}"):
                 remove(part)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves a run that ends because it was asked to."""
+        """Saves a run that ends on a signal."""
         if not isinstance(exception, Stop):
             return
         number = trainer.strategy.broadcast(_data(trainer).stop_signal.number)
         name = signal.Signals(number).name if number else "a signal to another rank"
-        said = self._save(trainer) if trainer.state.fn == "fit" else "evaluations go on where evaluation.results is set"
+        fitting = trainer.state.fn == "fit"
+        outcome = self._save(trainer) if fitting else "the evaluation can be resumed if evaluation.results is set"
         if trainer.is_global_zero:
-            print(f"stopped by {name}: {said}", file=sys.stderr, flush=True)
+            print(f"stopped by {name}: {outcome}", file=sys.stderr, flush=True)
 
     def _save(self, trainer: Trainer) -> str:
-        """Saves what is not saved yet, and says what there is."""
+        """Saves the run if it has unsaved steps, and returns a message about the outcome."""
         step = trainer.global_step
         if trainer.validating:
-            # It begins anew, and Lightning takes one that no batch was seen of for finished.
+            # The validation is repeated on resume; Lightning would take one without any batch as finished.
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()
             progress.increment_ready()
             progress.increment_started()
-        if trainer.strategy.broadcast(self._asked_to_requeue):
-            self._requeue(signal.SIGUSR1, None)
-            return f"saved after {step} optimizer steps, and asked SLURM to start the job again"
+        stop = _data(trainer).stop_signal
+        if trainer.strategy.broadcast(stop.requeue_asked) and stop.requeue is not None:
+            stop.requeue()
+            return f"saved after {step} optimizer steps, and asked SLURM to requeue the job"
         if step == self._saved:
             return f"all {step} optimizer steps are saved; {RESUME}" if step else "nothing was trained yet"
         callbacks = _checkpoints(trainer)
         if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return f"nothing is saved of {step} optimizer steps, as checkpoints are turned off"
-        path = callbacks[0].last_model_path or trainer.strategy.broadcast(_free(Path(callbacks[0].dirpath or "")))
+            return f"{step} optimizer steps are not saved, because checkpoints are disabled"
+        path = callbacks[0].last_model_path or trainer.strategy.broadcast(_free_path(Path(callbacks[0].dirpath or "")))
         trainer.save_checkpoint(path, weights_only=False)
         return f"saved after {step} optimizer steps as {path}; {RESUME}"
 
@@ -130,8 +115,8 @@ def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
-def _free(folder: Path) -> str:
-    """A name for last.ckpt that no other run has taken, as Lightning would choose it."""
+def _free_path(folder: Path) -> str:
+    """An unused path for last.ckpt, named as Lightning would name it."""
     names = (f"last-v{n}.ckpt" if n else "last.ckpt" for n in count())
     return str(next(folder / name for name in names if not (folder / name).exists()))
 

@@ -1,4 +1,4 @@
-"""Rollouts with each token coloured by D_t: as a self-contained HTML page, and as an image."""
+"""Renders rollouts with each token coloured by D_t, as a self-contained HTML page and as an image."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 FULL_COLOUR = 2.0
-"""|D_t| in nats at which a colour is at its strongest."""
+"""|D_t| in nats from which a colour is fully saturated."""
 
-# Ends of a diverging scale that colour-blind readers can tell apart: against the teacher orange, with it blue.
+# Ends of a diverging, colour-blind safe scale: orange against the teacher, blue with it.
 AGAINST, WITH = (240, 140, 50), (110, 170, 235)
 
 
 @dataclass(frozen=True)
 class Token:
-    """A response token and what student and teacher thought of it, in nats: the asymmetry is log P_S - log P_T of these
-    very log-probs."""
+    """A response token with its log-probs under student and teacher, in nats. The asymmetry is their difference,
+    log P_S - log P_T."""
 
     text: str
     asymmetry: float
@@ -31,7 +31,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout that the teacher scored."""
+    """A rollout scored by the teacher."""
 
     name: str
     prompt: str
@@ -41,7 +41,7 @@ class Scored:
 
 
 def colour(asymmetry: float) -> tuple[int, int, int]:
-    """Background of a token: white at 0, orange where the student went against the teacher, blue where with it."""
+    """Background colour of a token: white at 0, orange if the student went against the teacher, blue if with it."""
     strength = min(1.0, abs(asymmetry) / FULL_COLOUR)
     end = AGAINST if asymmetry > 0 else WITH
     red, green, blue = (round(255 + strength * (e - 255)) for e in end)
@@ -63,16 +63,16 @@ summary { cursor: pointer; color: #555 }
 
 
 def html_page(title: str, rollouts: list[Scored]) -> str:
-    """A page without outside parts: each token coloured by D_t, its numbers in a tooltip."""
+    """A page without external resources, each token coloured by D_t and with its values in a tooltip."""
     stops = ", ".join(_css(colour(FULL_COLOUR * x / 4)) for x in range(-4, 5))
     sections = "\n".join(_section(rollout) for rollout in rollouts)
     title = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: reversed signal</title>'
-        f"<style>{_STYLE}</style></head>\n<body><h1>{title}: where the student went its own way</h1>"
+        f"<style>{_STYLE}</style></head>\n<body><h1>{title}: where the student departed from the teacher</h1>"
         "<p>Correct rollouts; each token is coloured by D = log P<sub>S</sub> − log P<sub>T</sub>. "
         f'With the teacher<span class="scale" style="background:linear-gradient(to right,{stops})"></span>'
-        f"against it (full colour from {FULL_COLOUR:g} nats). Hover a token for its numbers.</p>\n"
+        f"against it (full colour from {FULL_COLOUR:g} nats). Hover over a token for its values.</p>\n"
         f"{sections}\n</body></html>\n"
     )
 
@@ -84,14 +84,14 @@ def _section(rollout: Scored) -> str:
     )
     return (
         f"<section><h2>{html.escape(rollout.name)} · A = {rollout.advantage:+.2f}</h2>"
-        f"{_details('prompt', rollout.prompt)}{_details('what the teacher was shown', rollout.context)}"
+        f"{_details('prompt', rollout.prompt)}{_details('context of the teacher', rollout.context)}"
         f'<div class="tokens">{tokens}</div></section>'
     )
 
 
 def _numbers(token: Token) -> str:
     student, teacher = round(token.logp_student, 4), round(token.logp_teacher, 4)
-    # D from the rounded terms, so that what is shown adds up to the last digit.
+    # D from the rounded log-probs, so that the displayed values add up.
     return (
         f"D {student - teacher:+.4f}   log P_S {student:.4f}   log P_T {teacher:.4f}   weight {token.weight:.2f}   "
         f"A_t {token.advantage:+.2f}"
@@ -99,7 +99,7 @@ def _numbers(token: Token) -> str:
 
 
 def _details(summary: str, text: str) -> str:
-    """Text under a heading, open where it is short."""
+    """A collapsible section, open if the text is short."""
     opened = " open" if len(text) < 200 else ""
     return f"<details{opened}><summary>{summary}</summary><pre>{html.escape(text)}</pre></details>"
 
@@ -117,12 +117,12 @@ _GREY, _BLACK = (110, 110, 110), (25, 25, 25)
 
 
 def draw(title: str, rollouts: list[Scored]) -> np.ndarray:
-    """The same as an image, uint8 [H, W, 3]; a long rollout is cut after some lines."""
+    """The same content as an image, uint8 [H, W, 3]. Long rollouts are cut off after `_LINES_EACH` lines."""
     page = Image.new("RGB", (_WIDTH, 150 + len(rollouts) * (_LINES_EACH + 4) * _LINE), "white")
     pen = ImageDraw.Draw(page)
     heading, body, small = (ImageFont.load_default(size) for size in (26, 21, 17))
 
-    pen.text((_MARGIN, 20), f"{title}: where the student went its own way", _BLACK, heading)
+    pen.text((_MARGIN, 20), f"{title}: where the student departed from the teacher", _BLACK, heading)
     pen.text((_MARGIN, 62), "with the teacher", _GREY, small)
     for x in range(200):
         pen.line((_MARGIN + 135 + x, 62, _MARGIN + 135 + x, 82), colour(FULL_COLOUR * (x - 100) / 100))
@@ -130,7 +130,7 @@ def draw(title: str, rollouts: list[Scored]) -> np.ndarray:
 
     y = 110
     for rollout in rollouts:
-        for line in (f"A = {rollout.advantage:+.2f}   {rollout.prompt}", f"teacher saw   {rollout.context}"):
+        for line in (f"A = {rollout.advantage:+.2f}   {rollout.prompt}", f"context   {rollout.context}"):
             pen.text((_MARGIN, y), _shorten(" ".join(line.split()), pen, small), _GREY, small)
             y += 24
         y = _draw_tokens(pen, body, rollout.tokens, y + 2) + _LINE + 14
@@ -157,9 +157,9 @@ def _draw_tokens(pen: ImageDraw.ImageDraw, font: Font, tokens: list[Token], y: i
 
 
 def _shorten(text: str, pen: ImageDraw.ImageDraw, font: Font) -> str:
-    room = _WIDTH - 2 * _MARGIN
-    if pen.textlength(text, font) <= room:
+    available = _WIDTH - 2 * _MARGIN
+    if pen.textlength(text, font) <= available:
         return text
-    while text and pen.textlength(text + "…", font) > room:
+    while text and pen.textlength(text + "…", font) > available:
         text = text[: -max(1, len(text) // 50)]
     return text + "…"

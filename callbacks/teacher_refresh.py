@@ -1,4 +1,4 @@
-"""Whose weights the teacher has, and when it is refreshed."""
+"""Decides which weights the teacher uses and when they are refreshed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ if TYPE_CHECKING:
 
 
 class TeacherRefresh(Callback):
-    """Decides whose weights the teacher has: those that the method declares (`Needs.teacher`), unless one of these
-    settings is given.
+    """Decides which weights the teacher uses. The method declares them (`Needs.teacher`); the settings override that.
 
-    Refreshed after every epoch without a moving average, the teacher is the policy that drew the epoch's rollouts: it
-    scores them before the first update and needs no weights of its own. In every other case it keeps a copy, which
-    checkpoints hold too.
+    A teacher that is refreshed after every epoch without a moving average equals the policy that drew the epoch's
+    rollouts. It scores them before the first update and needs no separate weights. In all other cases the teacher has
+    its own copy, which checkpoints include.
 
     Args:
-        every_n_epochs: Refresh after every so many epochs; null never does, so the teacher keeps the initial weights.
-            "method" leaves it to the method, or is 1 where only ema_decay is given.
-        ema_decay: At a refresh the teacher becomes ema_decay * teacher + (1 - ema_decay) * policy; 0 copies the policy.
-            Null leaves it to the method, or is 0 where only every_n_epochs is given.
+        every_n_epochs: Interval between refreshes in epochs. Null never refreshes, so the teacher keeps the initial
+            weights. "method" uses the method's value, or 1 if only ema_decay is set.
+        ema_decay: A refresh sets the teacher to ema_decay * teacher + (1 - ema_decay) * policy; 0 copies the policy.
+            Null uses the method's value, or 0 if only every_n_epochs is set.
     """
 
     def __init__(
         self, every_n_epochs: int | Literal["method"] | None = "method", ema_decay: float | None = None
     ) -> None:
         self.chosen: TeacherWeights | None = None
-        """What the settings say; None leaves it to the method."""
+        """The schedule given by the settings; None uses the method's."""
         if every_n_epochs == "method" and ema_decay is None:
             return
         try:
@@ -41,21 +40,21 @@ class TeacherRefresh(Callback):
             raise ConfigError(f"teacher_refresh.{error}") from None
 
     def schedule(self, module: RLRTModule) -> TeacherWeights:
-        """Whose weights the teacher of a module has: what the settings say, or else what its method declares."""
+        """The teacher's schedule: that of the settings, or else the one declared by the module's method."""
         return self.chosen or module.method.needs.teacher
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tells the teacher whether it needs a copy, before the weights are loaded.
+        """Sets the teacher's schedule before the weights are loaded; it determines whether the teacher needs a copy.
 
         Raises:
-            ConfigError: If the engine scores for a teacher whose weights it does not have.
+            ConfigError: If the engine is to score for a teacher with weights other than the policy's.
         """
         module = cast("RLRTModule", pl_module)
         schedule = module.teacher.schedule = self.schedule(module)
         if stage == "fit" and module.teacher.scored_by == "engine" and schedule.kind != "policy":
             raise ConfigError(
-                f"model.teacher.scored_by is engine, which has the policy's weights, but the teacher has {schedule}: "
-                "set teacher_refresh.every_n_epochs=1, or model.teacher.scored_by=trainer"
+                f"model.teacher.scored_by is engine, which has the policy's weights, but the teacher has {schedule}; "
+                "set teacher_refresh.every_n_epochs=1 or model.teacher.scored_by=trainer"
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,7 +1,7 @@
-"""RLRT (RLVR with Reversed Teacher, arXiv:2605.10781) and its relatives on PyTorch Lightning.
+"""RLRT (RLVR with Reversed Teacher, arXiv:2605.10781) and related methods on PyTorch Lightning.
 
-Everything public can be imported from here; nothing is loaded before it is used, so that worker processes and
-`--help` start quickly.
+All public names can be imported from here. Modules are imported on first use, so that worker processes and `--help`
+start quickly.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 
 def _modules_of_names() -> dict[str, str]:
-    """The module of each public name, read from the imports above, which only type checkers execute."""
+    """Maps public names to modules, parsed from the imports above, which only type checkers execute."""
     source = cast(Any, __spec__).loader.get_source(__name__)
     block = next(node for node in ast.parse(source).body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
@@ -78,7 +78,7 @@ def _modules_of_names() -> dict[str, str]:
 _MODULE_OF = _modules_of_names()
 __all__ = sorted(_MODULE_OF)
 
-if not TYPE_CHECKING:  # a type checker would take any name for a public one
+if not TYPE_CHECKING:  # with `__getattr__`, type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _MODULE_OF:
@@ -90,9 +90,9 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-class _CallbacksOfAClone:
-    """Finds `rlrt_lightning.callbacks` in callbacks/ at the top of a clone, and nothing else there. The installed
-    package has it inside (see pyproject.toml)."""
+class _CallbacksFinder:
+    """Imports `rlrt_lightning.callbacks` from the top-level folder callbacks/ of a clone. In the installed package, it
+    is a subfolder (see pyproject.toml)."""
 
     folder = Path(__file__).resolve().parents[1] / "callbacks"
 
@@ -104,5 +104,5 @@ class _CallbacksOfAClone:
         return spec_from_file_location(name, cls.folder / "__init__.py", submodule_search_locations=[str(cls.folder)])
 
 
-if not (Path(__file__).parent / "callbacks" / "__init__.py").exists() and _CallbacksOfAClone.folder.exists():
-    sys.meta_path.insert(0, _CallbacksOfAClone)  # first: an editable install of another clone may offer its own
+if not (Path(__file__).parent / "callbacks" / "__init__.py").exists() and _CallbacksFinder.folder.exists():
+    sys.meta_path.insert(0, _CallbacksFinder)  # before the finder of an editable install of another clone

@@ -9,37 +9,37 @@ import warnings
 from rlrt_lightning.runtime.errors import ConfigError
 
 EXPECTED_WARNINGS = (
-    # Lightning's own use of torch and of jsonargparse, and peft's of transformers, which the user can do nothing about.
+    # From Lightning's use of torch and jsonargparse, and peft's use of transformers.
     r".*isinstance\(treespec, LeafSpec\)",
     r".*`is_gradient_checkpointing` is deprecated",
     r"\s*(By default only one JsonargparseDeprecationWarning|[\s\S]* was deprecated in v4\.)",
-    # What we mean to do: a resumed run has a folder of its own, a teacher's copy is never trained, and in an epoch in
-    # which no rollout is better than its siblings there is nothing to train on.
+    # Intended: a resumed run has its own folder, a teacher's copy is in eval mode, and an epoch in which all advantages
+    # are 0 has nothing to train on.
     r"The dirpath has changed from",
     r"Found \d+ module\(s\) in eval mode",
     r"Total length of .* across ranks is zero",
 )
-"""Warnings that say nothing to the user, as regular expressions of how they begin."""
+"""Warnings to suppress because users cannot act on them: regular expressions that match their beginning."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command line.
+    """Runs the command line.
 
     Args:
-        args: Words of the command; those of the process where None.
+        args: Command-line arguments; None for `sys.argv[1:]`.
 
     Returns:
-        Exit code: 0, or 2 where a setting or an input is wrong.
+        Exit code: 0, or 2 if a setting or an input is wrong.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the verifier's processes would make it warn
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn about the verifier's processes
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     words = sys.argv[1:] if args is None else args
-    # Imported here, since the verifier's worker processes import this module again.
+    # Imported here, because the verifier's worker processes import this module.
     from rlrt_lightning.analysis import runs
     from rlrt_lightning.cli import quick_help
 
-    if words and words[0] in runs.COMMANDS:  # files only: nothing heavy is needed
+    if words and words[0] in runs.COMMANDS:  # commands on files, without the imports below
         try:
             runs.main(words)
         except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The data module: Lightning's hooks around an epoch of fresh rollouts (`epoch/make.py`) and around evaluations."""
+"""The data module: generates the rollouts of training epochs (`epoch/make.py`) and of evaluations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.runtime.precision import computing, half_precision
 from rlrt_lightning.runtime.progress import Progress
 from rlrt_lightning.runtime.ranks import gather, mean_over_ranks, rank, world_size
-from rlrt_lightning.runtime.run_files import own_metrics
+from rlrt_lightning.runtime.run_files import claim_metrics
 from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.runtime.stopping import StopSignal
 from rlrt_lightning.runtime.trainer_checks import set_up_trainer
@@ -42,35 +42,36 @@ if TYPE_CHECKING:
 
 
 class RolloutDataModule(LightningDataModule):
-    """Makes the rollouts that each epoch trains on, and those that evaluations count.
+    """Generates the rollouts for training epochs and evaluations.
 
     Args:
         task: Problems and their verifier.
-        engine: What draws the rollouts.
-        sampling: How tokens are drawn.
-        prompts_per_epoch: Problems in an epoch, over all ranks.
-        rollouts_per_prompt: Rollouts of each problem, the K of the group.
-        minibatches: Optimizer steps in an epoch; each takes an equal share of the problems, and is cut into
-            `--trainer.accumulate_grad_batches` micro-batches of about equal size.
-        benchmarks: What is evaluated, by name; null is the training task's held-out problems, as `heldout`.
-        eval_prompts: Problems in one batch of an evaluation, and what one that is stopped loses at most.
-        max_prompt_tokens: Longest prompt, in tokens.
-        overlong_prompts: What to do with a longer one: drop it and count it, or stop with an error. Data from files is
-            counted at the start. Benchmarks keep all problems; there `error` stops at what is too long for the model.
-        rescore: Take the policy's log-probs from the trainer's forward pass instead of from the sampler, and correct
-            for the difference (`model.importance`). One more forward pass; needed where the two differ, as in bfloat16.
-        ahead: Draw the next epoch's rollouts while this one trains, on vLLM servers. They come from the weights before
-            this epoch's updates; `model.importance` corrects for that, which takes `rescore`. Checkpoints hold them.
-        verifier_workers: Processes that check completions, for tasks whose verifier is not trusted code.
+        engine: Generates the rollouts.
+        sampling: Sampling parameters.
+        prompts_per_epoch: Number of problems per epoch, over all ranks.
+        rollouts_per_prompt: Number of rollouts per problem, the group size K.
+        minibatches: Optimizer steps per epoch. Each gets an equal number of problems, which are split into
+            `--trainer.accumulate_grad_batches` micro-batches of similar size.
+        benchmarks: Evaluation sets by name; null is the training task's held-out problems, named `heldout`.
+        eval_prompts: Number of problems per evaluation batch; an interrupted evaluation loses at most one batch.
+        max_prompt_tokens: Maximum prompt length, in tokens.
+        overlong_prompts: Whether longer prompts are dropped and counted, or an error. Data from files is checked at the
+            start. Evaluation sets keep all problems; `error` refuses prompts there that are too long for the model.
+        rescore: Compute the policy's log-probs by a forward pass of the trainer instead of using the sampler's, and
+            correct for the difference (`model.importance`). Needed if the two differ, as in bfloat16.
+        ahead: Generate the next epoch's rollouts while the current epoch trains; requires vLLM servers. They come from
+            the weights before the current epoch's updates, for which `model.importance` corrects; requires `rescore`.
+            Checkpoints contain these rollouts.
+        verifier_workers: Number of processes that verify completions, for tasks whose verifier is not trusted code.
         verifier_timeout_s: Time limit of one verdict, in seconds.
-        verifier_memory_gb: Memory limit of a verifier process, in GiB; on Linux only.
-        max_fault_share: Stop when the verifier itself fails on more than this share of an epoch's rollouts; below it
-            they count as wrong.
-        seed: Seed of every random stream; the command line sets it by `--seed_everything`.
+        verifier_memory_gb: Memory limit of a verifier process, in GiB; Linux only.
+        max_fault_share: Stop if the verifier itself fails on more than this fraction of an epoch's rollouts; otherwise
+            these rollouts count as wrong.
+        seed: Seed of all random streams; set by `--seed_everything` on the command line.
     """
 
     makes_rollouts = True
-    """What `RLRTModule` wants of its data module."""
+    """Checked by `RLRTModule`."""
 
     def __init__(
         self,
@@ -95,8 +96,8 @@ class RolloutDataModule(LightningDataModule):
         super().__init__()
         if rollouts_per_prompt < 2:
             raise ConfigError(
-                f"data.rollouts_per_prompt is {rollouts_per_prompt}; it has to be at least 2: the advantage compares "
-                "the rollouts of a prompt with each other"
+                f"data.rollouts_per_prompt is {rollouts_per_prompt}; it has to be at least 2, because advantages "
+                "compare the rollouts of a prompt"
             )
         if minibatches < 1 or prompts_per_epoch < 1 or prompts_per_epoch % minibatches:
             raise ConfigError(
@@ -114,7 +115,7 @@ class RolloutDataModule(LightningDataModule):
             },
         )
         if sampling.temperature == 0:
-            raise ConfigError("data.sampling.temperature is 0: K equal rollouts teach nothing; take 1 for training")
+            raise ConfigError("data.sampling.temperature is 0, so all rollouts of a prompt are equal; set it to 1")
         self.task: Task = task or StrategySum()
         self.engine: RolloutEngine = engine or TransformersEngine()
         self.sampling = sampling
@@ -134,21 +135,20 @@ class RolloutDataModule(LightningDataModule):
         self.seed = seed
 
         self.epoch: EpochRecord | None = None
-        """The rollouts of the epoch that is being trained on; callbacks read them."""
+        """The record of the current epoch, for callbacks."""
         self.evaluated: dict[str, set[str]] = {name: set() for name in self.benchmarks}
-        """Names of the problems whose results are known already, by evaluation set; the `Evaluation` callback knows
-        them."""
+        """Ids of problems that are already evaluated, by evaluation set; filled by the `Evaluation` callback."""
         self.stop_signal = StopSignal()
-        """Whether the run was asked to end; the `SafeStop` callback listens for that."""
+        """Whether the run was asked to stop; set by the `SafeStop` callback."""
         self.rollout_metrics: dict[str, float] = {}
-        """Metrics of the newest epoch's rollouts over all ranks, by tag; callbacks may add theirs."""
+        """Metrics of the current epoch's rollouts over all ranks, by tag; callbacks may add metrics."""
         self._clock = Clock()
         self._ahead = Ahead()
-        self._restored: list[dict[str, Any]] = []  # rollouts that were drawn ahead, from a checkpoint
+        self._restored: list[dict[str, Any]] = []  # rollouts that were generated ahead, from a checkpoint
         self._synced: int | None = None  # optimizer step whose weights the engine has
         self._made: Batches[MicroBatch] | None = None
         self._position = Position()
-        self._begun: dict[str, Any] | None = None  # the state at the beginning of the epoch that is made or trained on
+        self._begun: dict[str, Any] | None = None  # state at the start of the current epoch
         self._stream: PromptStream | None = None
         self._eval_problems: dict[str, Sequence[Problem]] = {}
         self._verifiers: dict[int, Verifier] = {}
@@ -158,7 +158,7 @@ class RolloutDataModule(LightningDataModule):
     def train_dataloader(self) -> Batches[MicroBatch]:
         """The micro-batches of the next epoch.
 
-        When Lightning resumes, it asks twice before the first step; the second time it gets the same ones.
+        Lightning calls this twice before the first step of a resumed run; the second call returns the same batches.
         """
         if self._made is None:
             self._begun = dict(vars(self._position))
@@ -170,12 +170,12 @@ class RolloutDataModule(LightningDataModule):
         """The micro-batches that were trained on last, on the CPU.
 
         Args:
-            n: How many.
+            n: Number of micro-batches.
         """
-        return self._made.newest(n) if self._made is not None else []
+        return self._made.latest(n) if self._made is not None else []
 
     def finish_epoch(self) -> None:
-        """The epoch was trained on; the `EpochMetrics` callback says so at its end."""
+        """Ends the current epoch; called by the `EpochMetrics` callback."""
         self._made = self._begun = None
 
     def _make_epoch(self) -> Batches[MicroBatch]:
@@ -197,11 +197,11 @@ class RolloutDataModule(LightningDataModule):
         )
         questions, seconds = self._questions(), list[float]()
         drawn = partial(self._draw_epoch, questions, seconds)
-        self.epoch, batches = make_epoch(questions, drawn, parts, settings, self._phase, Progress.beside(trainer))
+        self.epoch, batches = make_epoch(questions, drawn, parts, settings, self._phase, Progress.for_trainer(trainer))
         self.engine.release()
         metrics = epoch_metrics(self.epoch, self._clock, counter, module.importance_cap if self.rescore else None)
         metrics["rollout/overlong_prompts"] = float(self._position.overlong)
-        if seconds:  # not known of rollouts that a checkpoint held
+        if seconds:  # unknown for rollouts from a checkpoint
             metrics["speed/rollout_tokens_per_s"] = float(self.epoch.mask.sum()) / seconds[0]
         self.rollout_metrics = mean_over_ranks(metrics)
         return batches
@@ -212,13 +212,13 @@ class RolloutDataModule(LightningDataModule):
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """A phase of the epoch, which leaves the weights as they are: a run that was asked to stop may end in it."""
-        with self.stop_signal.may_end(self._trainer), self._clock(name):
+        """Times a phase that does not change the weights; a run that was asked to stop may end within it."""
+        with self.stop_signal.interruptible(self._trainer), self._clock(name):
             yield
 
     def _draw_epoch(self, questions: Questions, seconds: list[float]) -> list[Drawn]:
-        """The epoch's rollouts: what was drawn ahead where there is something, and then the next epoch's are begun.
-        Adds the seconds that drawing them took."""
+        """Returns the epoch's rollouts, from a checkpoint or generated ahead if available, and starts generating the
+        next epoch's with `ahead`. Appends the seconds that generating them took to `seconds`."""
         start, restored, self._restored = time.perf_counter(), self._restored, []
         if restored:
             drawn = self._restore(restored, questions)
@@ -233,7 +233,7 @@ class RolloutDataModule(LightningDataModule):
         return drawn
 
     def _begin_next_epoch(self) -> None:
-        """Leaves no trace in what decides the next epoch, which comes to the same prompts and seeds by itself."""
+        """Starts generating ahead. The position is not moved, so the next epoch uses the same prompts and seeds."""
         assert self._stream is not None
         self._stream.position = replace(self._position)
         questions = self._questions()
@@ -243,11 +243,11 @@ class RolloutDataModule(LightningDataModule):
         self._ahead.begin(draw(questions, self.engine, verify, self.rollouts_per_prompt, self.sampling))
 
     def _restore(self, rows: Sequence[dict[str, Any]], questions: Questions) -> list[Drawn]:
-        """What had been drawn ahead when the checkpoint was saved."""
+        """This rank's rollouts from a checkpoint, submitted to the verifier."""
         policy, verifier, drawn = self._module.policy, self.verifier(self.task), list[Drawn]()
         for row in rows:
-            group, of_rank = divmod(row["place"], world_size())
-            if of_rank == rank():
+            group, owner = divmod(row["place"], world_size())
+            if owner == rank():
                 values = {name: value for name, value in row.items() if name not in ("place", "group")}
                 text = policy.decode(row["response_ids"])
                 rollout = Rollout(group, prompt_ids=questions.prompts[group], text=text, **values)
@@ -255,11 +255,11 @@ class RolloutDataModule(LightningDataModule):
         return drawn
 
     def _roll_out(self, task: Task, questions: Questions, n: int, sampling: Sampling) -> list[Drawn]:
-        """Rollouts by the policy as it is now, in the order in which they finish."""
+        """Generates rollouts with the current policy, in the order in which they finish."""
         self._ahead.wait()
         self._sync_engine()
-        coming = draw(questions, self.engine, self.verifier(task).submit, n, sampling)
-        return list(Progress.beside(self._trainer)("rollouts", coming, len(questions.prompts) * n))
+        drawing = draw(questions, self.engine, self.verifier(task).submit, n, sampling)
+        return list(Progress.for_trainer(self._trainer)("rollouts", drawing, len(questions.prompts) * n))
 
     def _sync_engine(self) -> None:
         if self._synced != self._trainer.global_step or not self.engine.ready:
@@ -270,7 +270,7 @@ class RolloutDataModule(LightningDataModule):
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def val_dataloader(self) -> list[EvaluationLoader]:
-        """A loader for each evaluation set, whose batches are rollouts with verdicts."""
+        """One loader per evaluation set; its batches are rollouts with verdicts."""
         return [
             EvaluationLoader(
                 name,
@@ -286,48 +286,48 @@ class RolloutDataModule(LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
     def _evaluate(self, name: str, spec: Benchmark, numbers: Sequence[int]) -> list[Rollout]:
-        """The seeds depend on the problem alone: evaluations of one run differ by the policy only."""
+        """Seeds depend on the problem only, so that evaluations in one run differ by the policy only."""
         problems = [self._eval_problems[name][i] for i in numbers]
         seeds = [derive_seed(self.seed, "evaluation", name, i) for i in numbers]
-        with self.stop_signal.may_end(self._trainer):
+        with self.stop_signal.interruptible(self._trainer):
             return self.draw(spec.task or self.task, problems, spec.samples, spec.sampling or self.sampling, seeds)
 
     def draw(
         self, task: Task, problems: Sequence[Problem], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[Rollout]:
-        """Rollouts with their verdicts, ordered by problem.
+        """Generates rollouts with verdicts, ordered by problem.
 
         Args:
-            task: Whose verifier judges them.
-            problems: The problems, which `Rollout.group` counts.
-            n: Rollouts of each problem.
-            sampling: How they are drawn.
+            task: The task whose verifier judges them.
+            problems: The problems, indexed by `Rollout.group`.
+            n: Number of rollouts per problem.
+            sampling: Sampling parameters.
             seeds: A seed for each problem.
         """
         with self.computing():
             prompts = [self._reader.tokens(p) for p in problems]
             questions = Questions(0, list(problems), prompts, list(seeds), range(len(problems)))
             drawn = self._roll_out(task, questions, n, sampling)
-        return collect_verdicts(problems, drawn, self.max_fault_share, Progress.beside(self._trainer))
+        return collect_verdicts(problems, drawn, self.max_fault_share, Progress.for_trainer(self._trainer))
 
     @property
     def training_problems(self) -> Sequence[Problem]:
-        """The problems that are trained on, over all ranks; known after `setup` for training."""
+        """The training problems, over all ranks; available after `setup("fit")`."""
         return () if self._stream is None else self._stream.problems
 
     def benchmark_problems(self, name: str) -> Sequence[Problem]:
-        """The problems of an evaluation set, over all ranks; known after `setup`."""
+        """The problems of an evaluation set, over all ranks; available after `setup`."""
         return self._eval_problems[name]
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Lightning's first hook, before the loggers write anything."""
+        """Claims the metrics folder; this is Lightning's first hook, called before loggers write."""
         if self._trainer.is_global_zero:
-            own_metrics(self._trainer)
+            claim_metrics(self._trainer)
 
     def setup(self, stage: str) -> None:
-        """Reads the data and checks what can be checked before the weights are loaded."""
+        """Reads the data and checks the settings before the weights are loaded."""
         self._synced = self._made = self._begun = None
         self.engine.half = half_precision(self._trainer)
         policy = self._module.policy
@@ -340,11 +340,11 @@ class RolloutDataModule(LightningDataModule):
             self._eval_problems[name] = read_set(f"data.benchmarks.{name}", spec, self.task, self._reader)
         for task in (self.task, *(spec.task for spec in self.benchmarks.values())):
             if task is not None and task.isolated:
-                pickled(task)  # one that cannot be sent to the verifier's processes is refused before any rollout
+                pickled(task)  # refuses a task that cannot be sent to the verifier's processes
 
     def _set_up_training(self) -> None:
         module, positions = self._module, self._module.policy.max_positions
-        if self._trainer.current_epoch == 0:  # a run that is resumed loads its place after this
+        if self._trainer.current_epoch == 0:  # a resumed run loads its position after this
             self._position = Position()
         problems = read_problems(self.task, "train", "data.task")
         if not len(problems):
@@ -356,34 +356,34 @@ class RolloutDataModule(LightningDataModule):
             check_ahead(self.engine, self.rescore, module.importance, module.teacher)
         scoring_engine(module.teacher, module.method, self.engine, self.sampling)
         limit = self.max_prompt_tokens if positions is None else min(self.max_prompt_tokens, positions - 1)
-        self._reader.check_lengths("data.task", problems, "data.max_prompt_tokens", limit, "they are left out")
+        self._reader.check_lengths("data.task", problems, "data.max_prompt_tokens", limit, "they are dropped")
         self._stream = PromptStream(problems, self._reader, limit, self.seed, self._position)
 
     def example(self, stage: str) -> Problem | None:
-        """The first problem of a stage whose prompt is not too long, to be shown; None where there is none."""
+        """The first problem of a stage whose prompt is not too long, for display; None if there is none."""
         evaluated = chain.from_iterable(self._eval_problems.values())
         problems = iter(self._stream) if stage == "fit" and self._stream is not None else evaluated
         first, most = islice(problems, MOST_MISSES), self.max_prompt_tokens
-        return next((p for p in first if self._reader.measured(p, most)[0] <= most), None)
+        return next((p for p in first if self._reader.measure(p, most)[0] <= most), None)
 
     def teardown(self, stage: str) -> None:
-        """Ends the engine and the verifier's worker processes."""
-        self.engine.close()  # rollouts that are drawn ahead end with it
+        """Stops the engine and the verifier's worker processes."""
+        self.engine.close()  # also stops generating ahead
         self._ahead = Ahead()
         for verifier in self._verifiers.values():
             verifier.close()
         self._verifiers.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the prompts have been read (`Position`), and the rollouts that were drawn ahead. In the middle of the
-        updates also what is left of the epoch, on each rank: its rollouts are from outdated weights by then. All ranks
-        have to ask."""
+        """The position in the prompts (`Position`) and the rollouts generated ahead. Between an epoch's updates also
+        each rank's remaining micro-batches: their rollouts come from outdated weights and cannot be generated again.
+        Collective: all ranks have to call it."""
         if self._made is None:
             return self._begun or {**vars(self._position), **self._drawn_ahead()}
-        if not self._made.given:
+        if not self._made.served:
             return self._begun or dict(vars(self._position))
-        left = [vars(batch) for batch in self._made.left]
-        own = {"given": self._made.given, "left": left, "rollout_metrics": self.rollout_metrics}
+        remaining = [vars(batch) for batch in self._made.remaining]
+        own = {"given": self._made.served, "left": remaining, "rollout_metrics": self.rollout_metrics}
         state = {"under_way": gather(own), "accumulate": self._trainer.accumulate_grad_batches}
         return {**vars(self._position), **self._drawn_ahead(), **state}
 
@@ -391,7 +391,7 @@ class RolloutDataModule(LightningDataModule):
         """See `state_dict`.
 
         Raises:
-            ConfigError: If the rest of an epoch cannot be dealt out as it was.
+            ConfigError: If the checkpoint is from within an epoch, and ranks or gradient accumulation have changed.
         """
         for name in vars(self._position):
             setattr(self._position, name, state_dict[name])
@@ -399,33 +399,33 @@ class RolloutDataModule(LightningDataModule):
         ranks, trainer = state_dict.get("under_way"), self._trainer
         if trainer.state.fn != "fit":
             return
-        trainer.num_sanity_val_steps = 0  # the measurement before training has been made
+        trainer.num_sanity_val_steps = 0  # the evaluation before training was already done
         if ranks is None:
             return
         if (len(ranks), state_dict["accumulate"]) != (world_size(), trainer.accumulate_grad_batches):
             raise ConfigError(
-                f"ckpt_path: this checkpoint was saved in the middle of an epoch that is dealt out to {len(ranks)} "
-                f"ranks with trainer.accumulate_grad_batches={state_dict['accumulate']}; go on with the same, or from "
-                "the checkpoint of the end of an epoch"
+                f"ckpt_path: this checkpoint was saved in the middle of an epoch on {len(ranks)} ranks with "
+                f"trainer.accumulate_grad_batches={state_dict['accumulate']}; use the same settings, or resume from a "
+                "checkpoint of the end of an epoch"
             )
         own = ranks[rank()]
         self._made = Batches([MicroBatch(**batch) for batch in own["left"]], own["given"])
         self.rollout_metrics = own["rollout_metrics"]
 
     def _drawn_ahead(self) -> dict[str, Any]:
-        """The next epoch's rollouts of all ranks, waited for unless there is no time: who resumes then draws anew."""
+        """All ranks' rollouts generated ahead; none after a stop signal, to save time: a resumed run repeats them."""
         if not self.ahead:
             return {}
         rows = [] if self.stop_signal.number is not None else self._ahead.rows()
         every = gather([{**row, "place": row["group"] * world_size() + rank()} for row in rows])
         return {"ahead": [row for rows in every for row in rows] if all(every) else []}
 
-    # -- small parts -----------------------------------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------------------------
 
     @property
     def _trainer(self) -> Any:
         if self.trainer is None:
-            raise RuntimeError("the data module has no trainer: pass it to Trainer.fit, validate, test or predict")
+            raise RuntimeError("the data module has no trainer; pass it to Trainer.fit, validate, test or predict")
         return self.trainer
 
     @property
@@ -433,7 +433,7 @@ class RolloutDataModule(LightningDataModule):
         return cast("RLRTModule", self._trainer.lightning_module)
 
     def verifier(self, task: Task) -> Verifier:
-        """The verifier of a task; all share their worker processes, which end with `teardown`."""
+        """The verifier of a task. All verifiers share their worker processes, which `teardown` stops."""
         if id(task) not in self._verifiers:
             first = next(iter(self._verifiers.values()), None)
             self._verifiers[id(task)] = (

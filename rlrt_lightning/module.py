@@ -1,4 +1,4 @@
-"""The Lightning module: policy, teacher and method, and the step that trains the policy."""
+"""The Lightning module: policy, teacher, method, and the training step."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from rlrt_lightning.teacher import Teacher
 
 @dataclass(frozen=True)
 class StepReport:
-    """An optimizer step.
+    """Metrics of one optimizer step.
 
     Args:
-        gradient_norm: Before clipping, over all ranks.
-        learning_rate: That of the first group of weights.
-        skipped: Whether it was not taken, because the gradient was not finite.
+        gradient_norm: Norm of the gradient before clipping, over all ranks.
+        learning_rate: Learning rate of the first parameter group.
+        skipped: Whether the step was skipped because of a non-finite gradient.
     """
 
     gradient_norm: float
@@ -56,23 +56,22 @@ class RLRTModule(LightningModule):
     """Trains a policy on rollouts with token advantages.
 
     Args:
-        policy: The language model that is trained.
-        teacher: Whose weights score the rollouts, and with what context.
-        method: How advantages are spread over tokens: GRPO, RLRT, RLSD, SDPO, SRPO, EntropyBonus, DIVER, or a class
-            of your own.
-        clip_low: The ratio to the rollout policy may fall to 1 - clip_low before a token's gradient stops.
-        clip_high: The ratio may rise to 1 + clip_high before a token's gradient stops.
+        policy: The language model being trained.
+        teacher: Scores rollouts with a privileged context.
+        method: How advantages are distributed over tokens: GRPO, RLRT, RLSD, SDPO, SRPO, EntropyBonus, DIVER, or a
+            custom class.
+        clip_low: The ratio P_new / P_old is clipped below at 1 - clip_low.
+        clip_high: The ratio P_new / P_old is clipped above at 1 + clip_high.
         dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
-        aggregation: token-mean weighs all tokens of a mini-batch the same; seq-mean-token-mean averages within each
+        aggregation: token-mean weights all tokens of a mini-batch equally; seq-mean-token-mean averages within each
             rollout first.
-        importance: Where the trainer rescores the rollouts (`data.rescore`), all that a token adds to the loss
-            (surrogate, divergence to the teacher, entropy bonus) is weighted by min(P_trainer / P_sampler,
-            importance_cap): for each token, for the whole sequence, or off.
-        importance_cap: Upper limit of that weight; the paper has 2.
-        optimizer: Class path and settings of the optimizer; the paper has AdamW with lr 1e-6.
+        importance: Level of the importance weight min(P_trainer / P_sampler, importance_cap): token, sequence or off.
+            With `data.rescore`, it multiplies each token's loss (surrogate, divergence to the teacher, entropy bonus).
+        importance_cap: Upper bound of the importance weight; the paper uses 2.
+        optimizer: Class path and settings of the optimizer; the paper uses AdamW with lr 1e-6.
         warmup_steps: Optimizer steps over which the learning rate rises linearly to its constant value.
-        allow_changes: Settings that may differ from those of the checkpoint when a run is resumed (`--ckpt_path`), such
-            as [data.seed, model.method]; each stands for all settings below it. Settings of the optimizer (not its
+        allow_changes: Settings that may differ from the checkpoint's when resuming (`--ckpt_path`), such as
+            [data.seed, model.method]; a name includes all settings below it. Settings of the optimizer (except its
             class), trainer, engine, checkpoints and evaluation may always change.
     """
 
@@ -114,18 +113,18 @@ class RLRTModule(LightningModule):
         self.allow_changes = allow_changes
         self._whole_epochs = WholeEpochs()
         self.steps: list[StepReport] = []
-        """Optimizer steps that no callback has taken note of yet (`EpochMetrics`)."""
+        """Optimizer steps that the `EpochMetrics` callback has not collected yet."""
         self.skipped = False
-        """Whether the newest optimizer step was skipped, because its gradient was not finite."""
+        """Whether the last optimizer step was skipped because of a non-finite gradient."""
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
-        """One forward pass over a micro-batch.
+        """Computes the loss of a micro-batch.
 
         Returns:
-            `loss`, a share of the mean over the mini-batch, and `metrics` of the micro-batch: a mean for each tag, and
-            how many values it is the mean of.
+            `loss`, scaled by the micro-batch's share of the mini-batch's mean, and `metrics`: for each tag a mean and
+            the number of values in it.
         """
         logp, entropy, divergence = self._token_values(batch)
         surrogate = clipped_surrogate(
@@ -165,13 +164,13 @@ class RLRTModule(LightningModule):
             bonus = batch.importance * batch.entropy_bonus * entropy
             loss = loss - token_mean(bonus, batch.response_mask, self.aggregation)
         loss = loss * batch.share
-        # What only stands in, so that this rank takes the step with the others, is not trained on.
+        # A share of 0 marks a placeholder for a rank without trainable rollouts; it has no metrics.
         metrics = {tag: (mean, count if batch.share else 0) for tag, (mean, count) in metrics.items()}
         return {"loss": loss, "metrics": {**metrics, "train/loss": (loss.detach(), 1)}}
 
     def _token_values(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs and entropies of the response tokens and, where the method distils, the divergence between student
-        and teacher: [B, T] each, nats, 0 outside the response."""
+        """Log-probs and entropies of the response tokens, and the divergence between student and teacher if the method
+        has one: nats, [B, S] each, 0 outside the response."""
         sequences = batch.input_ids, batch.attention_mask, batch.response_mask, batch.temperature
         if batch.top_tokens is None or batch.top_logp is None:
             return *self.policy.log_probs(*sequences, blocks=batch.blocks, shared=batch.shared), None
@@ -183,13 +182,13 @@ class RLRTModule(LightningModule):
             return student[:, 0], entropy, divergence_on_support(student[:, 1:], top_logp, alpha, tail)
 
         targets = batch.input_ids[batch.response_mask]
-        of_tokens = targets, batch.top_tokens, batch.top_logp
-        results = self.policy.from_logits(compute, *sequences, *of_tokens, blocks=batch.blocks, shared=batch.shared)
+        inputs = targets, batch.top_tokens, batch.top_logp
+        results = self.policy.from_logits(compute, *sequences, *inputs, blocks=batch.blocks, shared=batch.shared)
         logp, entropy, divergence = (at_mask(values, batch.response_mask) for values in results)
         return logp, entropy, divergence
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over the policy's weights, constant after a linear warm-up."""
+        """The optimizer of the policy's weights; its learning rate is constant after a linear warm-up."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = self.optimizer_factory(trained)
         schedule = WarmUp(optimizer, self.warmup_steps)
@@ -197,22 +196,22 @@ class RLRTModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Logs the settings of the method, and whose weights its teacher has."""
+        """Logs the method's settings and the teacher's weights."""
         teacher = f"; the teacher has {self.teacher.schedule}" if self.method.context != "none" else ""
         rank_zero_info("method: %s%s", self.method, teacher)
 
     def on_train_epoch_start(self) -> None:
-        """Has the run finish the epochs that it begins."""
+        """Ensures that a run finishes each epoch it starts."""
         self._whole_epochs.begin(self.trainer)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Seeds dropout, where a model has any: the same in a resumed run."""
+        """Seeds dropout, so that a resumed run uses the same masks."""
         torch.manual_seed(batch.seed)
 
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
-        """Comes after the callbacks': puts off the end that any of them asks for to the end of the epoch, and ends a
-        run that a signal asked to stop (`SafeStop`) between two optimizer steps. After the last one the epoch is
-        finished first: its validation and the next rollouts can be given up."""
+        """Runs after the callbacks. Postpones a stop requested by a callback to the end of the epoch, and stops a run
+        that received a signal (`SafeStop`) between two optimizer steps. After the last step, the epoch is finished
+        first; its validation and the next rollouts can be interrupted."""
         trainer = cast(Any, self.trainer)
         self._whole_epochs.hold(trainer, batch_idx)
         done = batch_idx + 1
@@ -220,64 +219,63 @@ class RLRTModule(LightningModule):
             trainer.datamodule.stop_signal.check(trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Notes the gradient's norm before it is clipped, and the learning rate.
+        """Records the norm of the gradient before clipping, and the learning rate.
 
-        A step whose gradient is not finite is skipped. The norm is that over all ranks, so all of them decide the same.
-        One whose gradient is exactly 0, since no rank has anything to learn, is taken: momentum goes on as ever."""
+        A step with a non-finite gradient is skipped; all ranks see the same norm and make the same decision. A step
+        with a zero gradient, when no rank has trainable rollouts, is taken and updates the optimizer's momentum."""
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
         norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
-        # One that looks for a scale skips by itself, until there is no smaller one to try.
+        # A gradient scaler skips steps itself while it can still reduce its scale.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.skipped = not math.isfinite(norm) and (scaler is None or scaler.get_scale() <= 1)
         if self.skipped:
             for p in self.policy.parameters():
-                p.grad = None  # optimizers leave alone what has none
+                p.grad = None  # optimizers ignore weights without a gradient
         self.steps.append(StepReport(norm, optimizer.param_groups[0]["lr"], self.skipped))
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Passes problems of an evaluation set with their rollouts and verdicts (`Evaluated`) on to the `Evaluation`
-        callback, which counts them."""
+        """Passes a batch of evaluated problems (`Evaluated`) to the `Evaluation` callback, which computes metrics."""
         return batch
 
     test_step = predict_step = validation_step
 
     def on_validation_end(self) -> None:
-        """A run that was to end during the evaluation finishes its epoch."""
+        """Postpones a stop requested during the evaluation to the end of the epoch."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._whole_epochs.hold(self.trainer)
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every run has (`rlrt_lightning.callbacks.default_callbacks`): those that the trainer has none of.
+        """The default callbacks (`rlrt_lightning.callbacks.default_callbacks`) that the trainer does not have yet.
 
         Raises:
-            ConfigError: If there is no data module to make rollouts.
+            ConfigError: If the data module does not generate rollouts.
         """
         from rlrt_lightning.callbacks import adopt_checkpoints, default_callbacks
 
         trainer = cast(Any, self.trainer)
         if not getattr(trainer.datamodule, "makes_rollouts", False):
             raise ConfigError(
-                f"{trainer.state.fn.value}: pass datamodule=RolloutDataModule(...) to the trainer; rollouts come from "
-                "nowhere else"
+                f"{trainer.state.fn.value}: pass datamodule=RolloutDataModule(...) to the trainer; it generates the "
+                "rollouts"
             )
         adopt_checkpoints(trainer.callbacks)
         return default_callbacks(trainer.callbacks, checkpoints=bool(trainer.checkpoint_callbacks))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the settings of the run."""
+        """Adds the run's settings to the checkpoint."""
         checkpoint[resume.KEY] = resume.record(self.trainer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compares the checkpoint's settings and weights with the run's before any weight is loaded.
+        """Compares the checkpoint's settings and weights with the run's before the weights are loaded.
 
         Raises:
-            ConfigError: If it holds another model, or comes from a run with other settings.
+            ConfigError: If the checkpoint is of a different model, or of a run with different settings.
         """
-        found = checkpoint.get("state_dict")  # not there where shards have been loaded already
+        found = checkpoint.get("state_dict")  # missing if shards are already loaded
         if self._attached:
             resume.compare(self.trainer, self, checkpoint)
         elif found is not None:
@@ -290,25 +288,25 @@ class RLRTModule(LightningModule):
         if differ := sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n)):
             first = differ[0]
             raise ConfigError(
-                f"ckpt_path: the checkpoint holds another model: {len(differ)} weights differ, such as {first}, "
-                f"{list(theirs[first]) if first in theirs else 'not there'} in the checkpoint and "
-                f"{list(ours[first]) if first in ours else 'not there'} in this run; set model.policy, "
-                "model.method and teacher_refresh as in the run that made it"
+                f"ckpt_path: the checkpoint is of a different model: {len(differ)} weights differ, such as {first}, "
+                f"{list(theirs[first]) if first in theirs else 'missing'} in the checkpoint and "
+                f"{list(ours[first]) if first in ours else 'missing'} in this run; set model.policy, "
+                "model.method and teacher_refresh as in the run that saved it"
             )
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override] # Lightning's is a descriptor of its own
+    def load_from_checkpoint(  # type: ignore[override] # Lightning uses a custom descriptor
         cls, checkpoint_path: str | Path, map_location: Any = "cpu", **parts: Any
     ) -> RLRTModule:
-        """A module with a checkpoint's weights, for use without a trainer. No code of the file is run.
+        """Loads a module with a checkpoint's weights, for use without a trainer. Never runs code from the file.
 
         Args:
-            checkpoint_path: The checkpoint, as one file.
-            map_location: Device to load to, as `torch.load` takes it.
-            parts: Arguments of the class, such as `policy=Policy(path=...)`; those left out are as in the run.
+            checkpoint_path: The checkpoint, a single file.
+            map_location: Device to load to, as in `torch.load`.
+            parts: Arguments of the class, such as `policy=Policy(path=...)`; the others are taken from the checkpoint.
 
         Raises:
-            ConfigError: If the checkpoint cannot be read, or a part of it has to be given and is not.
+            ConfigError: If the checkpoint cannot be read, or does not contain an argument that was not passed.
         """
         found = resume.parts_of(Path(checkpoint_path), set(parts))
         load = cast(Any, super().load_from_checkpoint)
@@ -316,7 +314,7 @@ class RLRTModule(LightningModule):
         return cast(RLRTModule, module)
 
     def configure_model(self) -> None:
-        """Loads the weights, after everything that can be checked without them has been, and shards them."""
+        """Loads the weights, after all checks that do not need them, and shards them."""
         strategy = self.trainer.strategy if self._attached else None
         if strategy is not None:
             check_strategy(strategy)
@@ -327,18 +325,18 @@ class RLRTModule(LightningModule):
 
     def _shard(self, strategy: FSDP2Strategy) -> None:
         if isinstance(self.policy.model, FSDPModule):
-            return  # by an earlier fit or validate of this trainer
+            return  # already sharded by an earlier call of fit or validate
         for own in (self.policy, self.teacher):
-            if "model" in own._modules:
+            if hasattr(own, "model"):
                 strategy.shard(cast(Any, own.model), self.policy.head_is_float32)
         if self.teacher.adapters is not None:
-            self.teacher.adapters.copy(self.policy.model)  # in the same shards
+            self.teacher.adapters.copy(self.policy.model)  # copies the sharding too
 
     @property
     def _attached(self) -> bool:
         try:
             return self.trainer is not None
-        except RuntimeError:  # Lightning's answer where there is none
+        except RuntimeError:  # raised by Lightning if there is no trainer
             return False
 
 

@@ -1,8 +1,7 @@
-"""The settings of a run as its checkpoints hold them, and which of them a resumed run may change."""
+"""The settings saved in checkpoints, and the changes that a resumed run may make to them."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import re
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from rlrt_lightning.objective import TeacherWeights
 from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.runtime.checkpoints import problem
-from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError, did_you_mean
 from rlrt_lightning.runtime.optimizers import probe
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEY = "rlrt_lightning"
-"""Where a checkpoint holds the record."""
+"""Key of the record in a checkpoint."""
 
 FORMAT = 1
-"""Of the record and of what else we put into a checkpoint; a release that reads it differently counts up."""
+"""Format number of the record and of our other checkpoint contents; increased by incompatible releases."""
 
 FREE = (
     "trainer",
@@ -56,16 +56,16 @@ FREE = (
     "data.verifier_memory_gb",
     "data.max_fault_share",
 )
-"""Settings that a resumed run may change; each other one decides what is learnt from what."""
+"""Settings that a resumed run may always change, because they do not affect what is trained on."""
 
 MODEL = ("model.policy.path", "model.policy.lora")
-"""What has to be the same for the weights to mean the same: all that an evaluation compares."""
+"""Settings that define the model; an evaluation compares only these."""
 
 TEACHER = "teacher_refresh"
-"""Settings of the teacher's weights: the method's own where the user has given none."""
+"""Settings of the teacher's weights; the method's defaults if the user has not set them."""
 
 PROBLEMS, STATE = "data.task.problems", "model.optimizer.state"
-"""Entries of the record that are no settings: a digest of the problems, and what the optimizer keeps per weight."""
+"""Entries of the record that are not settings: a digest of the problems, and the optimizer's state keys per weight."""
 
 OF_TRAINER = (
     "max_epochs",
@@ -84,13 +84,13 @@ OF_TRAINER = (
 OF_CHECKPOINT = ("monitor", "mode", "save_top_k", "save_last", "save_weights_only", "every_n_epochs")
 
 ALIASES = {"seed_everything": "data.seed"}
-"""What the command line calls a setting."""
+"""Settings with a different name on the command line."""
 
 Settings = dict[str, Any]
 
 
 class Changes(NamedTuple):
-    """What a resumed run has changed, in words: by leave of `model.allow_changes`, and of what is free."""
+    """Descriptions of changed settings: those allowed by `model.allow_changes`, and those in `FREE`."""
 
     allowed: list[str]
     free: list[str]
@@ -100,7 +100,7 @@ class Changes(NamedTuple):
 
 
 def record(trainer: Trainer, module: Any) -> dict[str, Any]:
-    """What a checkpoint holds of the run: plain values."""
+    """The record of a run that is saved in its checkpoints, as plain values."""
     data = getattr(trainer, "datamodule", None)
     return {"format": FORMAT, "settings": settings(trainer, module, data)}
 
@@ -111,11 +111,11 @@ def settings(trainer: Trainer, module: Any, data: Any) -> Settings:
     Args:
         trainer: The trainer.
         module: The module; its weights need not be loaded.
-        data: The data module; a digest of the problems is there once these have been read.
+        data: The data module; the digest of the problems is included once they have been read.
     """
     from rlrt_lightning.callbacks import TeacherRefresh
 
-    found = of_object(module, "model", leave_out=("allow_changes", "optimizer"))
+    found = of_object(module, "model", exclude=("allow_changes", "optimizer"))
     found |= _optimizer(module)
     path = str(module.policy.path)
     if path == str(EMBEDDED):
@@ -137,24 +137,24 @@ def settings(trainer: Trainer, module: Any, data: Any) -> Settings:
     return found
 
 
-def of_object(value: Any, name: str, leave_out: Sequence[str] = ()) -> Settings:
-    """The settings that an object was made with, as far as it keeps them under their names: its class under its own
-    name, and below it whatever its constructor takes.
+def of_object(value: Any, name: str, exclude: Sequence[str] = ()) -> Settings:
+    """The settings of an object: its class as `name`, and its constructor's arguments as `name.<argument>`, as far as
+    it has attributes with their names.
 
     Args:
         value: The object.
-        name: Its setting.
-        leave_out: Parameters that are none of the record's.
+        name: Name of the setting.
+        exclude: Parameters that are not recorded.
     """
     found: Settings = {name: _class_name(type(value))}
     try:
         parameters = list(inspect.signature(type(value)).parameters)
-    except (ValueError, TypeError):  # some classes written in C
+    except (ValueError, TypeError):  # some classes implemented in C
         return found
     for parameter in parameters:
-        if parameter in leave_out:
+        if parameter in exclude:
             continue
-        inner = _kept(value, parameter)
+        inner = _attribute(value, parameter)
         if inner is inspect.Parameter.empty:
             continue
         plain = _plain(inner)
@@ -167,33 +167,33 @@ def of_object(value: Any, name: str, leave_out: Sequence[str] = ()) -> Settings:
     return found
 
 
-def _kept(value: Any, parameter: str) -> Any:
-    """An attribute without running a property's code; modules of torch keep theirs apart."""
-    of = {**vars(value), **vars(value).get("_modules", {})}
-    return of.get(parameter, of.get(f"_{parameter}", inspect.Parameter.empty))
+def _attribute(value: Any, parameter: str) -> Any:
+    """An attribute, without evaluating properties; torch modules keep submodules separately."""
+    attributes = {**vars(value), **(dict(value.named_children()) if isinstance(value, nn.Module) else {})}
+    return attributes.get(parameter, attributes.get(f"_{parameter}", inspect.Parameter.empty))
 
 
 def _plain(value: Any) -> Any:
-    """A value as a checkpoint holds it; `Parameter.empty` for what is an object."""
+    """A value as plain data for a checkpoint; `Parameter.empty` for other objects."""
     if isinstance(value, Enum):
         value = value.value
     if value is None or isinstance(value, bool):
         return value
     kinds: dict[type, Callable[[Any], Any]] = {int: int, float: float, str: str, Path: str}
-    for kind, made in kinds.items():  # subclasses, such as numpy's numbers, would be objects in a checkpoint
+    for kind, convert in kinds.items():  # subclasses, such as NumPy scalars, would be pickled as objects
         if isinstance(value, kind):
-            return made(value)
+            return convert(value)
     items = list(value.values()) if isinstance(value, Mapping) else value
     if not isinstance(items, (list, tuple, set, frozenset)):
         return inspect.Parameter.empty
     plain = [_plain(item) for item in items]
-    if inspect.Parameter.empty in plain:  # such as benchmarks, which have tasks of their own
+    if inspect.Parameter.empty in plain:  # such as evaluation sets, which have their own tasks
         plain = [of_object(item, "") if hasattr(item, "__dict__") else repr(item) for item in items]
     return dict(zip(map(str, value), plain, strict=True)) if isinstance(value, Mapping) else plain
 
 
 def _class_name(value: Any) -> str:
-    """A class or function; ours without the module, which may move between releases."""
+    """Qualified name of a class or function; for ours without the module, which may change between releases."""
     module = str(getattr(value, "__module__", ""))
     return value.__qualname__ if module.split(".")[0] == KEY else f"{module}.{value.__qualname__}"
 
@@ -209,7 +209,7 @@ def _optimizer(module: Any) -> Settings:
 
 
 def digest(problems: Sequence[Problem], samples: int = 100) -> str:
-    """A name for a set of problems: how many, and a digest of some that are spread over it."""
+    """Describes a set of problems by their number and a digest of an evenly spaced sample."""
     hashed = blake2b(digest_size=8)
     for i in range(0, len(problems), max(1, len(problems) // samples)):
         p = problems[i]
@@ -219,54 +219,56 @@ def digest(problems: Sequence[Problem], samples: int = 100) -> str:
 
 
 def rebuilt(found: Settings, name: str) -> Any:
-    """An object of one of our public classes, as `of_object` has recorded it; nothing else is ever made.
+    """Builds an object from the settings recorded by `of_object`. Only our public classes are instantiated.
 
     Args:
         found: The record's settings.
-        name: The object's setting.
+        name: Name of the object's setting.
 
     Raises:
-        ConfigError: If it is of another class.
+        ConfigError: If the object's class is not one of ours.
     """
     import rlrt_lightning
 
     class_name = found.get(name)
     if not isinstance(class_name, str) or class_name not in rlrt_lightning.__all__:
-        raise ConfigError(f"{name} is {class_name} in the checkpoint, no class of rlrt_lightning: pass it yourself")
+        raise ConfigError(
+            f"{name} is {class_name} in the checkpoint, not a class of rlrt_lightning; pass it as an argument"
+        )
     cls = getattr(rlrt_lightning, class_name)
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for parameter in inspect.signature(cls).parameters:
         inner = f"{name}.{parameter}"
         if any(other.startswith(f"{inner}.") for other in found):
-            given[parameter] = rebuilt(found, inner)
+            arguments[parameter] = rebuilt(found, inner)
         elif inner in found:
-            given[parameter] = found[inner]
-    return cls(**given)
+            arguments[parameter] = found[inner]
+    return cls(**arguments)
 
 
 def parts_of(path: Path, given: set[str]) -> dict[str, Any]:
-    """The arguments that a checkpoint's module was made with.
+    """The arguments of a checkpoint's module.
 
     Args:
         path: The checkpoint.
-        given: Those that are known already.
+        given: Names of arguments that the caller passes.
 
     Raises:
-        ConfigError: If it cannot be read, or does not say what is needed.
+        ConfigError: If the checkpoint cannot be read, or does not contain an argument that is needed.
     """
     if not path.exists():
         raise ConfigError(f"there is no checkpoint at {path}")
     if path.is_dir():
         raise ConfigError(
-            f"{path} is a folder of shards; resume it with FSDP2Strategy(save_distributed_checkpoint=False), which "
-            "writes one file"
+            f"{path} is a sharded checkpoint; resume it with FSDP2Strategy(save_distributed_checkpoint=False), which "
+            "saves a single file"
         )
     if wrong := problem(path, resume=False):
         raise ConfigError(f"{path} {wrong}")
     found = saved_settings(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
     if found is None:
         if missing := {"policy", "teacher"} - given:
-            raise ConfigError(f"{path} does not hold the settings of its run: pass {' and '.join(sorted(missing))}")
+            raise ConfigError(f"{path} does not contain the settings of its run; pass {' and '.join(sorted(missing))}")
         return {}
     whole = {name: rebuilt(found, f"model.{name}") for name in ("policy", "teacher", "method") if name not in given}
     plain = {
@@ -278,10 +280,10 @@ def parts_of(path: Path, given: set[str]) -> dict[str, Any]:
 
 
 def teacher_weights(checkpoint: Mapping[str, Any]) -> TeacherWeights | None:
-    """Whose weights the teacher had in a checkpoint's run; None where the checkpoint does not say.
+    """The schedule of the teacher's weights in a checkpoint's run; None if the checkpoint does not contain it.
 
     Raises:
-        ConfigError: If it has another format.
+        ConfigError: If the checkpoint has a different format.
     """
     found = saved_settings(checkpoint, "the checkpoint")
     return rebuilt(found, TEACHER) if found is not None and TEACHER in found else None
@@ -291,10 +293,10 @@ def teacher_weights(checkpoint: Mapping[str, Any]) -> TeacherWeights | None:
 
 
 def saved_settings(checkpoint: Mapping[str, Any], path: str | Path) -> Settings | None:
-    """The settings that a checkpoint holds; None if an earlier release made it, which saved none.
+    """The settings in a checkpoint; None for checkpoints of earlier releases, which have none.
 
     Raises:
-        ConfigError: If it has another format.
+        ConfigError: If the checkpoint has a different format.
     """
     found = checkpoint.get(KEY)
     if found is None:
@@ -302,60 +304,60 @@ def saved_settings(checkpoint: Mapping[str, Any], path: str | Path) -> Settings 
     if not isinstance(found, Mapping) or found.get("format") != FORMAT:
         theirs = found.get("format") if isinstance(found, Mapping) else None
         raise ConfigError(
-            f"ckpt_path: {path} has format {theirs} of rlrt_lightning's checkpoints, and this release reads format "
-            f"{FORMAT}; use the release that made it"
+            f"ckpt_path: {path} has format {theirs} of rlrt_lightning's checkpoints, but this release reads format "
+            f"{FORMAT}; use the release that saved it"
         )
     return dict(found["settings"])
 
 
 def check(checkpoint: Mapping[str, Any], path: str | Path, now: Settings, allow: Sequence[str], fit: bool) -> Changes:
-    """Compares the settings of a checkpoint's run with those of this one.
+    """Compares the settings of a checkpoint's run with those of this run.
 
     Args:
         checkpoint: The checkpoint.
         path: Its path.
-        now: `settings` of this run; what is not known yet is left out of the comparison.
+        now: `settings` of this run; settings that are not known yet are not compared.
         allow: `model.allow_changes`.
-        fit: Whether training goes on; an evaluation has to have the same model only.
+        fit: Whether training is resumed; an evaluation only requires the same model.
 
     Returns:
-        What has changed.
+        The changed settings.
 
     Raises:
-        ConfigError: If something has that may not.
+        ConfigError: If a setting has changed that may not change.
     """
     before = saved_settings(checkpoint, path)
     if before is None:
         if fit:
-            log.warning("%s does not hold the settings of its run: check yourself that they are the same", path)
+            log.warning("%s does not contain the settings of its run; make sure that they are the same", path)
         return Changes([], [])
     allowed = _known(allow, {**before, **now})
     changed = _changed(before, now)
     if not fit:
-        changed = {name: said for name, said in changed.items() if _under(name, MODEL)}
+        changed = {name: text for name, text in changed.items() if _under(name, MODEL)}
     else:
         _check_optimizer(before, now, path)
     decisive = [name for name in changed if not _under(name, FREE)]
     if refused := [name for name in decisive if not _under(name, allowed)]:
         raise ConfigError(
-            f"ckpt_path: {path} comes from a run with other settings: {'; '.join(changed[n] for n in refused)}; set "
-            f"them as they were, or add --model.allow_changes=[{','.join([*allow, *refused])}]"
+            f"ckpt_path: {path} comes from a run with other settings: {'; '.join(changed[n] for n in refused)}; "
+            f"restore them, or add --model.allow_changes=[{','.join([*allow, *refused])}]"
         )
-    return Changes([changed[n] for n in decisive], [said for name, said in changed.items() if name not in decisive])
+    return Changes([changed[n] for n in decisive], [text for name, text in changed.items() if name not in decisive])
 
 
 def check_file(path: Path, trainer: Trainer, module: Any, data: Any, fit: bool) -> None:
-    """`check` before models and data are loaded, as far as it can be said by then."""
+    """Runs `check` on a checkpoint file before models and data are loaded, with the settings known by then."""
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if fit:
         check_end(trainer)
-    if KEY in checkpoint:  # of others, the module says it
+    if KEY in checkpoint:  # for others, `on_load_checkpoint` warns
         check(checkpoint, path, settings(trainer, module, data), module.allow_changes or [], fit)
 
 
 def compare(trainer: Trainer, module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """`check` with all that is known, and one line that says what is resumed and what has changed."""
+    """Runs `check` with all settings, and prints one line with the resumed checkpoint and the changed settings."""
     fit = trainer.state.fn == "fit"
     path, data = str(trainer.ckpt_path), getattr(trainer, "datamodule", None)
     if fit:
@@ -364,8 +366,7 @@ def compare(trainer: Trainer, module: Any, checkpoint: Mapping[str, Any]) -> Non
     if not trainer.is_global_zero:
         return
     if changes.allowed:
-        said = "; ".join(changes.allowed)
-        log.warning("not as in the run that %s comes from, which model.allow_changes allows: %s", path, said)
+        log.warning("settings changed since %s (model.allow_changes): %s", path, "; ".join(changes.allowed))
     if fit:
         what = f"{type(module.method).__name__}, epoch {checkpoint.get('epoch')}"
         since = f"; changed since: {'; '.join(changes.free)}" if changes.free else ""
@@ -374,20 +375,21 @@ def compare(trainer: Trainer, module: Any, checkpoint: Mapping[str, Any]) -> Non
 
 
 def check_end(trainer: Trainer) -> None:
-    """Lightning takes the end of an epoch for its middle where a run is counted in steps.
+    """Refuses to resume a run that ends after a number of steps: Lightning would mistake the end of an epoch for its
+    middle.
 
     Raises:
-        ConfigError: If it is.
+        ConfigError: If `trainer.max_steps` is set.
     """
     if trainer.max_steps != -1:
         raise ConfigError(
-            "trainer.max_steps: a run is resumed exactly only where its end is counted in epochs; set "
-            "trainer.max_epochs instead (an epoch has data.minibatches steps)"
+            "trainer.max_steps: only runs whose end is given in epochs can be resumed; set trainer.max_epochs instead "
+            "(an epoch has data.minibatches steps)"
         )
 
 
 def _changed(before: Settings, now: Settings) -> dict[str, str]:
-    """What differs, in words by name; of an object of another class the class alone."""
+    """Descriptions of the differing settings, by name. For an object of a different class, only the class."""
     changed: dict[str, str] = {}
     for name in sorted(before.keys() & now.keys() - {STATE}):
         if _comparable(before[name]) != _comparable(now[name]) and not _under(name, list(changed)):
@@ -405,38 +407,38 @@ def _check_optimizer(before: Settings, now: Settings, path: str | Path) -> None:
         return
     if before[name] != now[name]:
         raise ConfigError(
-            f"ckpt_path: {path} holds the state of {name} {before[name]}, which {now[name]} cannot go on with; set "
+            f"ckpt_path: {path} has the state of {name} {before[name]}, which {now[name]} cannot load; set "
             f"{name}={before[name]}"
         )
     if missing := sorted({*now[STATE]} - {*before[STATE]}):
         raise ConfigError(
-            f"ckpt_path: {path} does not hold {', '.join(missing)}, which {name} keeps with these settings; set "
-            f"{name} as in the run that made it"
+            f"ckpt_path: {path} does not contain {', '.join(missing)}, which {name} needs with these settings; set "
+            f"{name} as in the run that saved it"
         )
 
 
 def _known(allow: Sequence[str], known: Settings) -> list[str]:
-    """The settings that may change, by our names.
+    """The names in `model.allow_changes`, with aliases replaced.
 
     Raises:
-        ConfigError: If there is none of that name.
+        ConfigError: If there is no setting with one of the names.
     """
     names = [ALIASES.get(name, name) for name in allow]
     for name in names:
-        if not _under(name, known, other_way=True):
-            close = difflib.get_close_matches(name, list(known), n=1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            raise ConfigError(f"model.allow_changes names {name}, which is no setting of this run{meant}")
+        if not _under(name, known, reverse=True):
+            hint = did_you_mean(name, list(known))
+            raise ConfigError(f"model.allow_changes has {name}, which is not a setting of this run{hint}")
     return names
 
 
-def _under(name: str, prefixes: Iterable[str], other_way: bool = False) -> bool:
-    """Whether a name is, or is below, one of some others; or, the other way, any of them below it."""
+def _under(name: str, prefixes: Iterable[str], reverse: bool = False) -> bool:
+    """Whether a name equals or is below one of the prefixes; with `reverse`, whether one of them equals or is below
+    the name."""
 
     def below(a: str, b: str) -> bool:
         return a == b or a.startswith(f"{b}.")
 
-    return any(below(prefix, name) if other_way else below(name, prefix) for prefix in prefixes)
+    return any(below(prefix, name) if reverse else below(name, prefix) for prefix in prefixes)
 
 
 def _shown(value: Any) -> str:

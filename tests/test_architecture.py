@@ -1,4 +1,4 @@
-"""What docs/architecture.md promises: imports run one way, and every file and function can be read in a sitting."""
+"""Rules of docs/architecture.md: imports run one way, and every file and function is short."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.processes import ROOT
 
 FILES = sorted([*(ROOT / "rlrt_lightning").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")])
 
-FLOORS: list[set[str]] = [
+LAYERS: list[set[str]] = [
     {"runtime", "objective"},
     {"tasks"},
     {"policy"},
@@ -27,12 +27,12 @@ FLOORS: list[set[str]] = [
     {"cli"},
     {"__main__"},
 ]
-"""From the ground up; a part imports from its own floor and those below it."""
+"""From bottom to top; a part imports only from its own layer and the layers below it."""
 
 ALLOWED = {
-    # Objects of Lightning's that a run is compared by, whose settings only the callback itself knows.
+    # A resumed run compares the teacher's refresh, whose settings only the callback knows.
     ("resume", "callbacks"),
-    # The module brings its callbacks itself (Lightning's `configure_callbacks`).
+    # The module returns the default callbacks in Lightning's `configure_callbacks`.
     ("module", "callbacks"),
 }
 
@@ -43,30 +43,30 @@ def part(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The parts that a file imports, wherever it does so."""
+    """The parts of the package that a file imports, at module level or inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             own = node.module == "rlrt_lightning"
             modules = [f"rlrt_lightning.{a.name}" for a in node.names] if own else [node.module or ""]
         for module in modules:
-            words = module.split(".")
-            if words[0] == "rlrt_lightning" and len(words) > 1 and words[1][0].islower():
-                yield words[1]
+            names = module.split(".")
+            if names[0] == "rlrt_lightning" and len(names) > 1 and names[1][0].islower():
+                yield names[1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
     if path.name == "__init__.py" and path.parent.name == "rlrt_lightning":
-        return  # lists what is public
-    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
-    for other in set(imported(path)) & floor.keys():
+        return  # it lists the public names
+    layer = {name: number for number, names in enumerate(LAYERS) for name in names}
+    for other in set(imported(path)) & layer.keys():
         own = part(path)
-        assert floor[other] <= floor[own] or (own, other) in ALLOWED, f"{own} imports {other}"
+        assert layer[other] <= layer[own] or (own, other) in ALLOWED, f"{own} imports {other}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_can_be_read_in_a_sitting(path: Path) -> None:
+def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 450
     for node in ast.walk(ast.parse(text)):
@@ -74,6 +74,6 @@ def test_files_and_functions_can_be_read_in_a_sitting(path: Path) -> None:
             assert (node.end_lineno or 0) - node.body[0].lineno < 60, f"{node.name} is long"
 
 
-def test_the_top_of_the_package_can_be_seen_at_a_glance() -> None:
+def test_the_package_has_at_most_20_top_level_entries() -> None:
     names = {path.name for path in (ROOT / "rlrt_lightning").iterdir()} - {"__init__.py", "py.typed", "__pycache__"}
     assert len(names) <= 20

@@ -1,4 +1,4 @@
-"""The whole way from the command line: training, resuming, evaluating, and what is written on the way."""
+"""End-to-end runs from the command line: training, resuming, evaluating, and the files that they write."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlrt_lightning.analysis.events import event_log
 from rlrt_lightning.runtime.seeding import derive_seed
-from tests.helpers.command_line import command, comparable, scalars, weights
+from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
+from tests.helpers.marks import slow_except
 
 
 @pytest.fixture(scope="module")
 def run4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four undisturbed epochs."""
+    """Four epochs without interruption."""
     folder = tmp_path_factory.mktemp("run")
-    assert command("fit", folder, "--trainer.max_epochs=4", "--trainer.callbacks+=HFExport") == 0
+    assert cli_exit_code("fit", folder, "--trainer.max_epochs=4", "--trainer.callbacks+=HFExport") == 0
     return folder
 
 
-def test_every_run_logs_its_signals(run4: Path) -> None:
+@pytest.mark.smoke
+def test_a_run_logs_all_expected_metrics_without_nan(run4: Path) -> None:
     curves = scalars(run4)
     expected = """rollout/reward rollout/correct rollout/length rollout/truncated rollout/faults rollout/entropy
         rollout/overlong_prompts groups/mixed groups/all_correct groups/all_wrong labels/direct
@@ -44,19 +46,19 @@ def test_every_run_logs_its_signals(run4: Path) -> None:
     assert all(abs(sum(s[step] for s in shares) - 1) < 1e-6 for step in shares[0])
 
 
-def test_pictures_samples_and_config_are_written(run4: Path) -> None:
+def test_a_run_writes_pictures_samples_and_its_config(run4: Path) -> None:
     folder = run4 / "rlrt" / "version_0"
     page = (folder / "signal" / "epoch-0.html").read_text(encoding="utf-8")
     assert "background:rgb(" in page
-    assert "http" not in page, "the page needs nothing from outside"
-    log = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert "http" not in page, "the page loads nothing from elsewhere"
+    log = event_log(folder, "images", "tensors")
     assert "signal/rollouts" in log.Tags()["images"]
     assert "signal/asymmetry" in log.Tags()["histograms"]
     assert any(tag.startswith("samples/heldout") for tag in log.Tags()["tensors"])
     assert "lam: 0.5" in (folder / "config.yaml").read_text()
 
 
-def test_the_export_is_the_trained_policy_and_transformers_loads_it(run4: Path) -> None:
+def test_the_export_holds_the_trained_weights_and_loads_in_transformers(run4: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = run4 / "rlrt" / "version_0" / "export"
@@ -66,11 +68,11 @@ def test_the_export_is_the_trained_policy_and_transformers_loads_it(run4: Path) 
     assert AutoTokenizer.from_pretrained(folder)("a4")["input_ids"]
 
 
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(run4: Path, tmp_path: Path) -> None:
-    """With a teacher that shares the policy's weights; tests/runtime/test_stopping.py has one with its own."""
-    assert command("fit", tmp_path, "--trainer.max_epochs=2") == 0
-    assert command("fit", tmp_path, "--trainer.max_epochs=4", "--ckpt_path=last") == 0
-    expected, resumed = comparable(scalars(run4)), comparable(scalars(tmp_path, version=1))
+def test_a_resumed_run_matches_an_uninterrupted_run(run4: Path, tmp_path: Path) -> None:
+    """With a teacher that shares the policy's weights; in tests/runtime/test_stopping.py it has its own."""
+    assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=2") == 0
+    assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=4", "--ckpt_path=last") == 0
+    expected, resumed = without_timings(scalars(run4)), without_timings(scalars(tmp_path, version=1))
     for tag, curve in resumed.items():
         assert set(curve) <= set(expected[tag]), tag
     assert len(resumed["train/loss"]) == 2
@@ -78,28 +80,28 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(run4: Path, tmp_path: 
         assert torch.equal(value, weights(tmp_path, version=1)[name]), name
 
 
-def test_the_seed_decides_everything(run4: Path, tmp_path: Path) -> None:
-    assert command("fit", tmp_path, "--trainer.max_epochs=1") == 0
-    assert command("fit", tmp_path, "--trainer.max_epochs=1", "--seed_everything=1") == 0
-    first = {tag: curve[0] for tag, curve in comparable(scalars(run4)).items()}
-    same = {tag: curve[0] for tag, curve in comparable(scalars(tmp_path)).items()}
-    other = {tag: curve[0] for tag, curve in comparable(scalars(tmp_path, 1)).items()}
+def test_the_same_seed_gives_the_same_run_and_another_seed_differs(run4: Path, tmp_path: Path) -> None:
+    assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=1") == 0
+    assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=1", "--seed_everything=1") == 0
+    first = {tag: curve[0] for tag, curve in without_timings(scalars(run4)).items()}
+    same = {tag: curve[0] for tag, curve in without_timings(scalars(tmp_path)).items()}
+    other = {tag: curve[0] for tag, curve in without_timings(scalars(tmp_path, 1)).items()}
     assert same == {tag: first[tag] for tag in same}
     assert other["rollout/entropy"] != first["rollout/entropy"]
 
 
-def test_rlrt_without_strength_is_grpo(tmp_path: Path) -> None:
+def test_rlrt_with_lam_zero_equals_grpo(tmp_path: Path) -> None:
     flags = ("--trainer.max_epochs=2",)
-    assert command("fit", tmp_path, "--model.method.lam=0", *flags) == 0
-    assert command("fit", tmp_path, "--model.method=GRPO", "--model.method.normalize_std=true", *flags) == 0
+    assert cli_exit_code("fit", tmp_path, "--model.method.lam=0", *flags) == 0
+    assert cli_exit_code("fit", tmp_path, "--model.method=GRPO", "--model.method.normalize_std=true", *flags) == 0
     for name, value in weights(tmp_path).items():
         assert torch.equal(value, weights(tmp_path, version=1)[name]), name
 
 
-@pytest.mark.parametrize("every", ["1", "2", "null"])
-def test_the_teachers_weights_follow_the_refresh(every: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", slow_except(["1", "2", "null"], "2"))
+def test_the_teachers_weights_follow_the_refresh_schedule(every: str, tmp_path: Path) -> None:
     flags = ["--trainer.max_epochs=3", f"--teacher_refresh.every_n_epochs={every}"]
-    assert command("fit", tmp_path, *flags) == 0
+    assert cli_exit_code("fit", tmp_path, *flags) == 0
     state = weights(tmp_path)
     teacher = {k.removeprefix("teacher.model."): v for k, v in state.items() if k.startswith("teacher.")}
     if every == "1":
@@ -116,10 +118,10 @@ def test_the_teachers_weights_follow_the_refresh(every: str, tmp_path: Path) -> 
     assert frozen == (every == "null")
 
 
-@pytest.mark.parametrize("name", ["validate", "test", "predict"])
-def test_a_checkpoint_is_evaluated(name: str, run4: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", slow_except(["validate", "test", "predict"], "validate"))
+def test_validate_test_and_predict_reproduce_the_score_of_the_run(name: str, run4: Path, tmp_path: Path) -> None:
     shutil.copytree(run4 / "rlrt" / "version_0", tmp_path / "rlrt" / "version_0")
-    assert command(name, tmp_path, "--ckpt_path=last") == 0
+    assert cli_exit_code(name, tmp_path, "--ckpt_path=last") == 0
     trained = dict(scalars(run4)["eval/heldout/avg@8"])[7]
     if name != "predict":
         assert scalars(tmp_path, 1)["eval/heldout/avg@8"][0][1] == trained
@@ -130,15 +132,15 @@ def test_a_checkpoint_is_evaluated(name: str, run4: Path, tmp_path: Path) -> Non
     assert sum(row["correct"] for row in rows) / len(rows) == pytest.approx(trained)
 
 
-def test_training_learns(tmp_path: Path) -> None:
-    flags = ["--trainer.max_epochs=25", "--data.prompts_per_epoch=16", "--trainer.check_val_every_n_epoch=25"]
-    assert command("fit", tmp_path, *flags) == 0
+def test_training_raises_the_reward(tmp_path: Path) -> None:
+    flags = ["--trainer.max_epochs=10", "--data.prompts_per_epoch=16", "--model.optimizer.lr=1e-3"]
+    assert cli_exit_code("fit", tmp_path, *flags) == 0
     reward = [value for _, value in scalars(tmp_path)["rollout/reward"]]
-    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.1
+    assert sum(reward[-3:]) / 3 > sum(reward[:3]) / 3 + 0.2
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--model.method=RLTR"], r"model.method.*RLTR.*did you mean RLRT"),
         (["--model.metod=RLRT"], r"--model.metod.*did you mean --model.method"),
@@ -159,24 +161,24 @@ def test_training_learns(tmp_path: Path) -> None:
         (["--config=nothing.yaml"], r"nothing.yaml"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
-    flags: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_user_errors_end_with_one_line_and_exit_code_2(
+    flags: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("fit", tmp_path, *flags) == 2
+    assert cli_exit_code("fit", tmp_path, *flags) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert re.search(said, line), line
+    assert re.search(message, line), line
 
 
 def test_seeds_of_named_streams_differ() -> None:
     seeds = {derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(1, "a"), derive_seed("0a"), derive_seed("0", "a")}
-    assert len(seeds) == 4, "numbers and their digits are the same name; everything else differs"
+    assert len(seeds) == 4, "a number and its digits give the same seed, all else another"
 
 
-def test_adapters_train_and_are_exported_merged(tmp_path: Path) -> None:
+def test_adapters_train_and_the_export_merges_them(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     flags = ("--model.policy.lora.rank=4", "--trainer.max_epochs=2", "--trainer.callbacks+=HFExport")
-    assert command("fit", tmp_path, *flags) == 0
+    assert cli_exit_code("fit", tmp_path, *flags) == 0
     state = weights(tmp_path)
     moved = [value for name, value in state.items() if "lora_B" in name]
     assert any(value.any() for value in moved)
@@ -185,4 +187,4 @@ def test_adapters_train_and_are_exported_merged(tmp_path: Path) -> None:
     base = state[f"policy.model.{name}.base_layer.weight"]
     delta = state[f"policy.model.{name}.lora_B.default.weight"] @ state[f"policy.model.{name}.lora_A.default.weight"]
     torch.testing.assert_close(exported[f"{name}.weight"], base + 32 / 4 * delta, rtol=0, atol=1e-6)
-    assert command("fit", tmp_path, *flags[:1], "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    assert cli_exit_code("fit", tmp_path, *flags[:1], "--trainer.max_epochs=3", "--ckpt_path=last") == 0

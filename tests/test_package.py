@@ -1,4 +1,4 @@
-"""The package as users get it: from a clone, installed in place, and as a built wheel."""
+"""The package as users get it: from a clone, as an editable install, and as a wheel."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import rlrt_lightning
+from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
 
-LOOK = """
+PRINT_CALLBACKS_PATH = """
 import rlrt_lightning, rlrt_lightning.callbacks as c
 from rlrt_lightning import Policy, StrategySum
 Policy().tokenizer
@@ -23,20 +24,20 @@ print(c.__file__)
 """
 
 
-def python(code: str, *paths: Path, cwd: Path) -> str:
+def run_python(code: str, *paths: Path, cwd: Path) -> str:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     out = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     return out.stdout.strip()
 
 
-def test_callbacks_of_a_clone() -> None:
-    assert python(LOOK, cwd=ROOT) == str(ROOT / "callbacks" / "__init__.py")
+def test_a_clone_finds_its_callbacks() -> None:
+    assert run_python(PRINT_CALLBACKS_PATH, cwd=ROOT) == str(ROOT / "callbacks" / "__init__.py")
 
 
 @pytest.mark.parametrize("name", ["tests", "benchmarks", "rlrt_lightning.runtime.errors", "callbacks.nonsense"])
-def test_nothing_else_of_a_clone_is_found_in_the_package(name: str) -> None:
-    """A second `ConfigError` would pass every `except` of the first."""
+def test_other_folders_of_a_clone_are_not_importable_from_the_package(name: str) -> None:
+    """A second class `ConfigError` would slip past every `except` of the first."""
     code = f"""
 import importlib, pkgutil, rlrt_lightning
 try:
@@ -44,12 +45,11 @@ try:
 except ModuleNotFoundError:
     print(sorted(m.name for m in pkgutil.iter_modules(rlrt_lightning.__path__) if m.name in ("tests", "benchmarks")))
 """
-    assert python(code, cwd=ROOT) == "[]"
+    assert run_python(code, cwd=ROOT) == "[]"
 
 
 def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
-    """Only the callbacks and what uses them wrongly are checked, which is quick; the package as a whole has its own
-    run of mypy."""
+    """Checks only the callbacks and a wrong use of them, which is fast; CI runs mypy on the whole package."""
     mypy = pytest.importorskip("mypy.api")
     for part in ("callbacks", "typings"):
         shutil.copytree(ROOT / part, tmp_path / part)
@@ -74,10 +74,10 @@ def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
     assert not [line for line in lines if "user.py:2" in line or 'rlrt_lightning.callbacks"' in line], lines
 
 
-@pytest.mark.parametrize("how", ["wheel", "editable"])
-def test_callbacks_and_model_of_an_installed_package(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", slow_except(["wheel", "editable"], "wheel"))
+def test_an_installed_package_has_the_callbacks_and_the_model(how: str, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    source = tmp_path / "source"  # a copy: builds leave their traces in the folder that they build
+    source = tmp_path / "source"  # a copy, since a build writes into its source folder
     for part in ("rlrt_lightning", "callbacks"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
@@ -91,24 +91,24 @@ def test_callbacks_and_model_of_an_installed_package(how: str, tmp_path: Path) -
         own = {f"rlrt_lightning/callbacks/{file.name}" for file in (ROOT / "callbacks").glob("*.py")}
         assert own == {name for name in names if name.startswith("rlrt_lightning/callbacks/")}
         zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-        where = python(LOOK, tmp_path / "site", cwd=tmp_path)
+        where = run_python(PRINT_CALLBACKS_PATH, tmp_path / "site", cwd=tmp_path)
         assert where == str(tmp_path / "site" / "rlrt_lightning" / "callbacks" / "__init__.py")
     else:
         target = ["--no-deps", "--target", str(tmp_path / "site")]
         subprocess.run([*pip, "install", *target, "--editable", str(source)], check=True)
-        # An editable install that the tests themselves run from would answer first.
+        # An editable install that the tests themselves run from would be found first.
         code = f"""
 import site, sys
 sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 for name in [n for n in sys.modules if n.startswith("__editable__")]:
     del sys.modules[name]
 sys.path.insert(0, {str(tmp_path / "site")!r})
-site.addsitedir({str(tmp_path / "site")!r})  # reads the .pth file, as pip's folder is read at start
-{LOOK}"""
-        assert python(code, cwd=tmp_path) == str(source / "callbacks" / "__init__.py")
+site.addsitedir({str(tmp_path / "site")!r})  # reads the .pth file, as Python does at startup
+{PRINT_CALLBACKS_PATH}"""
+        assert run_python(code, cwd=tmp_path) == str(source / "callbacks" / "__init__.py")
 
 
-def test_all_public_names_are_there_and_documented() -> None:
+def test_all_public_names_exist_and_are_documented() -> None:
     some = {"RLRTModule", "RolloutDataModule", "Policy", "RLRT", "Signals", "Task", "clipped_surrogate", "ConfigError"}
     assert some <= set(rlrt_lightning.__all__)
     assert set(dir(rlrt_lightning)) >= set(rlrt_lightning.__all__)
@@ -120,4 +120,4 @@ def test_all_public_names_are_there_and_documented() -> None:
 
 def test_verifier_processes_do_not_import_torch(tmp_path: Path) -> None:
     code = "import sys, rlrt_lightning.tasks, rlrt_lightning.tasks.verifier; print('torch' in sys.modules)"
-    assert python(code, ROOT, cwd=tmp_path) == "False"
+    assert run_python(code, ROOT, cwd=tmp_path) == "False"

@@ -1,4 +1,4 @@
-"""The teacher: what it is shown, whose weights it has, and what it says of the sampled tokens."""
+"""The teacher: its contexts, its weights, and its scores of the sampled tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlrt_lightning import ConfigError, Policy, Problem, Rollout, Teacher, TeacherWeights, Verdict
-from tests.helpers.tiny import policy
+from tests.helpers.tiny import tiny_policy
 
 TEMPLATE = "{prompt}<sol>{context}"
 
@@ -29,7 +29,7 @@ def contexts(
     return teacher.contexts(kind, problems(9, answer=7), rollouts, torch.tensor(success).bool(), seed)
 
 
-def test_a_sibling_is_shown_to_all_and_never_to_itself() -> None:
+def test_one_sibling_is_shown_to_all_others_and_never_to_itself() -> None:
     rollouts = [rollout(g, k, f"D#{k}") for g in range(3) for k in range(4)]
     success = [1, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0]
     for seed in range(20):
@@ -37,26 +37,26 @@ def test_a_sibling_is_shown_to_all_and_never_to_itself() -> None:
         first = got[:4]
         assert all(text in ("D#0", "D#2", "D#3") for text in first)
         assert all(text != r.text for text, r in zip(got, rollouts, strict=True) if text is not None)
-        assert len(set(first)) == 2, "one demonstration for all, another one for itself"
+        assert len(set(first)) == 2, "one demonstration for all others, and another for the demonstration itself"
         assert sorted(first.count(text) for text in set(first)) == [1, 3]
         assert got[4:8] == ["D#2", "D#2", None, "D#2"], "the only success has no context"
         assert got[8:] == [None] * 4
 
 
-def test_the_choice_depends_on_seed_and_group_and_not_on_order() -> None:
+def test_the_chosen_sibling_depends_on_seed_and_group_not_on_order() -> None:
     rollouts = [rollout(g, k, f"D#{k}") for g in range(8) for k in range(4)]
     chosen = [contexts(Teacher(), rollouts, [1] * 32, seed=s) for s in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert contexts(Teacher(), rollouts[::-1], [1] * 32) == chosen[0][::-1]
 
 
-def test_the_answer_as_context() -> None:
+def test_context_answer_shows_the_ground_truth_if_there_is_one() -> None:
     rollouts = [rollout(0, 0), rollout(0, 1)]
     assert contexts(Teacher(), rollouts, [0, 1], "answer") == ["7", "7"]
     assert Teacher().contexts("answer", problems(1), rollouts, torch.tensor([True, True])) == [None, None]
 
 
-def test_solution_and_feedback_as_context() -> None:
+def test_contexts_solution_and_feedback_are_shown_where_they_exist() -> None:
     rollouts = [rollout(0, 0), rollout(1, 0)]
     rollouts[0].verdict = Verdict(0.0, False, message="wrong: the sign")
     rollouts[1].verdict = Verdict(1.0, True)
@@ -66,7 +66,7 @@ def test_solution_and_feedback_as_context() -> None:
     assert Teacher().contexts("feedback", asked, rollouts, success) == ["wrong: the sign", None]
 
 
-def test_without_a_template_the_words_suit_the_context() -> None:
+def test_the_default_template_depends_on_the_kind_of_context() -> None:
     made, shown = Policy(), []
     made.encode_prompt = lambda prompt: shown.append(prompt) or [0]
     for kind in ("sibling", "solution", "answer", "feedback"):
@@ -77,7 +77,7 @@ def test_without_a_template_the_words_suit_the_context() -> None:
     assert "feedback" in shown[3]
 
 
-def test_prompts_with_braces_and_conversations() -> None:
+def test_the_template_fills_the_last_message_and_keeps_other_braces() -> None:
     made = Policy(chat=True)
     teacher = Teacher(template="A {prompt}<sol>{context} B")
     fancy = Problem("x", [{"role": "user", "content": "a1"}, {"role": "user", "content": "b{context}{2}"}])
@@ -90,7 +90,7 @@ def test_prompts_with_braces_and_conversations() -> None:
     assert ids[0] == made.tokenizer.convert_tokens_to_ids("<q>")
 
 
-def test_thinking_is_cut_out_and_long_contexts_lose_their_middle() -> None:
+def test_thinking_is_removed_and_long_contexts_lose_their_middle() -> None:
     made, shown = Policy(), []
     encode = made.encode_prompt
     made.encode_prompt = lambda prompt: shown.append(prompt) or encode(prompt)
@@ -100,8 +100,8 @@ def test_thinking_is_cut_out_and_long_contexts_lose_their_middle() -> None:
     assert shown == ["a0b2<sol>D#1", "a0b2<sol>" + "0" * 8 + " ... " + "1" * 16, "a0b2<sol><think>9</think>D#1"]
 
 
-def test_scores_are_those_of_the_sampled_tokens_after_the_teachers_prompt() -> None:
-    made, teacher = policy(), Teacher(TEMPLATE)
+def test_scores_match_a_plain_forward_pass_after_the_teachers_prompt() -> None:
+    made, teacher = tiny_policy(), Teacher(TEMPLATE)
     rollouts = [rollout(0, 0, "D#1"), rollout(0, 1, "La0#2"), rollout(0, 2)]
     scores, truncated = teacher.score(made, problems(), rollouts, ["Pb2", None, "D#3"], top_k=5)
     assert truncated == 0
@@ -123,20 +123,20 @@ def test_scores_are_those_of_the_sampled_tokens_after_the_teachers_prompt() -> N
         torch.testing.assert_close(score.top_logp, logp.gather(-1, score.top_tokens.long()), rtol=0, atol=1e-5)
 
 
-def test_a_context_for_which_the_model_has_no_room_is_counted_and_left_out() -> None:
-    made = policy()
+def test_a_context_that_does_not_fit_the_model_is_dropped_and_counted() -> None:
+    made = tiny_policy()
     made.config.max_position_embeddings = 12
     assert Teacher(TEMPLATE).score(made, problems(), [rollout(0, 0)], ["Pb2a3456"]) == ([None], 1)
 
 
-def test_refreshed_each_epoch_the_teacher_has_no_weights_of_its_own() -> None:
-    made, teacher = policy(), Teacher(TEMPLATE)
+def test_a_teacher_refreshed_each_epoch_has_no_parameters() -> None:
+    made, teacher = tiny_policy(), Teacher(TEMPLATE)
     teacher.load(made)
     assert not list(teacher.parameters())
 
 
-def test_own_weights_stay_until_refreshed_and_the_policys_are_put_back() -> None:
-    made, teacher = policy(), Teacher(TEMPLATE)
+def test_own_weights_change_only_on_refresh_and_scoring_keeps_the_policys() -> None:
+    made, teacher = tiny_policy(), Teacher(TEMPLATE)
     teacher.schedule = TeacherWeights(ema_decay=0.75)
     teacher.load(made)
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -159,6 +159,6 @@ def test_own_weights_stay_until_refreshed_and_the_policys_are_put_back() -> None
 
 
 @pytest.mark.parametrize("bad", [{"template": "{prompt}"}, {"template": "{context}"}, {"max_context_tokens": 0}])
-def test_settings_that_make_no_sense_are_refused_by_name(bad: dict[str, Any]) -> None:
+def test_invalid_teacher_settings_are_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"model.teacher.{next(iter(bad))}"):
         Teacher(**bad)

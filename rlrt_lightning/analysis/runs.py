@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from rlrt_lightning.analysis.events import scalars
 from rlrt_lightning.analysis.plots import legend, panels, prepare_folder, save, style
 from rlrt_lightning.runtime.errors import ConfigError
 
@@ -72,7 +73,7 @@ def curves(folders: dict[str, Path], out: Path, tags: Sequence[str] = tuple(TAGS
     Raises:
         ConfigError: If a folder has no events, or no run has one of the tags.
     """
-    values = {name: [_events(run, tags) for run in _runs(name, folder)] for name, folder in folders.items()}
+    values = {name: [_curves(run, tags) for run in _runs(name, folder)] for name, folder in folders.items()}
     for tag in tags:
         if not any(run[tag] for runs in values.values() for run in runs):
             raise ConfigError(f"curves: no run has the tag {tag}")
@@ -175,12 +176,9 @@ def _runs(name: str, folder: Path) -> list[Path]:
     return found
 
 
-def _events(run: Path, tags: Sequence[str]) -> dict[str, dict[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    known = set(log.Tags()["scalars"])
-    return {tag: {e.step: e.value for e in log.Scalars(tag)} if tag in known else {} for tag in tags}
+def _curves(run: Path, tags: Sequence[str]) -> dict[str, dict[int, float]]:
+    curves = scalars(run)
+    return {tag: dict(curves.get(tag, ())) for tag in tags}
 
 
 def _problems(name: str, folder: Path) -> dict[str, list[dict[str, Any]]]:

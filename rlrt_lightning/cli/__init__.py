@@ -1,1 +1,1 @@
-"""The command line. Nothing is imported here, so that `--help` and worker processes start quickly."""
+"""The command line. This package imports nothing, so `--help` and worker processes start quickly."""

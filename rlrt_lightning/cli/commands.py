@@ -1,4 +1,4 @@
-"""The command line: Lightning's, with our classes, short names, and one line for what the user can mend."""
+"""LightningCLI with our classes, short setting names and one-line errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
-from rlrt_lightning.cli import class_defaults
 from rlrt_lightning.cli.argument_errors import RLRTParser
-from rlrt_lightning.cli.refusals import of_constructor, place_of
+from rlrt_lightning.cli.refusals import constructor_error, setting_of
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.policy.sharding import FSDP2Strategy
@@ -25,16 +24,16 @@ from rlrt_lightning.resume import check_file
 from rlrt_lightning.runtime.checkpoints import newest, problem
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, check_finite
-from rlrt_lightning.runtime.run_files import own
+from rlrt_lightning.runtime.run_files import claim_path
 from rlrt_lightning.runtime.trainer_checks import RELOAD
 from rlrt_lightning.runtime.trainer_limits import check_folders, check_limits
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    # Each epoch trains on rollouts of its own.
+    # Each epoch trains on new rollouts.
     "reload_dataloaders_every_n_epochs": 1,
-    # Lightning's sanity check over all of the validation is our measurement before training.
+    # Lightning's sanity check, over the whole validation set, is the evaluation before training.
     "num_sanity_val_steps": -1,
-    # The data module deals the ranks their share itself.
+    # The data module assigns each rank its share.
     "use_distributed_sampler": False,
     "log_every_n_steps": 1,
     "enable_model_summary": False,
@@ -44,8 +43,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     },
 }
 
-# What the constructors take for null, spelled out: `--print_config` shows it, and its parts can be set without naming
-# it first (`--data.engine.max_rows=64`, `--data.benchmarks.heldout.samples=4`).
+# The constructors use these for null. Set explicitly, they appear in `--print_config`, and their settings can be given
+# without the class (`--data.engine.max_rows=64`, `--data.benchmarks.heldout.samples=4`).
 CLASS_DEFAULTS: dict[str, Any] = {
     "data.task": {"class_path": "rlrt_lightning.StrategySum"},
     "data.engine": {"class_path": "rlrt_lightning.TransformersEngine"},
@@ -53,15 +52,12 @@ CLASS_DEFAULTS: dict[str, Any] = {
 }
 
 
-class_defaults.install()
-
-
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run's folder, and nowhere else."""
+    """Writes `config.yaml` to the run's folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See `SaveConfigCallback.setup`."""
-        path = own(trainer, self.config_filename)
+        path = claim_path(trainer, self.config_filename)
         if trainer.is_global_zero and not self.already_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
@@ -71,20 +67,20 @@ class SaveConfig(SaveConfigCallback):
 class RLRTCli(LightningCLI):
     """LightningCLI with `RLRTModule` and `RolloutDataModule`.
 
-    `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard`, `NumberGuard`, `CollapseGuard` and
-    `ModelCheckpoint` are always there, and set by the short keys `teacher_refresh`, `reversed_signal`, `evaluation`,
-    `rank_guard`, `number_guard`, `collapse_guard` and `checkpoint`; one of the same class under `trainer.callbacks`
-    takes their place. So are `SafeStop` and `PromptPreview`, which have no settings.
+    Every run has the callbacks `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `RankGuard`, `NumberGuard`,
+    `CollapseGuard` and `ModelCheckpoint`, configured by the short keys `teacher_refresh`, `reversed_signal`,
+    `evaluation`, `rank_guard`, `number_guard`, `collapse_guard` and `checkpoint`. A callback of the same class under
+    `trainer.callbacks` replaces the default one. `SafeStop` and `PromptPreview` have no settings and are always added.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
         words = sys.argv[1:] if args is None else args
         commands = self.subcommands()
         if words and words[0] in commands:
-            # A parser takes a fifth of a second to build; those of the other commands are of no use.
+            # Building a parser takes 0.2 s; the other commands' parsers are not needed.
             commands = {words[0]: commands[words[0]]}
             cast(Any, self).subcommands = lambda: commands
-        self._failure: Exception | None = None  # the first of a constructor
+        self._failure: Exception | None = None  # the first error raised by a constructor
         super().__init__(
             RLRTModule,
             RolloutDataModule,
@@ -92,9 +88,9 @@ class RLRTCli(LightningCLI):
             parser_class=RLRTParser,
             parser_kwargs={
                 "prog": "rlrt_lightning",
-                "description": "RLRT (arXiv:2605.10781) and its relatives: train, evaluate, predict, look inside. "
-                "Two further commands compare what runs have written: curves and pass_at_k.",
-                # The full list of flags would take four screens before the first word of help.
+                "description": "RLRT (arXiv:2605.10781) and related methods: train, evaluate, predict, analyze. "
+                "Two more commands compare the results of runs: curves and pass_at_k.",
+                # The full list of flags fills four screens.
                 **{c: {"usage": "%(prog)s [--config FILE]... [--SETTING=VALUE]..."} for c in commands},
             },
             trainer_defaults=TRAINER_DEFAULTS,
@@ -118,44 +114,51 @@ class RLRTCli(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_stream_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """See `LightningCLI.parse_arguments`, which warns of what `__main__` does: words of its own beside sys.argv."""
-        self.config = parser.parse_args(args)
+        """See `LightningCLI.parse_arguments`, which warns of what `__main__` does: words of its own beside sys.argv.
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would merge settings that a checkpoint holds into the config, and with them import the classes that
-        it names. Here the user's config alone decides what runs."""
+        The next hook gets the checkpoint's path back: Lightning would merge the settings that the checkpoint holds into
+        the config, and import the classes that they name. Only the user's config decides what runs.
+        """
+        self.config = parser.parse_args(args)
+        settings = self.config[self.config.subcommand]
+        self._ckpt_path = settings.get("ckpt_path")
+        if self._ckpt_path is not None:
+            settings.ckpt_path = None
 
     def before_instantiate_classes(self) -> None:
         """See `LightningCLI.before_instantiate_classes`; what no setting may be is refused."""
-        refuse_credentials(self.config[self.subcommand])
-        check_finite(self.config[self.subcommand])
+        settings = self.config[self.subcommand]
+        if self._ckpt_path is not None:
+            settings.ckpt_path = self._ckpt_path
+        refuse_credentials(settings)
+        check_finite(settings)
         self.parser.add_instantiator(self._make, object)
 
     def instantiate_classes(self) -> None:
-        """See `LightningCLI.instantiate_classes`; what a constructor refuses is a wrong setting."""
+        """See `LightningCLI.instantiate_classes`. Raises the first error of a constructor."""
         try:
             super().instantiate_classes()
         except Exception:
-            # To jsonargparse, a constructor that raises is one of several types that do not match.
+            # jsonargparse treats a constructor's error as a type mismatch and hides it.
             if self._failure is None:
                 raise
             raise self._failure from None
         self._failure = None
 
-    def _make(self, made: type, *args: Any, **settings: Any) -> Any:
-        """Calls a constructor; the optimizer's only when the run starts."""
+    def _make(self, cls: type, /, *args: Any, **settings: Any) -> Any:
+        """Calls a constructor. The optimizer's is called when the run starts."""
         try:
-            return made(*args, **settings)
+            return cls(*args, **settings)
         except Exception as error:
-            place = place_of(made, settings, self.config[self.subcommand]) or made.__name__
-            refused = of_constructor(error, place, partial(made, *args), settings)
+            setting = setting_of(cls, settings, self.config[self.subcommand]) or cls.__name__
+            refused = constructor_error(error, setting, partial(cls, *args), settings)
             self._failure = self._failure or refused or error
             if refused is None:
                 raise
             raise refused from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """See `LightningCLI.instantiate_trainer`. A callback of `trainer.callbacks` takes the place of ours."""
+        """See `LightningCLI.instantiate_trainer`. A callback in `trainer.callbacks` replaces ours of the same class."""
         made = self.config_init[self.subcommand]
         settings = made["trainer"]
         if settings["reload_dataloaders_every_n_epochs"] != 1:
@@ -165,32 +168,32 @@ class RLRTCli(LightningCLI):
         ours = {name: made[name] for name in WITH_SETTINGS}
         kwargs["callbacks"] = own + default_callbacks(own, settings["enable_checkpointing"] is not False, ours)
         if settings["strategy"] == "fsdp":
-            kwargs["strategy"] = "fsdp2"  # torch's first FSDP is on its way out, and runs on no CPU
+            kwargs["strategy"] = "fsdp2"  # FSDP1 is deprecated in torch and does not run on CPUs
         try:
             return super().instantiate_trainer(**kwargs)
         except Exception as error:
-            refused = of_constructor(error, "trainer", self.trainer_class, {**vars(settings), **kwargs})
+            refused = constructor_error(error, "trainer", self.trainer_class, {**vars(settings), **kwargs})
             if refused is None:
                 raise
             raise refused from error
 
     def after_instantiate_classes(self) -> None:
-        """Finds the checkpoint that `--ckpt_path` names before anything is loaded, or any process started."""
+        """Resolves and checks `--ckpt_path` before anything is loaded or any process is started."""
         check_limits(self.trainer)
         check_folders(self.trainer)
         settings = self.config[self.subcommand]
         path = settings.get("ckpt_path")
         if path == "last":
-            # Lightning looks in the folder of this run, which is new, and goes on without a checkpoint.
+            # Lightning would search this run's folder, which is new, and start without a checkpoint.
             path = settings["ckpt_path"] = str(last_checkpoint(self.trainer, resume=self.subcommand == "fit"))
         elif path == "best":
-            raise ConfigError("ckpt_path: best is known only within the run that made it; give the checkpoint's path")
+            raise ConfigError("ckpt_path: best is known only within its own run; give the checkpoint's path")
         elif path and "://" not in path and not Path(path).exists():
             raise ConfigError(f"ckpt_path: there is no checkpoint at {path}")
         if path and Path(path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):
             raise ConfigError(
                 f"ckpt_path: {path} is a folder of shards; load it with --trainer.strategy=fsdp2, on any number of "
-                "devices (one file for all strategies is written by FSDP2Strategy.save_distributed_checkpoint=false)"
+                "devices (FSDP2Strategy.save_distributed_checkpoint=false writes one file for all strategies)"
             )
         if path and "://" not in path and (wrong := problem(Path(path), resume=self.subcommand == "fit")):
             raise ConfigError(f"ckpt_path: {path} {wrong}")
@@ -198,19 +201,19 @@ class RLRTCli(LightningCLI):
         if path and "://" not in path:
             check_file(Path(path), self.trainer, self.model, self.datamodule, fit=self.subcommand == "fit")
         if settings.get("weights_only", False) is None:
-            # Lightning leaves it to torch, and turns it off for an address of the web.
+            # Lightning would leave it to torch, and turn it off for URLs.
             settings["weights_only"] = self.config_init[self.subcommand]["weights_only"] = True
         if self.subcommand == "fit" and path:
-            self.trainer.num_sanity_val_steps = 0  # the measurement before training has been made
+            self.trainer.num_sanity_val_steps = 0  # the first run evaluated before training
 
 
 def last_checkpoint(trainer: Trainer, resume: bool = True) -> Path:
-    """The newest complete checkpoint of the runs that share the trainer's logger, or its checkpoints' folder; under
-    SLURM also the one that a job was put in the queue again with.
+    """The newest complete checkpoint of the runs that share the trainer's logger or checkpoint folder. Under SLURM this
+    includes the checkpoint of a requeued job.
 
     Args:
         trainer: The trainer.
-        resume: It has to hold all that training needs, not weights alone.
+        resume: Whether training resumes from it; a checkpoint of weights alone does not suffice then.
 
     Raises:
         ConfigError: If there is none.
@@ -230,9 +233,9 @@ def last_checkpoint(trainer: Trainer, resume: bool = True) -> Path:
 
 
 def _stream_seed(seed: bool | int) -> int:
-    """The seed of our own random streams: for true the one that Lightning is going to take, the same on all ranks."""
+    """The seed of our random streams. For true it is the one that Lightning will use, equal on all ranks."""
     value = os.environ.get("PL_GLOBAL_SEED", "0") if seed is True else str(int(seed))
     if not (value.isdecimal() and int(value) < 2**32):
         name = "seed_everything: the environment's PL_GLOBAL_SEED" if seed is True else "seed_everything"
-        raise ConfigError(f"{name} is {value}; it has to be a whole number from 0 to {2**32 - 1}")
+        raise ConfigError(f"{name} is {value}; it has to be an integer from 0 to {2**32 - 1}")
     return int(value)

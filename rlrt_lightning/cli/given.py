@@ -1,51 +1,51 @@
-"""What flags and config files set, read before they are parsed: for what a parser cannot say of them."""
+"""The settings in flags and config files, read before parsing to allow checks and messages that the parser lacks."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlrt_lightning.runtime import errors
 from rlrt_lightning.runtime.errors import ConfigError
 
 Given = list[tuple[str, Any]]
-"""Settings by their full names, in the order in which they are given."""
+"""Full names and values of settings, in the order given."""
 
 
 def given(words: Sequence[str]) -> Given:
-    """The settings that a command line gives, those of its config files included.
+    """The settings on a command line, including those in its config files.
 
     Args:
-        words: Words of the command line.
+        words: The arguments of the command line.
 
     Returns:
-        Names and values; of a setting that is a class its path, and the class's settings under the setting's name.
+        Names and values. The value of a class setting is its path; the settings of the class follow under that name.
 
     Raises:
-        ConfigError: If a config file cannot be read, or sets something twice.
+        ConfigError: If a config file cannot be read or has a duplicate key.
     """
     found: Given = []
     for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         value = value if equals else after
         if flag in ("--config", "-c"):
-            found += _flat(read_config(value))
+            found += _flatten(read_config(value))
         elif flag.startswith("--"):
             found.append((flag[2:].rstrip("+").replace(".init_args", ""), value))
     return found
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """A config file, or a config that stands on the command line itself.
+    """Reads a config file, or a config given inline on the command line.
 
     Args:
-        path: Of the file, or the config's text.
+        path: Path of the file, or the inline YAML.
 
     Raises:
-        ConfigError: If it is no mapping in YAML, or a key stands in it twice.
+        ConfigError: If it is not a YAML mapping or has a duplicate key.
     """
     inline = path.lstrip().startswith("{") or ": " in path
     name = "--config" if inline else f"--config={path}"
@@ -55,13 +55,13 @@ def read_config(path: str) -> dict[str, Any]:
         if node is None or node.tag == "tag:yaml.org,2002:null":
             raise ConfigError(f"{name}: it is empty")
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{name}: it is a {node.id}, and has to hold settings by name, such as `model: ...`")
-        _refuse_twice(name, node)
+            raise ConfigError(f"{name}: it is a {node.id}; it has to be a mapping of settings, such as `model: ...`")
+        _refuse_duplicates(name, node)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        tabs = "; YAML is indented by spaces, not tabs" if r"\t" in problem else ""
+        tabs = "; indent YAML with spaces, not tabs" if r"\t" in problem else ""
         raise ConfigError(f"{name}: it is not YAML: {where}{problem}{tabs}") from error
     except RecursionError as error:
         raise ConfigError(f"{name}: it is nested too deeply") from error
@@ -69,13 +69,13 @@ def read_config(path: str) -> dict[str, Any]:
 
 def _text(path: str) -> str:
     if not path:
-        raise ConfigError("--config: it needs the name of a file")
+        raise ConfigError("--config: give the name of a file")
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         folder = Path(path).parent
         others = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
-        raise ConfigError(f"--config={path}: there is no such file{meant(path, others)}") from None
+        raise ConfigError(f"--config={path}: there is no such file{did_you_mean(path, others)}") from None
     except IsADirectoryError:
         raise ConfigError(f"--config={path}: it is a folder; name a file in it") from None
     except UnicodeDecodeError as error:
@@ -86,41 +86,38 @@ def _text(path: str) -> str:
         raise ConfigError(f"--config={path}: it cannot be read: {getattr(error, 'strerror', error)}") from error
 
 
-def _refuse_twice(name: str, node: yaml.Node) -> None:
-    """YAML's loaders take the last of two equal keys; the first then has no effect, and nobody says so."""
+def _refuse_duplicates(name: str, node: yaml.Node) -> None:
+    """Refuses duplicate keys: YAML loaders silently keep only the last one."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     lines: dict[str, int] = {}
     for key, _ in pairs:
         line = key.start_mark.line + 1
         if key.value in lines and key.value != "<<":
-            raise ConfigError(f"{name}: {key.value} stands in it twice, in lines {lines[key.value]} and {line}")
+            raise ConfigError(f"{name}: {key.value} is set twice, in lines {lines[key.value]} and {line}")
         lines[key.value] = line
     for child in [value for _, value in pairs] if pairs else node.value if isinstance(node, yaml.SequenceNode) else ():
-        _refuse_twice(name, child)
+        _refuse_duplicates(name, child)
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, part in value.items():
             inside = name if key in ("class_path", "init_args", "dict_kwargs") else f"{name}.{key}".lstrip(".")
-            yield from _flat(part, inside)
+            yield from _flatten(part, inside)
     elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
         for part in value:
-            yield from _flat(part, name)
+            yield from _flatten(part, name)
     else:
         yield name, value
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """A question whether something similar was meant, to follow a word that nobody knows.
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`errors.did_you_mean` for a setting, which is often given without its prefix: --lr for --model.optimizer.lr.
 
     Args:
-        word: The word.
-        known: Words that would be right.
+        word: The unknown name.
+        known: The valid names.
     """
     known = list(known)
-    # A setting is often given without what it belongs to: --lr for --model.optimizer.lr.
-    close = [k for k in known if k.rpartition(".")[2] == word.lstrip("-")] or difflib.get_close_matches(
-        word, known, n=1
-    )
-    return f" (did you mean {close[0]}?)" if close else ""
+    nearest = next((name for name in known if name.rpartition(".")[2] == word.lstrip("-")), word)
+    return errors.did_you_mean(nearest, known)

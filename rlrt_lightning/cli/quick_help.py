@@ -1,7 +1,7 @@
-"""`--help` without waiting: its text is kept in the user's cache, for as long as nothing that makes it changes.
+"""Caches the text of `--help` in the user's cache folder until one of its sources changes.
 
-Making it takes five seconds, four of which are the imports of torch, transformers and Lightning, which no lazy import
-of ours avoids: the flags of Lightning's classes are part of the text.
+Generating it takes five seconds, four of them for importing torch, transformers and Lightning. Lazy imports cannot
+avoid this, because the text includes the flags of Lightning's classes.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import io
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-MAKERS = ("lightning", "jsonargparse", "torch", "docstring-parser", "typeshed-client", "rich-argparse")
-"""Whose releases change the text, beside our own files."""
+from rlrt_lightning.runtime.files import write_whole
+
+TEXT_PACKAGES = ("lightning", "jsonargparse", "torch", "docstring-parser", "typeshed-client", "rich-argparse")
+"""Packages whose releases change the text, besides our own files."""
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
-    """Whether the command line is `--help`, or a command and `--help`; anything else may depend on the user's code."""
+    """Whether the command line is `--help` or `COMMAND --help`. The help of anything else may depend on user code."""
     return 1 <= len(words) <= 2 and words[-1] in ("-h", "--help") and not words[0].startswith("--config")
 
 
@@ -30,35 +31,32 @@ def show(words: Sequence[str], make: Callable[[], object]) -> None:
     """Prints the help.
 
     Args:
-        words: Of the command line.
-        make: Prints it in the long way, which takes the import of torch and Lightning; may raise SystemExit.
+        words: The arguments of the command line.
+        make: Generates and prints the help, which imports torch and Lightning; may raise SystemExit.
     """
-    kept = folder() / f"help-{_key(words)}.txt"
+    cached = cache_folder() / f"help-{_key(words)}.txt"
     with suppress(OSError, UnicodeError):
-        print(kept.read_text(encoding="utf-8"), end="")
+        print(cached.read_text(encoding="utf-8"), end="")
         return
-    made = io.StringIO()
-    with redirect_stdout(made), suppress(SystemExit):
+    output = io.StringIO()
+    with redirect_stdout(output), suppress(SystemExit):
         make()
-    print(made.getvalue(), end="")
-    with suppress(OSError):  # a home that cannot be written to: it takes the long way again
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False, encoding="utf-8") as aside:
-            aside.write(made.getvalue())
-        os.replace(aside.name, kept)
+    print(output.getvalue(), end="")
+    with suppress(OSError):  # without a writable cache, the help is generated each time
+        write_whole(cached, output.getvalue())
 
 
-def folder() -> Path:
-    """Where the texts are kept: `rlrt_lightning` in the user's cache."""
+def cache_folder() -> Path:
+    """The folder of the cached texts: `rlrt_lightning` in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlrt_lightning"
 
 
 def _key(words: Sequence[str]) -> str:
-    here = Path(__file__).resolve().parents[1]  # of the package
-    files = sorted({*here.rglob("*.py"), *(here.parent / "callbacks").glob("*.py")})
+    package = Path(__file__).resolve().parents[1]
+    files = sorted({*package.rglob("*.py"), *(package.parent / "callbacks").glob("*.py")})
     parts = [*words, sys.version, str(shutil.get_terminal_size().columns), str(sys.stdout.isatty())]
     parts += [f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in files]
-    for name in MAKERS:
+    for name in TEXT_PACKAGES:
         with suppress(PackageNotFoundError):
             parts.append(f"{name} {version(name)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

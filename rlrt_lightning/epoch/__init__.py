@@ -1,1 +1,1 @@
-"""One epoch of rollouts, from prompts to micro-batches."""
+"""One epoch, from prompts to micro-batches."""

@@ -1,4 +1,4 @@
-"""Rollouts of the next epoch, drawn while this one trains."""
+"""Generating the next epoch's rollouts while the current epoch trains."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from rlrt_lightning.rollouts.base import Rollout
 from rlrt_lightning.tasks.base import Verdict
 
 Drawn = tuple[Rollout, "Future[Verdict]"]
-"""A rollout, with its verdict under way."""
+"""A rollout and its verdict, which may be pending."""
 
 
 class Ahead:
-    """At most one epoch's rollouts, on their way in a thread, or waiting to be trained on."""
+    """Generates the rollouts of one epoch in a background thread and holds them until they are trained on."""
 
     def __init__(self) -> None:
-        self._coming: Future[tuple[list[Drawn], float]] | None = None
+        self._future: Future[tuple[list[Drawn], float]] | None = None
 
     def begin(self, drawing: Iterator[Drawn]) -> None:
-        """Goes on without the caller. The first rollout comes before this returns, so that what an engine checks first
-        is checked while nobody trains."""
+        """Starts the thread. The first rollout is generated before this returns, so that the engine's initial checks
+        run before training starts."""
         start = time.perf_counter()
         drawn = [next(drawing)]
-        coming: Future[tuple[list[Drawn], float]] = Future()
+        future: Future[tuple[list[Drawn], float]] = Future()
 
         def work() -> None:
             try:
                 drawn.extend(drawing)
-                coming.set_result((drawn, time.perf_counter() - start))
+                future.set_result((drawn, time.perf_counter() - start))
             except BaseException as error:
-                coming.set_exception(error)
+                future.set_exception(error)
 
-        self._coming = coming
+        self._future = future
         threading.Thread(target=work, name="rollouts-ahead", daemon=True).start()
 
     def wait(self) -> None:
-        """Until nothing is on its way: an engine samples from one set of weights at a time."""
-        if self._coming is not None:
-            wait([self._coming])
+        """Waits until the thread is done: an engine samples from one set of weights at a time."""
+        if self._future is not None:
+            wait([self._future])
 
     def take(self) -> tuple[list[Drawn], float] | None:
-        """The rollouts and the seconds that drawing them took; None where none were begun. What went wrong in the
-        thread is raised here."""
-        coming, self._coming = self._coming, None
-        return None if coming is None else coming.result()
+        """Returns the rollouts and the seconds that generating them took; None if `begin` was not called. Raises the
+        thread's exception, if any."""
+        future, self._future = self._future, None
+        return None if future is None else future.result()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rollouts as plain values for a checkpoint; waits for them. None, where drawing them has failed: who
-        resumes draws them anew."""
+        """Waits for the rollouts and returns them as plain values for a checkpoint. Empty if generating them failed; a
+        resumed run generates them again."""
         self.wait()
-        if self._coming is None or self._coming.exception() is not None:
+        if self._future is None or self._future.exception() is not None:
             return []
         return [
             {
@@ -64,5 +64,5 @@ class Ahead:
                 "entropy": r.entropy,
                 "truncated": r.truncated,
             }
-            for r, _ in self._coming.result()[0]
+            for r, _ in self._future.result()[0]
         ]

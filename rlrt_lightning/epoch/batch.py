@@ -1,4 +1,4 @@
-"""An epoch's rollouts as tensors, and how they are dealt out to optimizer steps."""
+"""Micro-batches: an epoch's rollouts as tensors, split into optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from rlrt_lightning.teacher import TeacherScore
 
 
 class MicroBatch:
-    """What one forward and backward pass sees.
+    """The input of one forward and backward pass.
 
-    Neither a tuple nor a dataclass: Lightning takes those apart, and would round log-probs to bfloat16 under
-    `--trainer.precision=bf16-true`.
+    Neither a tuple nor a dataclass: Lightning converts the tensors inside those, and would round log-probs to bfloat16
+    under `--trainer.precision=bf16-true`.
 
     Args:
-        input_ids: Prompt and response, padded on the right, the longest first, [B, T].
-        attention_mask: 0 at padding, [B, T].
-        blocks: Rows and width of the parts that go through the decoder on their own, so that little of it is padding.
-        shared: The prompts, where each is read once for the rows that share it, as in `Policy.from_logits`.
-        response_mask: True at response tokens, [B, T].
-        logp_old: Log-probs that the surrogate's ratio divides by, as in `EpochRecord`, nats, [B, T].
-        importance: Weight of each token that corrects for the sampler's arithmetic, [B, T].
-        advantages: Token advantages, [B, T].
-        distillation: Weight of the divergence to the teacher at each token, [B, T]; None where the method has none.
-        alpha: Which divergence, as in `DivergenceSettings`; read only where there is one.
-        distillation_cap: Upper limit of P_new / P_old in the divergence's weight; read only where there is one.
-        top_tokens: The k tokens that are compared at each of the R response tokens, in reading order, int32 [R, k].
+        input_ids: Prompt and response, padded on the right, the longest first, [B, S].
+        attention_mask: 0 at padding, [B, S].
+        blocks: Number of rows and width of each block that passes through the decoder separately, to reduce padding.
+        shared: Prompts shared by several rows, as in `Policy.from_logits`; None if each row's own prompt is read.
+        response_mask: True at response tokens, [B, S].
+        logp_old: Denominator of the surrogate's ratio, as in `EpochRecord`, nats, [B, S].
+        importance: Token weights that correct for numerical differences between sampler and trainer, [B, S].
+        advantages: Token advantages A_t, [B, S].
+        distillation: Weight of the divergence to the teacher at each token, [B, S]; None if the method has none.
+        alpha: The divergence's parameter, as in `DivergenceSettings`; unused without a divergence.
+        distillation_cap: Upper bound of P_new / P_old in the divergence's weight; unused without a divergence.
+        top_tokens: The k tokens compared by the divergence at each of the R response tokens, row by row, int32 [R, k].
         top_logp: Their log-probs under the teacher, nats, [R, k].
-        entropy_bonus: Coefficient of the entropy at each token, [B, T]; None where the method has none.
-        share: What the micro-batch's own mean counts for, so that the gradients that Lightning averages over
-            micro-batches and ranks add up to the mean over the whole mini-batch.
-        temperature: Of the sampling.
-        rows: Which rollouts of the epoch's record these are, B of them.
-        seed: Seed of what is random in its forward pass, such as dropout.
+        entropy_bonus: Coefficient of the entropy at each token, [B, S]; None if the method has none.
+        share: Factor of the micro-batch's mean loss, so that the gradients, which Lightning averages over micro-batches
+            and ranks, are those of the mean over the whole mini-batch.
+        temperature: The sampling temperature.
+        rows: Indices of the B rollouts in the epoch's record.
+        seed: Seed of the forward pass, for dropout.
     """
 
     def __init__(
@@ -88,26 +88,26 @@ class MicroBatch:
         self.seed = seed
 
     def to(self, device: torch.device, **options: Any) -> MicroBatch:
-        """The same on a device."""
+        """Copies the micro-batch to a device."""
         moved: dict[str, Any] = {
             name: value.to(device, **options) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
         if self.shared is not None:
-            prompts, mask, after = (tensor.to(device, **options) for tensor in self.shared)
-            moved["shared"] = prompts, mask, after
+            prompts, mask, prompt_index = (tensor.to(device, **options) for tensor in self.shared)
+            moved["shared"] = prompts, mask, prompt_index
         return MicroBatch(**moved)
 
     @property
-    def places(self) -> int:
-        """Places that the decoder computes, padding included."""
+    def padded_tokens(self) -> int:
+        """Number of tokens that the decoder reads, including padding."""
         if self.shared is None:
             return sum(rows * width for rows, width in self.blocks)
         return self.shared[0].numel() + sum(rows * max(width - 1, 0) for rows, width in self.blocks)
 
     @property
     def tokens(self) -> Tensor:
-        """Tokens among them, a scalar."""
+        """Number of tokens that the decoder reads, without padding; a scalar."""
         if self.shared is None:
             return self.attention_mask.sum()
         return self.shared[1].sum() + (self.response_mask.sum(1) - 1).clamp(min=0).sum()
@@ -117,38 +117,38 @@ T = TypeVar("T")
 
 
 class Batches(Generic[T]):
-    """Batches in order, as an iterable of known length: Lightning takes it as a data loader, and unlike a `DataLoader`
-    it gets no distributed sampler (each rank has rollouts of its own).
+    """A data loader over a list of batches. Lightning adds no distributed sampler to it, as it would to a `DataLoader`;
+    each rank has its own rollouts.
 
     Args:
-        batches: The batches, or those that are left of them.
-        given: How many were given out before these.
+        batches: The batches; after a resume, the remaining ones.
+        served: Number of batches that were yielded before these.
     """
 
-    def __init__(self, batches: list[T], given: int = 0) -> None:
+    def __init__(self, batches: list[T], served: int = 0) -> None:
         self.batches = batches
-        self.given = self._before = given
+        self.served = self._before = served
 
     def __len__(self) -> int:
         return self._before + len(self.batches)
 
     def __iter__(self) -> Iterator[T]:
         for i, batch in enumerate(self.batches):
-            self.given = self._before + i + 1
+            self.served = self._before + i + 1
             yield batch
 
     @property
-    def left(self) -> list[T]:
-        """Those that were not given out yet."""
-        return self.batches[self.given - self._before :]
+    def remaining(self) -> list[T]:
+        """The batches that were not yielded yet."""
+        return self.batches[self.served - self._before :]
 
-    def newest(self, n: int) -> list[T]:
-        """The n that were given out last."""
-        end = self.given - self._before
+    def latest(self, n: int) -> list[T]:
+        """The n batches that were yielded last."""
+        end = self.served - self._before
         return self.batches[max(0, end - n) : end]
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module saves what is left. Lightning warns of a loader that has none of these two."""
+        """Empty: the data module saves the remaining batches. Lightning warns about loaders without this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -167,23 +167,23 @@ def micro_batches(
     share_prompts: bool = False,
     seed: tuple[int | str, ...] = (0,),
 ) -> Batches[MicroBatch]:
-    """Cuts an epoch into mini-batches (one optimizer step each) of whole groups, and each of these into exactly
+    """Splits an epoch into mini-batches of whole groups (one optimizer step each), and each mini-batch into exactly
     `accumulate` micro-batches.
 
-    Rollouts without any gradient, such as those of a group that was all right or all wrong, are left out of the
-    forward pass; they still count in the mean over the mini-batch.
+    Rollouts without a gradient, such as those of a group with equal rewards, are skipped in the forward pass but still
+    count in the mean over the mini-batch.
 
     Args:
-        epoch: The rollouts.
-        minibatches: Optimizer steps in the epoch.
-        accumulate: Micro-batches of each step.
+        epoch: The epoch's record.
+        minibatches: Number of optimizer steps.
+        accumulate: Number of micro-batches per optimizer step.
         aggregation: As in `clipped_surrogate`.
-        temperature: Of the sampling.
-        world_size: Ranks whose gradients are averaged.
+        temperature: The sampling temperature.
+        world_size: Number of ranks whose gradients are averaged.
         totals: `mini_batch_sizes` summed over all ranks; None for one rank.
-        from_ranks: Gathers what each rank has: all make as many forward passes, since sharded weights want that.
-        share_prompts: Have a prompt read once for the rollouts that share it, where that saves much.
-        seed: Names the streams of the micro-batches' own random numbers.
+        from_ranks: Gathers a value from all ranks; sharded weights require the same number of forward passes on each.
+        share_prompts: Whether rollouts share the forward pass of their prompt if this saves enough tokens.
+        seed: Names the random streams of the micro-batches.
     """
     if totals is None:
         totals = mini_batch_sizes(epoch, minibatches)
@@ -198,10 +198,10 @@ def micro_batches(
         lengths = _lengths(epoch, trained)
         shortest = members[tokens[members].argmin()]
         for part in balance(lengths, accumulate):
-            # All ranks take all steps: where there is nothing to learn, a rollout whose loss counts 0 stands in.
+            # All ranks take all steps: if there is nothing to train on, the shortest rollout is used with a share of 0.
             rows = trained[part] if part else shortest[None]
-            mine, all_ = (tokens[rows].sum(), totals[step, 0]) if by_token else (len(rows), totals[step, 1])
-            share = float(mine / all_) * accumulate * world_size if part else 0.0
+            own, total = (tokens[rows].sum(), totals[step, 0]) if by_token else (len(rows), totals[step, 1])
+            share = float(own / total) * accumulate * world_size if part else 0.0
             parts.append((rows, share))
     wanted = [(len(blocks(_lengths(epoch, rows))), len(rows)) for rows, _ in parts]
     counts = [
@@ -217,8 +217,8 @@ def micro_batches(
 
 
 def mini_batch_sizes(epoch: EpochRecord, minibatches: int) -> Tensor:
-    """Response tokens and rollouts that count in each mini-batch on this rank, those without gradient included,
-    [M, 2]."""
+    """Number of response tokens and of rollouts that count in each mini-batch on this rank, including those without a
+    gradient, [M, 2]."""
     sizes = torch.stack([epoch.mask.sum(-1), torch.ones(len(epoch.rollouts), dtype=torch.long)], 1)
     sizes *= epoch.counted[:, None]
     return torch.zeros(minibatches, 2, dtype=torch.long).index_add_(0, _step_of(epoch, minibatches), sizes)
@@ -246,29 +246,29 @@ def _collate(
     chosen = [epoch.rollouts[i] for i in rows.tolist()]
     ids, attention, response = pad_sequences([(r.prompt_ids, r.response_ids) for r in chosen])
 
-    def spread(values: Tensor) -> Tensor:  # from response positions to positions of the whole sequence
+    def by_sequence(values: Tensor) -> Tensor:  # from layout [N, T] to [B, S]
         return at_mask(values[rows][epoch.mask[rows]].float(), response)
 
     credit = epoch.credit
     divergence = credit.divergence or DivergenceSettings(0.0, 1.0)
     top_tokens = top_logp = None
     if credit.distillation is not None:
-        top_tokens, top_logp = _compared([epoch.teacher[i] for i in rows.tolist()], chosen)
+        top_tokens, top_logp = _top_tokens([epoch.teacher[i] for i in rows.tolist()], chosen)
     return MicroBatch(
         input_ids=ids,
         attention_mask=attention,
         blocks=cut,
         shared=shared,
         response_mask=response,
-        logp_old=spread(epoch.logp_old),
-        importance=spread(epoch.importance),
-        advantages=spread(credit.advantages),
-        distillation=None if credit.distillation is None else spread(credit.distillation),
+        logp_old=by_sequence(epoch.logp_old),
+        importance=by_sequence(epoch.importance),
+        advantages=by_sequence(credit.advantages),
+        distillation=None if credit.distillation is None else by_sequence(credit.distillation),
         alpha=divergence.alpha,
         distillation_cap=divergence.importance_cap,
         top_tokens=top_tokens,
         top_logp=top_logp,
-        entropy_bonus=None if credit.entropy_bonus is None else spread(credit.entropy_bonus),
+        entropy_bonus=None if credit.entropy_bonus is None else by_sequence(credit.entropy_bonus),
         share=share,
         temperature=temperature,
         rows=rows.tolist(),
@@ -276,13 +276,13 @@ def _collate(
     )
 
 
-def _compared(scores: Sequence[TeacherScore | None], rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
-    """What the teacher said of the tokens that are compared, [R, k] each; where it said nothing, the divergence has
-    weight 0 and any tokens do."""
+def _top_tokens(scores: Sequence[TeacherScore | None], rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """The tokens compared by the divergence and their log-probs under the teacher, [R, k] each. Rollouts that were not
+    scored get arbitrary values; their divergence has weight 0."""
     k = max((score.top_tokens.shape[1] for score in scores if score is not None), default=1)
     if k == 0:
         raise ConfigError(
-            "model.method gives credit with a divergence to the teacher, but asks for no tokens to compare: set top_k "
+            "model.method returns credit with a divergence to the teacher but requests no tokens to compare; set top_k "
             "in its needs"
         )
     tokens, logp = [], []

@@ -1,4 +1,4 @@
-"""Settings that do not go together, found before anything is drawn."""
+"""Refuses incompatible settings before the first rollout."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from rlrt_lightning.teacher import Teacher
 
 
 def scoring_engine(teacher: Teacher, method: Method, engine: RolloutEngine, sampling: Sampling) -> ScoringEngine | None:
-    """The engine, where it scores for the teacher.
+    """The engine if it scores for the teacher, else None.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If the engine cannot score with these settings.
     """
     if teacher.scored_by == "trainer":
         return None
     wrong = None
     if not isinstance(engine, ScoringEngine):
-        wrong = f"{type(engine).__name__} does not score; take a vLLM engine"
+        wrong = f"{type(engine).__name__} cannot score; use a vLLM engine"
     elif method.needs.entropy or method.needs.top_k != 0:
         wrong = f"{type(method).__name__} needs the teacher's whole distribution"
     elif sampling.temperature != 1:
         wrong = "vLLM scores at temperature 1 only"
     elif engine.cuts_before_logp and sampling.cuts:
         wrong = (
-            "data.sampling cuts the distribution (top_p, top_k or min_p): the engine gives the student's log-probs "
-            "after the cut, and the teacher's before it"
+            "data.sampling cuts the distribution (top_p, top_k or min_p): the engine returns the student's log-probs "
+            "after the cut and the teacher's before it"
         )
     if wrong is not None:
         raise ConfigError(f"model.teacher.scored_by is engine, but {wrong}; or set it to trainer")
@@ -40,50 +40,66 @@ def scoring_engine(teacher: Teacher, method: Method, engine: RolloutEngine, samp
 
 
 def check_cuts(engine: RolloutEngine, sampling: Sampling, rescore: bool) -> None:
-    """Log-probs after a cut of the distribution are not the policy's."""
+    """Refuses an engine whose log-probs are those of the truncated distribution, unless they are recomputed.
+
+    Raises:
+        ConfigError: If `data.rescore` is needed.
+    """
     if engine.cuts_before_logp and sampling.cuts and not rescore:
         raise ConfigError(
-            "data.sampling cuts the distribution (top_p, top_k or min_p), and this engine gives log-probs after "
-            "the cut: set data.rescore=true, so that the trainer computes those of the policy"
+            "data.sampling cuts the distribution (top_p, top_k or min_p), and this engine returns log-probs after "
+            "the cut; set data.rescore=true, so that the trainer computes the policy's log-probs"
         )
 
 
 def check_ahead(engine: RolloutEngine, rescore: bool, importance: Importance, teacher: Teacher) -> None:
-    """What drawing the next epoch ahead takes."""
+    """Checks that the next epoch's rollouts can be generated during training.
+
+    Raises:
+        ConfigError: If `data.ahead` does not work with the other settings.
+    """
     wrong = None
     if not engine.beside_training:
-        wrong = f"{type(engine).__name__} cannot draw while the policy trains; take VllmServerEngine"
+        wrong = f"{type(engine).__name__} cannot generate while the policy trains; use VllmServerEngine"
     elif not rescore or importance == "off":
-        wrong = "the rollouts are an epoch old: set data.rescore=true, and model.importance to token or sequence"
+        wrong = "the rollouts are one epoch old; set data.rescore=true, and model.importance to token or sequence"
     elif teacher.scored_by == "engine":
-        wrong = "the engine scores with newer weights than it sampled with: set model.teacher.scored_by=trainer"
+        wrong = "the engine would score with newer weights than it sampled with; set model.teacher.scored_by=trainer"
     if wrong is not None:
         raise ConfigError(f"data.ahead is true, but {wrong}")
 
 
 def check_context(method: Method, problems: Sequence[Problem]) -> None:
-    """A teacher without any context would silently make the method plain GRPO."""
+    """Refuses data without the method's context; training on it would silently be GRPO.
+
+    Raises:
+        ConfigError: If the problems have no solution or answer for the teacher.
+    """
     kind = method.context
     if kind not in ("solution", "answer"):
         return
     first = problems[:100]
     if all(getattr(problem, kind) is None for problem in first):
         raise ConfigError(
-            f"model.method.context is {kind}, but none of the first {len(first)} training problems has one; name "
-            f"the data's column in data.task.{kind}, or take another context"
+            f"model.method.context is {kind}, but none of the first {len(first)} training problems has one; set "
+            f"data.task.{kind} to the data's column, or use another context"
         )
 
 
 def check_teacher_tokens(
     policy: Policy, teacher: Teacher, method: Method, problems: Sequence[Problem], reader: PromptReader
 ) -> None:
-    """Finds prompts of the policy and the teacher that hold tokens which the model has no embedding for."""
+    """Checks that the model has embeddings for all tokens in the prompts of policy and teacher.
+
+    Raises:
+        ConfigError: If a prompt has a token without an embedding.
+    """
     kind = method.context
 
-    def teachers(problem: Problem) -> None:
+    def teacher_prompt(problem: Problem) -> None:
         if kind != "none":
             context = getattr(problem, kind, None) if kind in ("solution", "answer") else None
             teacher.prompt(policy, problem, "1" if context is None else str(context), kind)
 
-    teachers(Problem("template", "?"))
-    reader.check_embeddings(problems, teachers)
+    teacher_prompt(Problem("template", "?"))
+    reader.check_embeddings(problems, teacher_prompt)

@@ -1,7 +1,7 @@
 """One epoch, from prompts to micro-batches: draw -> judge -> score -> assign_credit -> pack.
 
-Each stage takes what it needs (policy, teacher, method, engine, settings) and no trainer; `record.py` explains what
-they hand on. What ranks tell each other goes through `ranks`.
+Stages take what they need (policy, teacher, method, engine, settings), never a trainer. `record.py` describes the data
+that they pass on. Communication between ranks goes through `runtime/ranks.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlrt_lightning.epoch.batch import Batches, MicroBatch, micro_batches, mini_batch_sizes
 from rlrt_lightning.epoch.checks import scoring_engine
-from rlrt_lightning.epoch.numerics import log_probs, non_finite_log_probs, not_finite
+from rlrt_lightning.epoch.numerics import first_non_finite, log_probs, non_finite_log_probs
 from rlrt_lightning.epoch.record import Drawn, EpochRecord, Judged, Questions, Scored
 from rlrt_lightning.objective import Aggregation, Importance, Method, Signals, group_advantages, importance_weights
 from rlrt_lightning.policy.model import Policy
@@ -32,21 +32,21 @@ from rlrt_lightning.teacher import Teacher, TeacherScore
 log = logging.getLogger(__name__)
 
 Verify = Callable[[Problem, str], "Future[Verdict]"]
-"""Hands a completion to the verifier, which judges it beside everything else."""
+"""Submits a completion to the verifier, which judges it in the background."""
 
 Phase = Callable[[str], AbstractContextManager[None]]
-"""Surrounds a phase of the epoch, by name: times it, and lets a run that was asked to stop end there."""
+"""Context manager of a named phase: times it, and lets a run that was asked to stop end within it."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an epoch is made with.
+    """The components that make an epoch.
 
     Args:
-        policy: The model that is trained.
-        teacher: Scores what the method wants scored.
-        method: As it is at the epoch's first optimizer step.
-        engine: Draws the rollouts, and scores for the teacher where `Teacher.scored_by` says so.
+        policy: The model being trained.
+        teacher: Scores the rollouts for which the method uses a teacher.
+        method: The method as of the epoch's first optimizer step.
+        engine: Generates the rollouts, and scores for the teacher if `Teacher.scored_by` is "engine".
     """
 
     policy: Policy
@@ -57,7 +57,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class EpochSettings:
-    """Settings of an epoch; they bear the names that they have on the command line."""
+    """Settings of an epoch, with the same names as on the command line."""
 
     sampling: Sampling
     rollouts_per_prompt: int
@@ -74,7 +74,8 @@ class EpochSettings:
 def draw(
     questions: Questions, engine: RolloutEngine, verify: Verify, rollouts: int, sampling: Sampling
 ) -> Iterator[Drawn]:
-    """Rollouts as they finish. Each goes to the verifier at once, so that verification runs beside sampling."""
+    """Yields rollouts as they finish. Each is submitted to the verifier immediately, so that verification overlaps with
+    sampling."""
     for rollout in engine.generate(questions.prompts, rollouts, sampling, questions.seeds):
         yield rollout, verify(questions.problems[rollout.group], rollout.text)
 
@@ -82,10 +83,10 @@ def draw(
 def collect_verdicts(
     problems: Sequence[Problem], drawn: Iterable[Drawn], max_fault_share: float, progress: Progress
 ) -> list[Rollout]:
-    """The rollouts with their verdicts, ordered by problem.
+    """Waits for the verdicts and returns the rollouts with them, ordered by problem.
 
     Raises:
-        ConfigError: If the verifier itself failed on more than this share of them.
+        ConfigError: If the verifier itself failed on more than `max_fault_share` of the rollouts.
     """
     rollouts, faults = [], []
     pairs = sorted(drawn, key=lambda pair: (pair[0].group, pair[0].index))
@@ -95,7 +96,7 @@ def collect_verdicts(
         if rollout.verdict.fault:
             faults.append(f"{problems[rollout.group].id}: {rollout.verdict.message}")
     if faults:
-        log.warning("the verifier failed on %d of %d rollouts, such as %s", len(faults), len(rollouts), faults[0])
+        log.warning("the verifier failed on %d of %d rollouts; the first: %s", len(faults), len(rollouts), faults[0])
     if len(faults) > max_fault_share * len(rollouts):
         raise ConfigError(
             f"the verifier failed on {len(faults)} of {len(rollouts)} rollouts, more than data.max_fault_share "
@@ -105,7 +106,7 @@ def collect_verdicts(
 
 
 def judge(questions: Questions, rollouts: list[Rollout], method: Method) -> Judged:
-    """Rewards and group advantages of rollouts that have their verdicts."""
+    """Computes rewards and group advantages from the verdicts."""
     rewards = torch.tensor([r.verdict.reward for r in rollouts if r.verdict])
     groups = torch.tensor([r.group for r in rollouts])
     shaped = method.shape_rewards(rewards, groups, [r.text for r in rollouts])
@@ -121,8 +122,8 @@ def judge(questions: Questions, rollouts: list[Rollout], method: Method) -> Judg
 
 
 def score(judged: Judged, parts: Parts, settings: EpochSettings, phase: Phase) -> Scored:
-    """The log-probs that the method asks for: the policy's own where the sampler's are not to be trusted
-    (`data.rescore`), and the teacher's. Rollouts with non-finite log-probs lose their advantage."""
+    """Computes the policy's log-probs (with `data.rescore`) and the teacher's log-probs for the rollouts that need
+    them. The advantages of rollouts with non-finite log-probs are set to 0."""
     wanted = parts.method.uses_teacher(judged.advantages, judged.rewards) & judged.nonempty
     trainable = parts.method.may_train(judged.advantages, judged.rewards) & judged.nonempty
     with phase("rescore"):
@@ -132,9 +133,9 @@ def score(judged: Judged, parts: Parts, settings: EpochSettings, phase: Phase) -
     unusable = torch.tensor([i in faults for i in range(len(judged.rollouts))])
     logp_sampler, logp_old, rescored = log_probs(judged.rollouts, unusable)
     with phase("teacher"):
-        contexts, teacher, truncated = ask_teacher(judged, wanted & ~unusable, ~unusable, parts, settings)
-    for i, said in enumerate(teacher):
-        if said is not None and (wrong := not_finite(vars(said))):
+        contexts, teacher, truncated = teacher_scores(judged, wanted & ~unusable, ~unusable, parts, settings)
+    for i, found in enumerate(teacher):
+        if found is not None and (wrong := first_non_finite(vars(found))):
             faults[i], contexts[i], teacher[i] = f"the teacher's {wrong}", None, None
     scored = Scored(
         **vars(judged),
@@ -154,21 +155,21 @@ def score(judged: Judged, parts: Parts, settings: EpochSettings, phase: Phase) -
     return scored
 
 
-def ask_teacher(
+def teacher_scores(
     judged: Judged, wanted: Tensor, usable: Tensor, parts: Parts, settings: EpochSettings
 ) -> tuple[list[str | None], list[TeacherScore | None], int]:
-    """What the teacher says of the rollouts that it is wanted for.
+    """Has the teacher score the wanted rollouts.
 
     Args:
         judged: N rollouts.
-        wanted: Which of them are to be scored, bool [N].
-        usable: Which of them may serve as demonstrations, bool [N].
-        parts: What the epoch is made with.
+        wanted: True for rollouts to score, bool [N].
+        usable: True for rollouts that may serve as demonstrations, bool [N].
+        parts: The epoch's components.
         settings: See `EpochSettings`.
 
     Returns:
-        The context that was shown for each rollout and the scores, None where it was not scored, N each; and the number
-        of contexts that were truncated, or did not fit.
+        The contexts and scores of the N rollouts, None for those that were not scored, and the number of contexts that
+        were truncated or did not fit.
     """
     policy, method, questions = parts.policy, parts.method, judged.questions
     contexts = parts.teacher.contexts(
@@ -179,7 +180,7 @@ def ask_teacher(
         settings.seed,
         questions.epoch,
         0,
-        places=questions.places,
+        indices=questions.indices,
         policy=policy,
     )
     scores, truncated = parts.teacher.score(
@@ -192,12 +193,12 @@ def ask_teacher(
         top_k=method.needs.top_k,
         engine=scoring_engine(parts.teacher, method, parts.engine, settings.sampling),
     )
-    shown = [None if said is None else context for context, said in zip(contexts, scores, strict=True)]
+    shown = [None if found is None else context for context, found in zip(contexts, scores, strict=True)]
     return shown, scores, truncated
 
 
 def rescore(judged: Judged, needed: Tensor, policy: Policy, sampling: Sampling) -> None:
-    """Computes `Rollout.logp_policy` of the rollouts that need it, bool [N]."""
+    """Computes `Rollout.logp_policy` of the rollouts selected by `needed`, bool [N]."""
     chosen = [r for r, need in zip(judged.rollouts, needed.tolist(), strict=True) if need]
     scores = policy.score([(r.prompt_ids, r.response_ids) for r in chosen], sampling.temperature)
     for rollout, logp in zip(chosen, scores, strict=True):
@@ -205,11 +206,11 @@ def rescore(judged: Judged, needed: Tensor, policy: Policy, sampling: Sampling) 
 
 
 def assign_credit(scored: Scored, method: Method, settings: EpochSettings) -> EpochRecord:
-    """The method's token credit. Rollouts with non-finite log-probs get none, and still count in the mean over the
-    mini-batch; where the teacher's are non-finite, it has said nothing.
+    """Computes the method's token credit. Rollouts with non-finite log-probs of policy or sampler get no credit but
+    count in the mean over the mini-batch; those with non-finite log-probs of the teacher count as not scored.
 
     Raises:
-        ConfigError: If the method trains on rollouts that `data.rescore` has left out, at its word.
+        ConfigError: If the method trains on rollouts that `data.rescore` has skipped because of its `may_train`.
     """
     credit = method.credit(
         Signals(
@@ -226,8 +227,8 @@ def assign_credit(scored: Scored, method: Method, settings: EpochSettings) -> Ep
     credit = credit.without(scored.unusable)
     if settings.rescore and (credit.trains & ~scored.trainable).any():
         raise ConfigError(
-            f"model.method: {type(method).__name__} trains on rollouts that its may_train leaves out, which "
-            "data.rescore has therefore not corrected for the sampler; override may_train"
+            f"model.method: {type(method).__name__} trains on rollouts that its may_train excludes, so data.rescore "
+            "has not recomputed their log-probs; override may_train"
         )
     importance = importance_weights(
         scored.logp_old, scored.logp_sampler, scored.mask, settings.importance, settings.importance_cap
@@ -236,11 +237,11 @@ def assign_credit(scored: Scored, method: Method, settings: EpochSettings) -> Ep
 
 
 def _teacher_entropy(scored: Scored) -> Tensor:
-    return pad_rows([said.entropy if said else None for said in scored.teacher], width=scored.mask.shape[1])
+    return pad_rows([found.entropy if found else None for found in scored.teacher], width=scored.mask.shape[1])
 
 
 def pack(record: EpochRecord, settings: EpochSettings, share_prompts: bool) -> Batches[MicroBatch]:
-    """The record as micro-batches, in the order of the optimizer steps."""
+    """Splits the record into micro-batches, in the order of the optimizer steps."""
     return micro_batches(
         record,
         settings.minibatches,
@@ -263,15 +264,15 @@ def make_epoch(
     phase: Phase,
     progress: Progress,
 ) -> tuple[EpochRecord, Batches[MicroBatch]]:
-    """One epoch, from what is asked to what is trained on.
+    """Runs all stages of one epoch.
 
     Args:
-        questions: What is asked.
-        drawn: Gives the rollouts: fresh ones (`draw`), those drawn ahead, or those that a checkpoint held.
-        parts: What it is made with.
+        questions: The epoch's problems and prompts.
+        drawn: Returns the rollouts: new ones (`draw`), those generated ahead, or those from a checkpoint.
+        parts: The epoch's components.
         settings: See `EpochSettings`.
-        phase: Surrounds each phase.
-        progress: Shows how far a phase is.
+        phase: Context manager of each phase.
+        progress: Displays the progress of a phase.
     """
     with phase("rollout"):
         pairs = drawn()

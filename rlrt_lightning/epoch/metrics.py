@@ -1,4 +1,4 @@
-"""What every run logs of its rollouts before they are trained on."""
+"""Metrics of an epoch's rollouts, logged by every run."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from rlrt_lightning.runtime.ranks import Mean, sum_over_ranks
 
 
 class Clock:
-    """Seconds of each phase of an epoch, without those of the phases within it."""
+    """Measures the seconds of each phase of an epoch, excluding nested phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._within = 0.0
+        self._nested = 0.0
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Times a phase."""
-        outside, self._within = self._within, 0.0
+        before, self._nested = self._nested, 0.0
         start = time.perf_counter()
         yield
         spent = time.perf_counter() - start
-        self.seconds[f"time/{phase}"] = spent - self._within
-        self._within = outside + spent
+        self.seconds[f"time/{phase}"] = spent - self._nested
+        self._nested = before + spent
 
 
 def epoch_metrics(record: EpochRecord, clock: Clock, counter: TokenCounter, cap: float | None) -> dict[str, float]:
     """This rank's metrics of an epoch before its first update, by tag.
 
     Args:
-        record: The epoch.
-        clock: Seconds of its phases.
-        counter: What its forward passes without gradient have read.
-        cap: Upper limit of the importance weights where rollouts were rescored; None where they were not.
+        record: The epoch's record.
+        clock: Seconds of the epoch's phases.
+        counter: Tokens of the epoch's forward passes without gradients.
+        cap: Upper bound of the importance weights; None without `data.rescore`.
     """
     metrics = {**rollout_metrics(record.rollouts, record.rewards, record.groups), **clock.seconds}
     metrics["faults/rollouts"] = float(sum_over_ranks(torch.tensor(float(len(record.faults)))))
@@ -50,18 +50,25 @@ def epoch_metrics(record: EpochRecord, clock: Clock, counter: TokenCounter, cap:
         compared = record.mask & record.rescored[:, None]
         difference = (record.logp_old - record.logp_sampler)[compared]
         metrics |= mismatch(difference, record.importance[compared] == cap)
-    if counter.places:
+    if counter.padded_tokens:
         tokens, seconds = float(counter.tokens), metrics["time/rescore"] + metrics["time/teacher"]
         metrics["speed/score_tokens_per_s"] = tokens / max(seconds, 1e-9)
-        metrics["speed/score_padding"] = Mean(1 - tokens / counter.places, counter.places)
+        metrics["speed/score_padding"] = Mean(1 - tokens / counter.padded_tokens, counter.padded_tokens)
     metrics["rollout/shaped_reward"] = float(record.shaped_rewards.mean())
     metrics["signal/context_truncated"] = float(record.contexts_truncated)
     return metrics
 
 
 def mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
-    """How far the sampler is from the trainer, from log P_trainer - log P_sampler of the sampled tokens [R] and whether
-    the importance weight was capped [R]; the KL is KL(sampler || trainer)."""
+    """Metrics of the mismatch between sampler and trainer.
+
+    Args:
+        difference: log P_trainer - log P_sampler of the sampled tokens, nats, [R].
+        capped: Whether the importance weight was capped, [R].
+
+    Returns:
+        By tag; the KL is KL(sampler || trainer). Empty without tokens.
+    """
     if not len(difference):
         return {}
     return {
@@ -73,7 +80,7 @@ def mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) -> dict[str, float]:
-    """What every run logs of its rollouts."""
+    """Metrics of rewards, lengths and groups, by tag."""
     verdicts = [r.verdict for r in rollouts if r.verdict is not None]
     correct = torch.tensor([v.correct for v in verdicts]).float()
     size = torch.bincount(groups)
@@ -90,10 +97,10 @@ def rollout_metrics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor
         "groups/mixed": ((solved > 0) & (solved < 1)).float().mean(),
     }
     if all(r.entropy is not None for r in rollouts):
-        of_tokens = torch.cat([r.entropy for r in rollouts if r.entropy is not None])
-        of_tokens = of_tokens[of_tokens.isfinite()]
-        if len(of_tokens):
-            metrics["rollout/entropy"] = Mean(float(of_tokens.mean()), len(of_tokens))
+        entropies = torch.cat([r.entropy for r in rollouts if r.entropy is not None])
+        entropies = entropies[entropies.isfinite()]
+        if len(entropies):
+            metrics["rollout/entropy"] = Mean(float(entropies.mean()), len(entropies))
     labels = Counter(v.label for v in verdicts if v.label is not None)
     metrics |= {f"labels/{label}": torch.tensor(count / len(verdicts)) for label, count in labels.items()}
     return {tag: value if isinstance(value, Mean) else float(value) for tag, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Problems as they are read at the start, and their prompts as tokens."""
+"""Reading problems, and tokenizing and checking their prompts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from rlrt_lightning.policy.model import Policy
 
 EAGER_ROWS = 100_000
-"""Data sets up to this size are checked row by row at the start; larger ones, and endless ones, as rows are drawn."""
+"""Data sets of up to this many rows are checked at the start; larger and generated ones as their rows are used."""
 
 SPARE_TOKENS = 16
-"""What a chat template may add to one prompt more than to another."""
+"""Allowance for the number of tokens that a chat template adds, which may vary between prompts."""
 
 
 class PromptReader:
-    """Prompts as tokens, and how many they are.
+    """Tokenizes prompts and checks their lengths.
 
     Args:
-        policy: Whose tokenizer reads them.
-        overlong: What to do with prompts that are too long: drop and count them, or stop with an error.
+        policy: The policy, whose tokenizer is used.
+        overlong: Whether prompts that are too long are dropped and counted, or an error.
     """
 
     def __init__(self, policy: Policy, overlong: Literal["drop", "error"]) -> None:
@@ -37,45 +37,46 @@ class PromptReader:
         self.overlong = overlong
 
     def tokens(self, problem: Problem) -> list[int]:
-        """Tokens of a prompt.
+        """Token ids of a prompt.
 
         Raises:
-            ConfigError: If it has none, or cannot be made tokens.
+            ConfigError: If the prompt has no tokens or cannot be tokenized.
         """
         try:
             ids = self.policy.encode_prompt(problem.prompt)
         except ConfigError as error:
-            raise ConfigError(f"problem {problem.id}: its prompt cannot be made tokens: {error}") from error
-        except Exception as error:  # a chat template refuses a conversation by raising whatever it likes
+            raise ConfigError(f"problem {problem.id}: its prompt cannot be tokenized: {error}") from error
+        except Exception as error:  # a tokenizer may raise any exception
             raise ConfigError(
-                f"problem {problem.id}: its prompt cannot be made tokens: {type(error).__name__}: {first_line(error)}"
+                f"problem {problem.id}: its prompt cannot be tokenized: {type(error).__name__}: {first_line(error)}"
             ) from error
         if not ids:
-            raise ConfigError(f"problem {problem.id}: its prompt has no tokens, and a response needs one to follow")
+            raise ConfigError(f"problem {problem.id}: its prompt has no tokens; it needs at least one")
         return ids
 
-    def measured(self, problem: Problem, most: int) -> tuple[int, list[int]]:
-        """The number of a prompt's tokens, and the tokens. A prompt that is longer than so many of the longest token is
-        too long however it is cut, and left whole: to take one of 100 MB apart would need minutes."""
+    def measure(self, problem: Problem, limit: int) -> tuple[int, list[int]]:
+        """The number of a prompt's tokens, and their ids. A prompt that exceeds the limit even if every token is as
+        long as the vocabulary's longest is not tokenized, which would take minutes for 100 MB; it gets a lower bound
+        and no ids."""
         characters = _size(problem)
-        if characters > most and characters > most * self._longest_token:
+        if characters > limit and characters > limit * self._longest_token:
             return characters // self._longest_token, []
         tokens = self.tokens(problem)
         return len(tokens), tokens
 
-    def within(self, problem: Problem, limit: int) -> list[int] | None:
-        """Tokens of a prompt; None where there are more than the limit and such prompts are dropped.
+    def tokens_within(self, problem: Problem, limit: int) -> list[int] | None:
+        """Token ids of a prompt; None if it exceeds the limit and `overlong` is "drop".
 
         Raises:
-            ConfigError: If there are more, and `overlong` says so.
+            ConfigError: If it exceeds the limit and `overlong` is "error".
         """
-        tokens, ids = self.measured(problem, limit)
+        tokens, ids = self.measure(problem, limit)
         if tokens <= limit:
             return ids
         if self.overlong == "error":
             raise ConfigError(
                 f"problem {problem.id}: its prompt has {tokens} tokens, more than data.max_prompt_tokens or the "
-                f"model allow ({limit}); shorten it or set data.overlong_prompts to drop"
+                f"model allow ({limit}); shorten it, or set data.overlong_prompts=drop"
             )
         return None
 
@@ -83,30 +84,30 @@ class PromptReader:
     def _longest_token(self) -> int:
         return max(map(len, self.policy.tokenizer.get_vocab()))
 
-    def check_lengths(self, where: str, problems: Sequence[Problem], limit: str, most: int, fate: str) -> None:
-        """Counts the prompts that are too long, where the data is there; what is made on demand is checked as it is
-        drawn. Finds conversations that the chat template refuses, too.
+    def check_lengths(self, where: str, problems: Sequence[Problem], limit: str, most: int, consequence: str) -> None:
+        """Warns about prompts that are too long, or refuses them; also finds conversations that the chat template
+        rejects. Large and generated data sets are checked as their rows are used.
 
         Args:
-            where: What the problems are, in words.
+            where: Name of the problems, for messages.
             problems: The problems.
-            limit: The limit in words.
-            most: Tokens that a prompt may have.
-            fate: What becomes of longer ones.
+            limit: Name of the limit, for messages.
+            most: Maximum number of tokens of a prompt.
+            consequence: What happens to longer prompts, for messages.
 
         Raises:
-            ConfigError: If there are any, and `overlong` says so.
+            ConfigError: If a prompt is too long and `overlong` is "error".
         """
         if len(problems) > EAGER_ROWS or isinstance(problems, OnDemand):
             return
-        shortest: dict[tuple[str, ...], Problem] = {}  # of each sequence of roles
+        shortest: dict[tuple[str, ...], Problem] = {}  # for each sequence of roles
         for problem in sorted(problems, key=_size):
             shortest.setdefault(_roles(problem), problem)
         added = {roles: len(self.tokens(p)) - _size(p) + SPARE_TOKENS for roles, p in shortest.items()}
         sizes: dict[int, int] = {}
         for i, problem in enumerate(problems):
-            if _size(problem, in_bytes=True) + added[_roles(problem)] > most:  # a token is a byte of text at least
-                tokens, _ = self.measured(problem, most)
+            if _size(problem, in_bytes=True) + added[_roles(problem)] > most:  # a token has at least one byte
+                tokens, _ = self.measure(problem, most)
                 if tokens > most:
                     sizes[i] = tokens
         if not sizes:
@@ -114,18 +115,18 @@ class PromptReader:
         examples = ", ".join(f"problem {problems[i].id}: its prompt has {sizes[i]} tokens" for i in list(sizes)[:5])
         text = f"{limit} is {most}: {len(sizes)} of {len(problems)} prompts of {where} are longer ({examples})"
         if self.overlong == "error":
-            raise ConfigError(f"{text}; shorten them or set data.overlong_prompts to drop")
-        rank_zero_warn(f"{text}; {fate}")
+            raise ConfigError(f"{text}; shorten them, or set data.overlong_prompts=drop")
+        rank_zero_warn(f"{text}; {consequence}")
 
     def check_embeddings(self, problems: Sequence[Problem], *others: Callable[[Problem], object]) -> None:
-        """Reads all prompts where the tokenizer has tokens that the model lacks; other models can do without.
+        """Tokenizes all prompts if the tokenizer has tokens without an embedding; does nothing for other models.
 
         Args:
-            problems: The problems; what is made on demand is checked as it is drawn.
-            others: What else is made of a problem.
+            problems: The problems; large and generated data sets are checked as their rows are used.
+            others: Further functions that tokenize a problem.
 
         Raises:
-            ConfigError: If a prompt has such a token.
+            ConfigError: If a prompt has a token without an embedding.
         """
         if not self.policy.lacks_embeddings or len(problems) > EAGER_ROWS or isinstance(problems, OnDemand):
             return
@@ -135,7 +136,11 @@ class PromptReader:
 
 
 def read_problems(task: Task, split: Split, where: str) -> Sequence[Problem]:
-    """A task's problems; what its own code does wrong is said in one line."""
+    """Reads and checks a task's problems.
+
+    Raises:
+        ConfigError: If the task's code fails or returns something else than problems.
+    """
     try:
         problems = task.problems(split)
         for problem in problems if len(problems) <= EAGER_ROWS and not isinstance(problems, OnDemand) else ():
@@ -143,7 +148,7 @@ def read_problems(task: Task, split: Split, where: str) -> Sequence[Problem]:
                 isinstance(problem, Problem)
                 and all(isinstance(text, str) for text in (*_texts(problem), *_roles(problem)))
             ):
-                raise TypeError(f"no Problem with a prompt in text or messages: {reprlib.repr(problem)}")
+                raise TypeError(f"not a Problem with a prompt of text or messages: {reprlib.repr(problem)}")
         return problems
     except ConfigError:
         raise

@@ -1,24 +1,24 @@
-"""One epoch of rollouts as data: a record that grows from stage to stage, in which each quantity keeps one name.
+"""The data of one epoch: a record to which each stage adds fields.
 
-`make.py` fills it: `judge` gives `Judged`, `score` gives `Scored`, `assign_credit` gives `EpochRecord`.
+The stages in `make.py`: `judge` returns `Judged`, `score` returns `Scored`, `assign_credit` returns `EpochRecord`.
 
-Sizes: P problems of this rank with K rollouts each, N = P * K rollouts ordered by problem, T tokens of the longest
+Sizes: P problems on this rank with K rollouts each, N = P * K rollouts ordered by problem, T tokens in the longest
 response. Tokens have two layouts:
 
-| layout | shape | a row holds | where |
+| layout | shape | contents of a row | used by |
 | --- | --- | --- | --- |
-| by response | [N, T] | the tokens of one response from column 0 on, 0 behind its end | this record |
-| by sequence | [B, S] | prompt and response as the model reads them, padded on the right | `MicroBatch` |
+| by response | [N, T] | the tokens of one response, starting at column 0, padded with 0 | this record |
+| by sequence | [B, S] | prompt and response, padded on the right | `MicroBatch` |
 
 Log-probs of the sampled tokens, in nats, by response:
 
-| name | under |
+| name | source |
 | --- | --- |
-| `logp_sampler` | the engine, as it drew the token |
-| `logp_policy` | the trainer's forward pass with the same weights; only where `data.rescore` asks for it |
-| `logp_old` | what the surrogate's ratio divides by: `logp_policy` where there is one, else `logp_sampler` |
-| `logp_student` | P_S of D_t = log P_S - log P_T: by the same arithmetic as the teacher's |
-| `logp_teacher` | P_T, the teacher with its context in view |
+| `logp_sampler` | the engine that sampled the tokens |
+| `logp_policy` | the trainer's forward pass with the weights that sampled them; only with `data.rescore` |
+| `logp_old` | denominator of the surrogate's ratio: `logp_policy` if available, otherwise `logp_sampler` |
+| `logp_student` | P_S in D_t = log P_S - log P_T, computed by the same program as the teacher's |
+| `logp_teacher` | P_T, the teacher with its context |
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from rlrt_lightning.tasks import Problem, Verdict
 from rlrt_lightning.teacher import TeacherScore
 
 Drawn = tuple[Rollout, "Future[Verdict]"]
-"""A rollout, and its verdict, which may still be under way."""
+"""A rollout and its verdict, which may be pending."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked in an epoch: this rank's share.
+    """This rank's problems in an epoch.
 
     Args:
         epoch: Number of the epoch.
         problems: P problems.
-        prompts: Their token ids.
-        seeds: A seed for the rollouts of each.
-        places: The number of each problem among those of all ranks.
+        prompts: Token ids of their prompts.
+        seeds: A seed for the rollouts of each problem.
+        indices: Index of each problem among the epoch's problems of all ranks.
     """
 
     epoch: int
     problems: list[Problem]
     prompts: list[list[int]]
     seeds: list[int]
-    places: Sequence[int]
+    indices: Sequence[int]
 
 
 @dataclass(kw_only=True)
@@ -63,11 +63,11 @@ class Judged:
     """Rollouts with their verdicts and group advantages.
 
     Args:
-        questions: What was asked.
+        questions: The epoch's problems and prompts.
         rollouts: N rollouts, ordered by problem.
-        groups: Which problem each belongs to, [N].
+        groups: Problem index of each rollout, [N].
         rewards: The verifier's rewards, float32 [N].
-        shaped_rewards: What the advantages come from; the rewards unless the method shapes them, [N].
+        shaped_rewards: The rewards from which the advantages are computed, after `Method.shape_rewards`, [N].
         advantages: Group advantages A, [N].
         mask: True at response tokens, [N, T].
     """
@@ -82,36 +82,36 @@ class Judged:
 
     @property
     def problems(self) -> list[Problem]:
-        """The problems that `Rollout.group` counts, P of them."""
+        """The P problems, indexed by `Rollout.group`."""
         return self.questions.problems
 
     @property
     def correct(self) -> Tensor:
-        """Which rollouts the verifier called correct: bool [N]."""
+        """True for rollouts with a correct verdict, bool [N]."""
         return torch.tensor([r.verdict is not None and r.verdict.correct for r in self.rollouts])
 
     @property
     def nonempty(self) -> Tensor:
-        """Which responses have a token. One without counts in rewards and advantages, and has no gradient: bool [N]."""
+        """True for responses with tokens, bool [N]. Empty ones count in rewards and advantages but have no gradient."""
         return self.mask.any(-1)
 
 
 @dataclass(kw_only=True)
 class Scored(Judged):
-    """Judged rollouts with the log-probs of policy and teacher. Advantages are 0 where a rollout is not usable.
+    """Judged rollouts with the log-probs of policy and teacher. Advantages of unusable rollouts are 0.
 
     Args:
         logp_sampler: See the table above, [N, T].
         logp_old: [N, T].
         logp_student: [N, T].
-        logp_teacher: [N, T]; 0 where the teacher did not score.
-        trainable: Which rollouts the method says that it may train on, bool [N].
-        rescored: Which rollouts have a `logp_policy`, bool [N].
-        contexts: What the teacher was shown for each rollout; None where it did not score it, N of them.
-        teacher: What the teacher said of each rollout; None where it did not score it, N of them.
-        contexts_truncated: Contexts that were cut, or did not fit.
-        unusable: Which rollouts have non-finite log-probs of sampler or policy, and therefore no gradient: bool [N].
-        faults: Those, and rollouts of which the teacher said something non-finite, by position, with a description.
+        logp_teacher: [N, T]; 0 for rollouts that the teacher did not score.
+        trainable: True for rollouts selected by `Method.may_train`, bool [N].
+        rescored: True for rollouts with `logp_policy`, bool [N].
+        contexts: The teacher's context for each of the N rollouts; None if it was not scored.
+        teacher: The teacher's scores of each of the N rollouts; None if it was not scored.
+        contexts_truncated: Number of contexts that were truncated or did not fit.
+        unusable: True for rollouts with non-finite log-probs of sampler or policy, which get no gradient, bool [N].
+        faults: Indices and descriptions of rollouts with non-finite log-probs of sampler, policy or teacher.
     """
 
     logp_sampler: Tensor
@@ -128,17 +128,17 @@ class Scored(Judged):
 
     @property
     def has_context(self) -> Tensor:
-        """True where the teacher scored the rollout: bool [N]."""
+        """True for rollouts that the teacher scored, bool [N]."""
         return torch.tensor([context is not None for context in self.contexts])
 
 
 @dataclass(kw_only=True)
 class EpochRecord(Scored):
-    """Everything that is known of an epoch's rollouts before the first update.
+    """The complete record of an epoch before its first update.
 
     Args:
-        importance: Weight of each token that corrects for the sampler's arithmetic, [N, T].
-        credit: The method's token credit, [N, T] each.
+        importance: Token weights that correct for numerical differences between sampler and trainer, [N, T].
+        credit: The method's token credit, [N, T].
     """
 
     importance: Tensor
@@ -146,5 +146,5 @@ class EpochRecord(Scored):
 
     @property
     def counted(self) -> Tensor:
-        """Which rollouts count in the mean over the mini-batch: bool [N]."""
+        """True for rollouts that count in the mean over the mini-batch, bool [N]."""
         return torch.ones(len(self.rollouts), dtype=torch.bool) if self.credit.counted is None else self.credit.counted

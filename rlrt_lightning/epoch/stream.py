@@ -1,4 +1,4 @@
-"""The prompts of one epoch after the other: endless, shuffled, and the same after a resume."""
+"""The endless, shuffled stream of training prompts, which a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rlrt_lightning.runtime.seeding import derive_seed, generator
 from rlrt_lightning.tasks import Problem
 
 MOST_MISSES = 1000
-"""So many prompts in a row that are too long: the limit is wrong."""
+"""This many consecutive prompts that are too long are an error."""
 
 
 @dataclass
 class Position:
-    """How far the prompts have been read: with the seed, all that an exact resume needs between two epochs.
+    """The position in the stream. Together with the seed, it is sufficient to resume between two epochs.
 
     Args:
-        epochs: Epochs that were made.
-        cursor: Prompts that were read, those that were left out included.
-        overlong: Prompts that were left out.
+        epochs: Number of epochs made.
+        cursor: Number of prompts read, including dropped ones.
+        overlong: Number of prompts dropped because they were too long.
     """
 
     epochs: int = 0
@@ -35,14 +35,14 @@ class Position:
 
 
 class PromptStream:
-    """Deals out the training problems.
+    """Yields the training problems of each epoch.
 
     Args:
-        problems: All of them.
-        reader: Makes prompts tokens.
-        limit: Longest prompt, in tokens.
+        problems: All training problems.
+        reader: Tokenizes the prompts.
+        limit: Maximum prompt length, in tokens.
         seed: Seed of the run.
-        position: Where to go on.
+        position: Position at which to start.
     """
 
     def __init__(
@@ -53,21 +53,22 @@ class PromptStream:
         self._order: tuple[int, Tensor] | None = None
 
     def questions(self, count: int) -> Questions:
-        """This rank's share of the next epoch's `count` problems, and moves on. Every rank reads all of them, since
-        which ones are too long decides what comes next.
+        """Advances by one epoch of `count` problems and returns this rank's share. Every rank reads all `count`
+        prompts, because the position depends on which ones are too long.
 
         Raises:
-            ConfigError: If too many prompts in a row are too long.
+            ConfigError: If too many consecutive prompts are too long.
         """
         position, problems, prompts, missed = self.position, list[Problem](), list[list[int]](), 0
         while len(problems) < count:
             if missed >= min(len(self.problems), MOST_MISSES):
                 raise ConfigError(
-                    f"data.max_prompt_tokens is {self.limit}: each of {missed} prompts in a row was longer"
+                    f"data.max_prompt_tokens is {self.limit}, but {missed} consecutive prompts were longer; "
+                    "raise it or shorten the prompts"
                 )
             problem = self.problems[self._row(position.cursor)]
             position.cursor += 1
-            ids = self.reader.within(problem, self.limit)
+            ids = self.reader.tokens_within(problem, self.limit)
             if ids is None:
                 position.overlong, missed = position.overlong + 1, missed + 1
             else:
@@ -75,18 +76,18 @@ class PromptStream:
                 prompts.append(ids)
                 missed = 0
         epoch, position.epochs = position.epochs, position.epochs + 1
-        places = range(rank(), count, world_size())
-        seeds = [derive_seed(self.seed, "rollouts", epoch, place) for place in places]
-        return Questions(epoch, [problems[i] for i in places], [prompts[i] for i in places], seeds, places)
+        indices = range(rank(), count, world_size())
+        seeds = [derive_seed(self.seed, "rollouts", epoch, i) for i in indices]
+        return Questions(epoch, [problems[i] for i in indices], [prompts[i] for i in indices], seeds, indices)
 
     def __iter__(self) -> Iterator[Problem]:
-        """The problems of the first round, in their order."""
+        """The problems in the order of the first pass over the data."""
         return (self.problems[self._row(i)] for i in range(len(self.problems)))
 
     def _row(self, cursor: int) -> int:
-        """Which row comes at a position of the endless order; each round over the data has an order of its own."""
-        round_, place = divmod(cursor, len(self.problems))
+        """The row at a position of the stream; each pass over the data is shuffled differently."""
+        round_, offset = divmod(cursor, len(self.problems))
         if self._order is None or self._order[0] != round_:
             shuffle = generator(self.seed, "prompts", round_)
             self._order = round_, torch.randperm(len(self.problems), generator=shuffle)
-        return int(self._order[1][place])
+        return int(self._order[1][offset])

@@ -1,1 +1,1 @@
-"""Evaluations: metrics with their intervals, and the files of their results."""
+"""Evaluation: metrics with confidence intervals, evaluation sets, and result files."""

@@ -1,4 +1,4 @@
-"""avg@k and pass@k as torchmetrics: they add up over batches and ranks."""
+"""avg@k and pass@k as torchmetrics, accumulated over batches and ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from rlrt_lightning.objective import pass_at_k
 
 Z95 = 1.959963984540054
-"""Standard deviations of the normal distribution on either side of the mean that hold 95 % of it."""
+"""The 97.5 % quantile of the standard normal distribution: 95 % lies within this distance of the mean."""
 
 
 class Interval(NamedTuple):
@@ -31,26 +31,26 @@ class Interval(NamedTuple):
 
 
 def mean_with_interval(values: Sequence[float]) -> Interval:
-    """The mean of a figure of each problem, all within 0 and 1, and `interval95`."""
-    figures = torch.tensor(values, dtype=torch.float64)
-    return Interval(float(figures.mean()), *interval95(figures.sum(), (figures**2).sum(), len(figures)).tolist())
+    """The mean of one value from 0 to 1 per problem, with `interval95`."""
+    scores = torch.tensor(values, dtype=torch.float64)
+    return Interval(float(scores.mean()), *interval95(scores.sum(), (scores**2).sum(), len(scores)).tolist())
 
 
 def interval95(total: Tensor, squares: Tensor, problems: int | Tensor) -> Tensor:
-    """The 95 % confidence interval, over problems, of the mean of a figure within 0 and 1.
+    """The 95 % confidence interval, over problems, of the mean of values from 0 to 1.
 
-    Student's t around the mean of the problems and of two more, one that is always solved and one that never is. This
-    is what Agresti and Coull (1998) do for shares. Without the two, few problems nearly all of which are solved, or
-    nearly none, have too narrow an interval, or one of width 0. The interval holds the mean and lies within 0 and 1;
-    for one problem it is 0 to 1, as one says nothing of others.
+    Student's t interval after adding two pseudo-problems, one always solved and one never solved, as Agresti and Coull
+    (1998) do for proportions. Without them, the interval is too narrow, or has width 0, for a few problems of which
+    nearly all or nearly none are solved. The interval contains the mean and lies within 0 and 1; for a single problem
+    it is 0 to 1.
 
-    In the simulations of tests/evaluation/test_metrics.py (1 to 500 problems, from alike to all or nothing; avg@16,
-    pass@4 and pass@16) it covers the true mean in at least 93 % of the cases in every setting.
+    In the simulations of tests/evaluation/test_metrics.py (1 to 500 problems, whose solve rates range from equal to
+    only 0 and 1; avg@16, pass@4 and pass@16), it covers the true mean in at least 93 % of the cases in every setting.
 
     Args:
-        total: Sum of the figures, float64 [...].
+        total: Sum of the values, float64 [...].
         squares: Sum of their squares, float64 [...].
-        problems: How many there are.
+        problems: Number of problems.
 
     Returns:
         Lower and upper bound, float64 [2, ...].
@@ -63,17 +63,17 @@ def interval95(total: Tensor, squares: Tensor, problems: int | Tensor) -> Tensor
 
 
 def _students_t95(freedom: Tensor) -> Tensor:
-    """`Z95` for Student's t, from its expansion in 1 / degrees of freedom (Abramowitz and Stegun, 26.7.5); 0.6 % too
-    small at 6, and exact to four digits from 30 on."""
+    """The 97.5 % quantile of Student's t, by an expansion in 1 / degrees of freedom (Abramowitz and Stegun, 26.7.5):
+    0.6 % too small for 6 degrees of freedom, accurate to four digits from 30."""
     z = Z95
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 class MeanOverProblems(Metric):
-    """The mean over problems of a figure of each problem, in float64.
+    """The mean over problems of one value per problem, in float64.
 
     Args:
-        interval: Whether `compute` gives the 95 % confidence interval too.
+        interval: Whether `compute` also returns the 95 % confidence interval.
     """
 
     full_state_update = False
@@ -89,27 +89,27 @@ class MeanOverProblems(Metric):
         self.add_state("problems", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     @abstractmethod
-    def of_each(self, correct: Tensor) -> Tensor:
-        """The figure of each problem, float64 [P].
+    def per_problem(self, correct: Tensor) -> Tensor:
+        """The value of each problem, float64 [P].
 
         Args:
-            correct: Whether each sample of each problem is correct, bool [P, n].
+            correct: Whether each of n samples of P problems is correct, bool [P, n].
         """
 
     def update(self, correct: Tensor) -> None:
         """Adds problems.
 
         Args:
-            correct: Whether each sample of each problem is correct, [P, n].
+            correct: Whether each of n samples of P problems is correct, [P, n].
         """
-        figures = self.of_each(correct).to(self.total)
-        self.total += figures.sum()
-        self.squares += (figures**2).sum()
-        self.problems += len(figures)
+        values = self.per_problem(correct).to(self.total)
+        self.total += values.sum()
+        self.squares += (values**2).sum()
+        self.problems += len(values)
 
     def compute(self) -> Tensor:
-        """The mean, a scalar within 0 and 1; NaN without problems. With `interval` [3]: the mean, and lower and upper
-        bound of its 95 % confidence interval over problems (`interval95`)."""
+        """The mean, a scalar from 0 to 1, NaN without problems. With `interval`, [3]: the mean, and the lower and upper
+        bounds of its 95 % confidence interval over problems (`interval95`)."""
         mean = self.total / self.problems
         if not self.interval:
             return mean
@@ -117,29 +117,29 @@ class MeanOverProblems(Metric):
 
 
 class AvgAtK(MeanOverProblems):
-    """Mean share of correct samples (avg@k of the paper's Table 1).
+    """Mean fraction of correct samples (avg@k in the paper's Table 1).
 
     Args:
-        interval: Whether `compute` gives the 95 % confidence interval too.
+        interval: Whether `compute` also returns the 95 % confidence interval.
     """
 
-    def of_each(self, correct: Tensor) -> Tensor:
-        """See `MeanOverProblems.of_each`."""
+    def per_problem(self, correct: Tensor) -> Tensor:
+        """See `MeanOverProblems.per_problem`."""
         return correct.double().mean(-1)
 
 
 class PassAtK(MeanOverProblems):
-    """Mean of the unbiased probability that one of k samples is correct (`pass_at_k`).
+    """Mean probability that at least one of k samples is correct, by the unbiased estimator `pass_at_k`.
 
     Args:
-        k: Samples that one may try; each problem needs at least so many.
-        interval: Whether `compute` gives the 95 % confidence interval too.
+        k: Number of attempts; each problem needs at least k samples.
+        interval: Whether `compute` also returns the 95 % confidence interval.
     """
 
     def __init__(self, k: int, interval: bool = False) -> None:
         super().__init__(interval)
         self.k = k
 
-    def of_each(self, correct: Tensor) -> Tensor:
-        """See `MeanOverProblems.of_each`."""
+    def per_problem(self, correct: Tensor) -> Tensor:
+        """See `MeanOverProblems.per_problem`."""
         return pass_at_k(correct.shape[-1], correct.sum(-1).cpu(), self.k)

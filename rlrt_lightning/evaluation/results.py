@@ -1,9 +1,9 @@
-"""An evaluation's results as files: every completion once its batch of problems is judged, so that a long evaluation
-goes on where it was stopped, and tables at the end.
+"""Result files of an evaluation: completions, written after each batch so that an interrupted evaluation can be
+resumed, and tables.
 
-In the folder, for each benchmark: `<benchmark>.json` (what was evaluated, and how), `<benchmark>.jsonl` (a line for
-each completion; other ranks have files of their own) and, at the end, `<benchmark>.parquet` (a row for each problem).
-`pass_at_k.csv` holds the curves of all benchmarks.
+Files of an evaluation set `<name>`: `<name>.json` (description of the evaluation), `<name>.jsonl` (one line per
+completion; further ranks write `<name>-rank<n>.jsonl`) and, at the end, `<name>.parquet` (one row per problem).
+`pass_at_k.csv` has the curves of all evaluation sets.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.objective import pass_at_k
 from rlrt_lightning.policy.sharding import whole
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from rlrt_lightning.evaluation.sets import Evaluated
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 CURVES = "pass_at_k.csv"
-"""The curves of all benchmarks in a folder."""
+"""File name of the curves of all evaluation sets in a folder."""
 
 FIELDS = ["benchmark", "k", "pass", "low", "high"]
-"""Its columns."""
+"""Columns of `CURVES`."""
 
 
 def rows_of(done: Evaluated) -> list[list[Row]]:
-    """A row for each completion, by problem and sample."""
+    """One row per completion, by problem and sample."""
     rows: list[list[Row]] = [[] for _ in done.problems]
     for rollout in done.rollouts:
         problem, verdict = done.problems[rollout.group], rollout.verdict
@@ -64,11 +65,11 @@ def rows_of(done: Evaluated) -> list[list[Row]]:
 
 
 def description(data: Any, benchmark: str, weights: str) -> dict[str, Any]:
-    """What decides a benchmark's results. Two evaluations with the same description draw the same completions.
+    """Everything that determines the results. Evaluations with equal descriptions generate the same completions.
 
     Args:
         data: The data module, after its `setup`.
-        benchmark: The benchmark's name.
+        benchmark: Name of the evaluation set.
         weights: `fingerprint` of the policy.
     """
     spec = data.benchmarks[benchmark]
@@ -83,12 +84,12 @@ def description(data: Any, benchmark: str, weights: str) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A name for a model's weights that other weights do not have, save by intent."""
+    """A digest of a model's weights. Not cryptographic: it is built from the sums of the weights' bit patterns."""
     return _digest(f"{name} {list(p.shape)} {_sum_of_bits(whole(p))}" for name, p in model.named_parameters())
 
 
 def _sum_of_bits(weights: Tensor) -> int:
-    """The sum of the numbers' bit patterns, modulo 2^64: unlike a sum of the numbers, the same on every device."""
+    """The sum of the values' bit patterns modulo 2^64; unlike a sum of floats, it is the same on every device."""
     patterns = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(weights.detach().view(patterns[weights.element_size()]).sum(dtype=torch.int64))
 
@@ -101,12 +102,12 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 class Results:
-    """The results of one benchmark in a folder.
+    """The result files of one evaluation set.
 
     Args:
-        folder: The folder, which other benchmarks share.
-        benchmark: The benchmark's name.
-        rank: Which rank of the run this is; each writes a file of its own.
+        folder: The folder, shared with other evaluation sets.
+        benchmark: Name of the evaluation set.
+        rank: This process's rank; each rank writes its own file.
     """
 
     def __init__(self, folder: Path, benchmark: str, rank: int = 0) -> None:
@@ -114,14 +115,14 @@ class Results:
         self.path = folder / (f"{benchmark}.jsonl" if rank == 0 else f"{benchmark}-rank{rank}.jsonl")
 
     def begin(self, described: dict[str, Any], resume: bool = True) -> None:
-        """Makes the folder ready; for one rank only. Completions of problems that were not finished are dropped.
+        """Prepares the folder; called on one rank only. Completions of unfinished problems are removed.
 
         Args:
             described: `description` of the evaluation.
-            resume: Whether to go on with what is there; otherwise it is deleted.
+            resume: Whether to keep existing results; otherwise they are deleted.
 
         Raises:
-            ConfigError: If the folder holds results of another evaluation.
+            ConfigError: If the folder has results of a different evaluation.
         """
         path = self.folder / f"{self.benchmark}.json"
         if not resume:
@@ -129,27 +130,27 @@ class Results:
                 file.unlink(missing_ok=True)
         if resume and not path.exists() and (foreign := [*self._files(), *self._tables()]):
             raise ConfigError(
-                f"evaluation.results: {foreign[0]} is there already, and no evaluation of ours; name another folder"
+                f"evaluation.results: {foreign[0]} already exists and is not from an evaluation; use another folder"
             )
         if path.exists():
             earlier = _parsed(path.read_text(encoding="utf-8"), {"weights"}) or {}
             differs = [key for key, value in described.items() if earlier.get(key) != value]
             if differs:
                 raise ConfigError(
-                    f"evaluation.results: {self.folder} holds results for {self.benchmark} of another evaluation "
-                    f"(other {', '.join(differs)}); name another folder, or delete this one"
+                    f"evaluation.results: {self.folder} has results for {self.benchmark} of a different evaluation "
+                    f"(different {', '.join(differs)}); use another folder, or delete this one"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(described, indent=2) + "\n")
+        write_whole(path, json.dumps(described, indent=2) + "\n")
         for file in self._files():
             lines = _lines(file)
             complete = self._complete(lines, described["samples"])
             kept = [line for line in lines if (row := _parsed(line)) and row["problem"] in complete]
             if kept != lines:
-                _write_whole(file, "".join(kept))
+                write_whole(file, "".join(kept))
 
     def read(self) -> dict[str, list[Row]]:
-        """The completions that are there, of finished problems (after `begin`), by problem and sample."""
+        """Reads the completions of finished problems, by problem and sample; call `begin` first."""
         rows: dict[str, list[Row]] = {}
         for file in self._files():
             for line in _lines(file):
@@ -160,9 +161,9 @@ class Results:
         return rows
 
     def add(self, rows: Sequence[Sequence[Row]]) -> None:
-        """Writes the completions of some problems."""
+        """Appends completions, a list of rows per problem."""
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for of in rows for row in of)
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a character
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # lone surrogates
             file.write(text)
 
     def _files(self) -> list[Path]:
@@ -170,7 +171,7 @@ class Results:
         return [file for file in (self.folder / f"{self.benchmark}.jsonl", *sorted(others)) if file.exists()]
 
     def _tables(self) -> list[Path]:
-        """Tables that no evaluation of ours has written."""
+        """Tables in the folder that were not written by an evaluation."""
         curves, table = self.folder / CURVES, self.folder / f"{self.benchmark}.parquet"
         foreign = [curves] if curves.exists() and _lines(curves)[:1] != [",".join(FIELDS) + "\r\n"] else []
         return [*foreign, *([table] if table.exists() else [])]
@@ -185,7 +186,7 @@ class Results:
 
 
 def summary(rows: Sequence[Row]) -> Row:
-    """One problem's completions in a row."""
+    """Summarizes one problem's completions in a row."""
     return {
         "benchmark": rows[0]["benchmark"],
         "problem": rows[0]["problem"],
@@ -198,12 +199,12 @@ def summary(rows: Sequence[Row]) -> Row:
 
 
 def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
-    """Writes `<benchmark>.parquet` with a row for each problem, and `pass_at_k.csv` with pass@k and its 95 % confidence
-    interval over problems (`low`, `high`) for k = 1, 2, 4, ... and n. Other benchmarks' curves that are there stay.
+    """Writes `<name>.parquet` with one row per problem, and `pass_at_k.csv` with pass@k and its 95 % confidence
+    interval over problems (`low`, `high`) for k = 1, 2, 4, ... and n. Existing curves of other sets are kept.
 
     Args:
-        folder: Where to.
-        tables: `summary` of each problem, by benchmark.
+        folder: The folder to write to.
+        tables: `summary` of each problem, by evaluation set.
     """
     import pyarrow
     import pyarrow.parquet
@@ -222,12 +223,12 @@ def write_tables(folder: Path, tables: dict[str, list[Row]]) -> None:
 
 
 def pass_curve(table: Sequence[Row]) -> list[Row]:
-    """pass@k for k = 1, 2, 4, ... and n: dicts of `k`, `pass`, `low` and `high`, the bounds of the 95 % confidence
-    interval over problems. n is that of the row with the fewest samples.
+    """pass@k for k = 1, 2, 4, ... and n: rows with `k`, `pass`, and `low` and `high`, the bounds of the 95 % confidence
+    interval over problems. n is the smallest number of samples.
 
     Args:
         table: Rows with `problem`, `samples` and `correct`. Several rows of one problem, such as those of several
-            seeds, are averaged: pass@k of samples put together would be that of no policy.
+            seeds, are averaged; pooling the samples of different policies would not give the pass@k of any of them.
     """
     n = min(row["samples"] for row in table)
     curve = []
@@ -241,22 +242,15 @@ def pass_curve(table: Sequence[Row]) -> list[Row]:
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a file, ends included; not `splitlines`, which splits at characters that JSON may hold."""
+    """The lines of a file with line ends. Not `splitlines`, which also splits at characters that JSON may contain."""
     with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
         return list(stream)
 
 
 def _parsed(line: str, needed: Set[str] = frozenset({"problem", "sample"})) -> Row | None:
-    """A line's row; None for one that was cut off, or is none of ours."""
+    """The row of a line; None if the line is incomplete or not a row with the needed fields."""
     try:
         row = json.loads(line) if line.endswith("\n") else None
     except ValueError:
         return None
     return row if isinstance(row, dict) and needed <= row.keys() else None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file aside and renames it, so that it is never half there."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

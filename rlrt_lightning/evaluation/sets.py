@@ -1,4 +1,4 @@
-"""Held-out problems, and their rollouts as batches of finished work."""
+"""Evaluation sets, and loaders that yield them with rollouts and verdicts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rlrt_lightning.tasks import Problem, Task
 
 @dataclass
 class Benchmark:
-    """Held-out problems that the policy is evaluated on.
+    """An evaluation set: the held-out problems of a task.
 
     Args:
-        task: Whose held-out problems; null takes those of the training task.
-        samples: Rollouts of each problem, the n of avg@n and pass@k.
-        limit: Take only this many problems, the first ones; null takes all.
-        sampling: How they are drawn; null draws as in training.
+        task: The task; null uses the training task.
+        samples: Number of rollouts per problem, the n of avg@n and pass@k.
+        limit: Use only the first `limit` problems; null uses all.
+        sampling: Sampling parameters; null uses those of training.
     """
 
     task: Task | None = None
@@ -32,9 +32,9 @@ class Benchmark:
 
 
 class Evaluated:
-    """Some problems of an evaluation set with their rollouts, verdicts included; `Rollout.group` counts the problems.
+    """A batch of problems from an evaluation set, with rollouts and verdicts; `Rollout.group` indexes the problems.
 
-    Not a dataclass: Lightning takes those apart, looking for tensors to move.
+    Not a dataclass, because Lightning traverses those to move tensors.
     """
 
     def __init__(self, benchmark: str, samples: int, problems: list[Problem], rollouts: list[Rollout]) -> None:
@@ -42,19 +42,19 @@ class Evaluated:
 
 
 Draw = Callable[[Sequence[int]], list[Rollout]]
-"""Rollouts with verdicts of the problems with these numbers, ordered by problem."""
+"""Generates rollouts with verdicts for the problems with the given indices, ordered by problem."""
 
 
 class EvaluationLoader:
-    """An evaluation set as a data loader whose batches are drawn and judged as they are asked for.
+    """A data loader over an evaluation set that generates and judges the rollouts of each batch on demand.
 
     Args:
         name: Name of the set.
-        samples: Rollouts of each problem.
+        samples: Number of rollouts per problem.
         problems: All problems, over all ranks.
-        size: Problems in a batch.
-        finished: Names of the problems whose results are known already; may change until the loader is read.
-        draw: Draws their rollouts.
+        size: Number of problems in a batch.
+        finished: Ids of problems that are already evaluated; may change until the loader is iterated.
+        draw: Generates the rollouts.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class EvaluationLoader:
     ) -> None:
         self.name, self.samples, self.problems, self.finished, self.draw = name, samples, problems, finished, draw
         mine = list(range(rank(), len(problems), world_size()))
-        # All ranks take as many batches, or one would wait for the others for ever; the last may be empty.
+        # All ranks need the same number of batches, or collectives would hang; the last batch may be empty.
         starts = range(0, -(-len(problems) // world_size()), size)
         self.batches = [mine[start : start + size] for start in starts]
 
@@ -71,13 +71,13 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Evaluated]:
         for numbers in self.batches:
-            left = [i for i in numbers if self.problems[i].id not in self.finished]
-            wanted = any(gather(bool(left)))  # ranks may share an engine, or each other's weights
-            rollouts = self.draw(left) if wanted else []
-            yield Evaluated(self.name, self.samples, [self.problems[i] for i in left], rollouts)
+            remaining = [i for i in numbers if self.problems[i].id not in self.finished]
+            wanted = any(gather(bool(remaining)))  # `draw` is collective: ranks may share an engine or sharded weights
+            rollouts = self.draw(remaining) if wanted else []
+            yield Evaluated(self.name, self.samples, [self.problems[i] for i in remaining], rollouts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: an evaluation that was interrupted begins anew, or goes on from its files."""
+        """Empty: an interrupted evaluation restarts, or is resumed from its result files."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -85,16 +85,16 @@ class EvaluationLoader:
 
 
 def read_set(where: str, spec: Benchmark, task: Task, reader: PromptReader) -> Sequence[Problem]:
-    """The problems of an evaluation set, checked as far as they can be before anything is drawn.
+    """Reads and checks the problems of an evaluation set before any rollouts are generated.
 
     Args:
-        where: The setting that holds it.
-        spec: The set.
-        task: The training task, for a set that names none.
-        reader: Makes prompts tokens.
+        where: Name of the setting, for messages.
+        spec: The evaluation set.
+        task: The training task, used if the set has no task.
+        reader: Tokenizes the prompts.
 
     Raises:
-        ConfigError: If there are none, or a setting is wrong.
+        ConfigError: If there are no problems, or a setting is wrong.
     """
     ranges = {
         "samples": (spec.samples, spec.samples >= 1, "at least 1"),
@@ -107,8 +107,8 @@ def read_set(where: str, spec: Benchmark, task: Task, reader: PromptReader) -> S
     problems = problems[: spec.limit] if spec.limit is not None else problems
     positions = reader.policy.max_positions
     if positions is not None:
-        limit = "the longest prompt of the model"
-        reader.check_lengths(where, problems, limit, positions - 1, "they count like the others")
+        limit = "the model's maximum prompt length"
+        reader.check_lengths(where, problems, limit, positions - 1, "they are evaluated like the others")
     reader.check_embeddings(problems)
     if spec.sampling is not None:
         Stops.of(reader.policy, spec.sampling, f"{where}.sampling")

@@ -1,10 +1,10 @@
 """The mathematics, as pure tensor functions: no model, no Lightning, no I/O.
 
-From rewards to the gradient: `advantages` (group advantage A), `methods` (token credit: Eqs. 6 and 7 of
-arXiv:2605.10781), `divergences` (what SDPO and SRPO minimize), `surrogate` (the losses). `ratios` bounds every ratio of
-probabilities, `estimators` holds pass@k. Dtypes are kept, except half precision, whose ratios and losses are float32.
+From rewards to gradients: `advantages` (group advantage A), `methods` (token credit: Eqs. 6 and 7 of arXiv:2605.10781),
+`divergences` (minimized by SDPO and SRPO), `surrogate` (the losses). `ratios` bounds every probability ratio,
+`estimators` holds pass@k. Dtypes are preserved, except that ratios and losses of half-precision inputs are float32.
 
-Shapes: N rollouts, T the longest response of the batch; a mask [N, T] is true at response tokens.
+Shapes: N rollouts; T is the length of the longest response in the batch. A mask [N, T] is true at response tokens.
 """
 
 from rlrt_lightning.objective.advantages import group_advantages

@@ -1,4 +1,4 @@
-"""Group-relative advantage: how much better a rollout did than its siblings."""
+"""Group-relative advantages: how a rollout's reward compares with those of its siblings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, groups: Tensor, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
     """A^(k) = (r^(k) - mean_group r) / (std_group r + eps), with the unbiased std (arXiv:2605.10781, Sec. 2).
 
-    Without `normalize_std` the division is left out (Dr. GRPO, arXiv:2503.20783). A group whose rewards are all equal,
-    so also a group of one, has advantage exactly 0: it says nothing about which rollout was better.
+    Without `normalize_std` there is no division (Dr. GRPO, arXiv:2503.20783). If all rewards of a group are equal,
+    including a group of one, its advantages are exactly 0.
 
     Args:
         rewards: Reward of each rollout, [N], floating point.
-        groups: Which prompt each rollout answers, [N], integers in any order.
+        groups: Prompt index of each rollout, [N], integers in any order.
         normalize_std: Divide by the group's standard deviation.
         eps: Added to the standard deviation.
 
@@ -25,7 +25,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize_std: bool = True
         ValueError: If the shapes differ or `rewards` is not floating point.
     """
     if rewards.shape != groups.shape or rewards.dim() != 1:
-        raise ValueError(f"rewards {list(rewards.shape)} and groups {list(groups.shape)} have to be [N] both")
+        raise ValueError(f"rewards {list(rewards.shape)} and groups {list(groups.shape)} both have to be [N]")
     if not rewards.is_floating_point():
         raise ValueError(f"rewards have to be floating point, not {rewards.dtype}")
     if rewards.numel() == 0:
@@ -36,11 +36,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize_std: bool = True
     def per_group(values: Tensor) -> Tensor:
         return torch.zeros_like(count).index_add_(0, member, values)
 
-    centred = rewards - (per_group(rewards) / count)[member]
+    centered = rewards - (per_group(rewards) / count)[member]
     low = torch.full_like(count, torch.inf).scatter_reduce_(0, member, rewards, "amin")
-    # Equal rewards: rounding in the mean would leave 1e-17, which the division by std + eps blows up.
-    centred = torch.where((per_group((rewards != low[member]).to(rewards.dtype)) == 0)[member], 0.0, centred)
+    # Equal rewards: rounding in the mean can leave 1e-17, which the division by std + eps would amplify.
+    centered = torch.where((per_group((rewards != low[member]).to(rewards.dtype)) == 0)[member], 0.0, centered)
     if not normalize_std:
-        return centred
-    std = (per_group(centred**2) / (count - 1).clamp(min=1)).sqrt()
-    return centred / (std[member] + eps)
+        return centered
+    std = (per_group(centered**2) / (count - 1).clamp(min=1)).sqrt()
+    return centered / (std[member] + eps)

@@ -1,4 +1,4 @@
-"""Divergences between student and teacher at each position: what SDPO and SRPO minimise."""
+"""Divergences between student and teacher at each position, minimized by SDPO and SRPO."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rlrt_lightning.objective.ratios import LOG_ZERO
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: float, top_k: int | None = None) -> Tensor:
-    """Generalised Jensen-Shannon divergence of P_S and P_T (SDPO, arXiv:2601.20802).
+    """Generalized Jensen-Shannon divergence of P_S and P_T (SDPO, arXiv:2601.20802).
 
-    With M = (1 - alpha) P_S + alpha P_T it is (1 - alpha) KL(P_S || M) + alpha KL(P_T || M); at the ends, where that
-    vanishes, it is KL(P_T || P_S) for alpha = 0 and KL(P_S || P_T) for alpha = 1.
+    (1 - alpha) KL(P_S || M) + alpha KL(P_T || M) with the mixture M = (1 - alpha) P_S + alpha P_T. At the ends, where
+    this vanishes, it is KL(P_T || P_S) for alpha = 0 and KL(P_S || P_T) for alpha = 1.
 
     Args:
         student_logits: [..., V].
         teacher_logits: [..., V].
-        alpha: Within 0 and 1.
-        top_k: Compare the student's k likeliest tokens, and the rest as one bucket; None compares all tokens.
+        alpha: From 0 to 1.
+        top_k: Compare the student's k most likely tokens, and all others as one bucket; None compares all tokens.
 
     Returns:
-        Nats, [...], in the dtype of the logits. Gradient flows through both.
+        Nats, [...], in the dtype of the logits. Gradients flow through both.
 
     Raises:
         ValueError: If alpha or top_k is out of range.
@@ -39,16 +39,16 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, alpha: float, top
 
 
 def divergence_on_support(student: Tensor, teacher: Tensor, alpha: float, tail: bool) -> Tensor:
-    """`divergence` from the log-probs of some tokens.
+    """`divergence` from log-probs of k tokens.
 
     Args:
         student: log P_S of k tokens, nats, [..., k].
         teacher: log P_T of the same tokens, nats, [..., k].
         alpha: As in `divergence`.
-        tail: Whether there are other tokens, which then count as one more.
+        tail: Whether the vocabulary has other tokens; these are compared as one bucket.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it has to be within 0 and 1")
+        raise ValueError(f"alpha is {alpha}; it has to be from 0 to 1")
     if tail:
         student, teacher = (torch.cat([logp, _tail(logp)], -1) for logp in (student, teacher))
     student, teacher = student.clamp(min=LOG_ZERO), teacher.clamp(min=LOG_ZERO)
@@ -66,7 +66,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _tail(logp: Tensor) -> Tensor:
-    """log of what the tokens leave of probability 1, [..., 1]; rounding may leave nothing, or less."""
+    """Log of the remaining probability mass, [..., 1]; clamped, because rounding can make the mass 0 or negative."""
     total = logp.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(logp.dtype).eps)
     return torch.log(-torch.expm1(total))
 
@@ -77,14 +77,14 @@ def dynamic_weights(
     beta: float,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
-    """exp(-beta H(P_T)), brought to a mean of 1 over the tokens in the mask (SRPO, arXiv:2604.02288): where the teacher
-    hesitates it has less to say.
+    """exp(-beta H(P_T)), normalized to mean 1 over the masked tokens (SRPO, arXiv:2604.02288): tokens at which the
+    teacher is uncertain get less weight.
 
     Args:
         teacher_entropy: H(P_T), nats, of any shape.
         mask: True at the tokens that are weighted, same shape.
-        beta: 0 weighs all tokens the same.
-        sum_over_ranks: Adds up a tensor of all ranks, where the mean is over the tokens of several.
+        beta: Strength; 0 weights all tokens equally.
+        sum_over_ranks: Sums a tensor over all ranks, so that the mean is over the tokens of all of them.
 
     Returns:
         Same shape and dtype, 0 outside the mask.
@@ -92,5 +92,5 @@ def dynamic_weights(
     mask = mask.bool()
     weights = torch.where(mask, torch.exp(-beta * teacher_entropy), 0.0)
     tokens, total = sum_over_ranks(torch.stack([mask.sum().to(weights.dtype), weights.sum()]))
-    # In this order: where all weights have underflowed to 0, tokens / total would be infinite.
+    # Divide first: tokens / total would overflow if all weights underflowed to 0.
     return weights / total.clamp(min=torch.finfo(weights.dtype).tiny) * tokens

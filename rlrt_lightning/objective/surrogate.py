@@ -1,4 +1,4 @@
-"""The clipped surrogate: from token advantages to a loss."""
+"""The losses: the clipped surrogate of token advantages, and distillation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Surrogate(NamedTuple):
     """What `clipped_surrogate` returns.
 
     Args:
-        loss: The loss to minimise, a scalar.
-        clip_fraction: Share of the response tokens on which the clip cuts the gradient, a scalar.
+        loss: The loss to minimize, a scalar.
+        clip_fraction: Fraction of response tokens whose gradient is removed by the clip, a scalar.
     """
 
     loss: Tensor
@@ -39,20 +39,20 @@ def clipped_surrogate(
     """-mean min(rho A_t, clip(rho, 1 - clip_low, 1 + clip_high) A_t) with rho = P_new / P_old (PPO's surrogate,
     arXiv:1707.06347, with DAPO's asymmetric clip and token mean, arXiv:2503.14476).
 
-    log rho is bounded to +-20 nats: a token beyond that has no gradient, whatever the sign of its advantage.
+    log rho is bounded to +-20 nats: a token beyond the bound has no gradient, whatever the sign of its advantage.
 
     Args:
-        logp_new: log-probs under the policy that is trained, nats, [N, T]; the gradient flows through them alone.
-        logp_old: log-probs under the policy that made the rollouts, nats, [N, T].
+        logp_new: Log-probs under the policy being trained, nats, [N, T]; the only input with a gradient.
+        logp_old: Log-probs under the policy that generated the rollouts, nats, [N, T].
         token_advantages: A_t, [N, T].
         mask: True at response tokens, [N, T].
-        clip_low: rho may fall to 1 - clip_low before the gradient stops.
-        clip_high: rho may rise to 1 + clip_high before the gradient stops.
-        dual_clip: Bounds the loss of tokens with A_t < 0 at dual_clip * |A_t| (arXiv:1912.09729); above 1, or None for
-            no bound.
-        aggregation: "token-mean" gives all tokens of the batch the same weight; "seq-mean-token-mean" averages within
-            each rollout first.
-        importance: `importance_weights` of the rollouts where another program sampled them, [N, T]; None for 1.
+        clip_low: rho is clipped below at 1 - clip_low.
+        clip_high: rho is clipped above at 1 + clip_high.
+        dual_clip: Bounds the loss of tokens with A_t < 0 at dual_clip * |A_t| (arXiv:1912.09729). Above 1; None for no
+            bound.
+        aggregation: "token-mean" weights all tokens of the batch equally; "seq-mean-token-mean" averages within each
+            rollout first.
+        importance: `importance_weights` if a separate engine sampled the rollouts, [N, T]; None for 1.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -81,16 +81,16 @@ def clipped_surrogate(
 def importance_weights(
     logp_policy: Tensor, logp_sampler: Tensor, mask: Tensor, level: Importance = "token", cap: float = 2.0
 ) -> Tensor:
-    """min(P_policy / P_sampler, cap): corrects for a sampler whose arithmetic is not the trainer's (truncated
-    importance sampling; arXiv:2605.10781 has it at token level with a cap of 2).
+    """min(P_policy / P_sampler, cap): corrects for numerical differences between sampler and trainer (truncated
+    importance sampling; arXiv:2605.10781 uses token level with a cap of 2).
 
     Args:
-        logp_policy: log-probs of the sampled tokens by the trainer, with the weights that sampled them, nats, [N, T].
-        logp_sampler: log-probs that the sampler gave, nats, [N, T].
+        logp_policy: The trainer's log-probs of the sampled tokens, with the weights that sampled them, nats, [N, T].
+        logp_sampler: The sampler's log-probs of the same tokens, nats, [N, T].
         mask: True at response tokens, [N, T].
-        level: "token", a ratio for each token; "sequence", the product of a rollout's ratios for all of its tokens;
-            "off", 1.
-        cap: Upper limit of the ratio.
+        level: "token": a ratio for each token; "sequence": the product of a rollout's token ratios, for all of its
+            tokens; "off": 1.
+        cap: Upper bound of the ratio.
 
     Returns:
         Weights [N, T], 0 outside the mask. No gradient.
@@ -116,18 +116,19 @@ def distillation_loss(
     aggregation: Aggregation = "token-mean",
     importance: Tensor | None = None,
 ) -> Tensor:
-    """mean weights * min(P_new / P_old, importance_cap) * divergence: SDPO's loss (arXiv:2601.20802), and with SRPO's
-    weights SRPO's (arXiv:2604.02288). The gradient flows through the divergence alone.
+    """mean of weights * min(P_new / P_old, importance_cap) * divergence: the loss of SDPO (arXiv:2601.20802) and, with
+    its weights, of SRPO (arXiv:2604.02288). Gradients flow through the divergence only.
 
     Args:
-        divergence: Of student and teacher at each response token, nats, [N, T].
-        logp_new: log-probs under the policy that is trained, nats, [N, T].
-        logp_old: log-probs under the policy that made the rollouts, nats, [N, T].
+        divergence: Divergence between student and teacher at each response token, nats, [N, T].
+        logp_new: Log-probs under the policy being trained, nats, [N, T].
+        logp_old: Log-probs under the policy that generated the rollouts, nats, [N, T].
         weights: Weight of each token, [N, T].
-        mask: True at the response tokens that the mean is taken over, [N, T].
-        importance_cap: Upper limit of the ratio.
+        mask: True at the response tokens included in the mean, [N, T].
+        importance_cap: Upper bound of P_new / P_old.
         aggregation: As in `clipped_surrogate`.
-        importance: As in `clipped_surrogate`; it multiplies the ratio above, which corrects for something else.
+        importance: As in `clipped_surrogate`. It multiplies P_new / P_old: that ratio corrects for the policy's
+            updates, this weight for the sampler.
     """
     mask = mask.bool()
     weights = weights * bounded_ratio(log_ratio(logp_new, logp_old, mask)).clamp(max=importance_cap)
@@ -137,8 +138,8 @@ def distillation_loss(
 
 
 def token_mean(values: Tensor, mask: Tensor, aggregation: Aggregation = "token-mean") -> Tensor:
-    """Mean of token losses [N, T], which are 0 outside the mask [N, T]: over all tokens, or within each rollout first.
-    A scalar, 0 without tokens; half precision becomes float32."""
+    """Mean of token losses [N, T], which must be 0 outside the mask [N, T]: over all tokens, or within each rollout
+    first. Returns a scalar, 0 without tokens; half precision becomes float32."""
     values = widened(values)
     tokens = mask.sum(-1).to(values.dtype)
     if aggregation == "token-mean":

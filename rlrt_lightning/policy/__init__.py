@@ -1,4 +1,4 @@
-"""The policy: the model, its tokenizer, and every forward pass."""
+"""The policy: model, tokenizer and all forward passes."""
 
 from rlrt_lightning.policy.model import EMBEDDED, Policy
 

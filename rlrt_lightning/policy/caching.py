@@ -1,4 +1,4 @@
-"""What policy and sampler need of key-value caches, whichever kinds of layers an architecture has."""
+"""Helpers for key-value caches that work with every kind of layer, shared by the policy and the sampler."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
 
 
 def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
-    """A key-value cache, by the name that the model's forward pass has for it."""
+    """A key-value cache as the keyword argument of the model's `forward`."""
     return {_cache_name(cast(Any, type(model))): cache}
 
 
 @lru_cache
 def _cache_name(kind: type[PreTrainedModel]) -> str:
-    """Renamed in later releases of transformers, which warn of the old name."""
+    """Later releases of transformers renamed the argument and warn about the old name."""
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def copy_rows(cache: Cache, rows: Any) -> Cache:
-    """A cache of its own that holds some rows of another, which stays as it is.
+    """Copies selected rows of a cache into a new cache; the original is unchanged.
 
     Args:
         cache: A cache of G rows.
-        rows: Which rows the copy has, in order and repeated as often as they are named, int64 [B].
+        rows: Indices of the rows to copy, in order and possibly repeated, int64 [B].
     """
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in copied.layers:
-        # Linear attention keeps its states in dictionaries, which would otherwise be shared with the original.
+        # Linear attention stores its states in dictionaries, which `copy.copy` shares with the original.
         vars(layer).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
-    copied.reorder_cache(rows)  # the one selection that every kind of layer has; it makes new tensors
+    copied.reorder_cache(rows)  # the only selection that all kinds of layers implement; it allocates new tensors
     return copied

@@ -1,4 +1,4 @@
-"""Chat templates: prompts as the model reads them, and which special tokens are no part of a text."""
+"""Chat templates: rendering prompts, and the special tokens that are not part of a text."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMED_TOKENS = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
-"""The special tokens that a tokenizer has a name for."""
+"""The named special tokens of a tokenizer."""
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Roles that any chat template may be given; others only where it names them."""
+"""Roles accepted for any chat template; other roles are accepted only if the template mentions them."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, with what the settings add to a conversation.
+    """A tokenizer's chat template with the user's system prompt and template variables.
 
     Args:
-        tokenizer: Whose template it is.
-        path: Where the model is, for messages.
-        system_prompt: Put before each conversation as the system's message; None for none.
-        kwargs: Passed to the template.
+        tokenizer: The tokenizer.
+        path: The model's path, for error messages.
+        system_prompt: Added to each conversation as its system message; None adds none.
+        kwargs: Variables passed to the template.
 
     Raises:
-        ConfigError: If the template has no use for one of the two.
+        ConfigError: If the template ignores the system prompt or one of the variables.
     """
 
     def __init__(
@@ -42,33 +42,33 @@ class ChatTemplate:
         self.path = path
         self.system_prompt = system_prompt
         self.kwargs = kwargs
-        self._unread: dict[tuple[str, ...], str | None] = {}
+        self._ignored_cache: dict[tuple[str, ...], str | None] = {}
         if kwargs:
             self._check_kwargs()
         if system_prompt is not None:
             self._check_system_prompt()
 
     def render(self, messages: Messages) -> str:
-        """Text of a conversation as the model reads it, up to where the response begins.
+        """Renders a conversation as text, up to the start of the response.
 
         Raises:
-            ConfigError: If the template does not take the conversation, or leaves out a part of it.
+            ConfigError: If the template rejects the conversation or ignores one of its messages.
         """
         systems = sum(message["role"] == "system" for message in messages)
         if self.system_prompt is not None:
             if systems:
                 raise ConfigError(
-                    "model.policy.system_prompt is set, and the prompt has a system message of its own; leave one out"
+                    "model.policy.system_prompt is set, and the prompt has its own system message; remove one of them"
                 )
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         if systems > 1:
-            rank_zero_warn("data.task has prompts with several system messages; models are trained with one: join them")
+            rank_zero_warn("data.task has prompts with several system messages; merge them, as models expect only one")
         self._check_roles(messages)
         text = self._apply(messages)
-        if unread := self._unread_role(tuple(message["role"] for message in messages)):
+        if ignored := self._ignored_role(tuple(message["role"] for message in messages)):
             raise ConfigError(
-                f"model.policy.path: the chat template of {self.path!r} leaves out the message of the role {unread} in "
-                "such a conversation; put its words into the last user's message"
+                f"model.policy.path: the chat template of {self.path!r} ignores the message with the role {ignored} in "
+                "such a conversation; move its text into the last user message"
             )
         return text
 
@@ -77,9 +77,9 @@ class ChatTemplate:
             text: Any = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, **self.kwargs
             )
-        except Exception as error:  # a template refuses a conversation by raising whatever it likes
+        except Exception as error:  # a template may reject a conversation with any exception
             raise ConfigError(
-                f"model.policy.path: the chat template of {self.path!r} takes no such prompt: {first_line(error)}"
+                f"model.policy.path: the chat template of {self.path!r} rejects this prompt: {first_line(error)}"
             ) from error
         return str(text)
 
@@ -89,21 +89,21 @@ class ChatTemplate:
         settable = read - tokens - {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
         if unknown := sorted(self.kwargs.keys() - settable):
             raise ConfigError(
-                f"model.policy.chat_kwargs sets {', '.join(unknown)}, which is no variable of the chat template of "
-                f"{self.path!r}; it reads {', '.join(sorted(settable)) or 'none'}"
+                f"model.policy.chat_kwargs sets {', '.join(unknown)}, which the chat template of {self.path!r} does "
+                f"not read; its variables: {', '.join(sorted(settable)) or 'none'}"
             )
 
     def _check_system_prompt(self) -> None:
         messages = [{"role": role, "content": self.system_prompt or ""} for role in ("system", "user")]
-        wrong = f"the chat template of {self.path!r} leaves out the system's message"
+        reason = f"the chat template of {self.path!r} ignores the system message"
         try:
             self._apply(messages)
-            unread = self._unread_role(("system", "user"))
+            ignored = self._ignored_role(("system", "user"))
         except ConfigError as error:
-            unread, wrong = "system", str(error)
-        if unread:
+            ignored, reason = "system", str(error)
+        if ignored:
             raise ConfigError(
-                f"model.policy.system_prompt: {wrong}; say it in the user's message (data.task.prompt_template)"
+                f"model.policy.system_prompt: {reason}; put it into the user message (data.task.prompt_template)"
             )
 
     def _check_roles(self, messages: Messages) -> None:
@@ -114,26 +114,26 @@ class ChatTemplate:
                     "to be system, user or assistant"
                 )
 
-    def _unread_role(self, roles: tuple[str, ...]) -> str | None:
-        """The role of a message whose words make no difference to what is read in a conversation of these roles, None
-        if there is none."""
-        if roles not in self._unread:
-            self._unread[roles] = None
+    def _ignored_role(self, roles: tuple[str, ...]) -> str | None:
+        """The role of the first message whose content does not change the rendered text of a conversation with these
+        roles; None if all messages are used."""
+        if roles not in self._ignored_cache:
+            self._ignored_cache[roles] = None
             messages = [{"role": role, "content": f"message {i}"} for i, role in enumerate(roles)]
-            with suppress(ConfigError):  # a template may want other words than these
+            with suppress(ConfigError):  # a template may reject these placeholder contents
                 text = self._apply(messages)
                 for i, message in enumerate(messages):
                     if self._apply([*messages[:i], {**message, "content": "other"}, *messages[i + 1 :]]) == text:
-                        self._unread[roles] = message["role"]
+                        self._ignored_cache[roles] = message["role"]
                         break
-        return self._unread[roles]
+        return self._ignored_cache[roles]
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
-    """The chat template of a tokenizer, as Jinja source.
+    """The Jinja source of a tokenizer's chat template.
 
     Raises:
-        ConfigError: If it has several, and none is the default.
+        ConfigError: If the tokenizer has several templates and no default.
     """
     try:
         return str(tokenizer.get_chat_template())
@@ -142,58 +142,60 @@ def template_source(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
 
 
 def template_variables(source: str) -> set[str]:
-    """The variables that a chat template reads and does not set itself.
+    """The undeclared variables of a chat template.
 
     Raises:
-        ConfigError: If it is no Jinja template.
+        ConfigError: If it is not a valid Jinja template.
     """
     from jinja2 import TemplateError
     from jinja2.meta import find_undeclared_variables
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)  # a tag that transformers adds to Jinja
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)  # transformers' extension of Jinja
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         return find_undeclared_variables(environment.parse(source))
     except TemplateError as error:
-        raise ConfigError(f"model.policy.path: the chat template cannot be read: {first_line(error)}") from error
+        raise ConfigError(f"model.policy.path: the chat template cannot be parsed: {first_line(error)}") from error
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The special tokens of a tokenizer with their ids, whatever they are for."""
+    """All special tokens of a tokenizer with their ids."""
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     return {token.content: id for id, token in added.items() if token.special}
 
 
 def named_tokens(tokenizer: PreTrainedTokenizerBase, names: Iterable[str] = NAMED_TOKENS) -> set[int]:
-    """Ids of the special tokens that a tokenizer has a name for."""
+    """Ids of a tokenizer's named special tokens."""
     ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
     return {id for id in ids if id is not None}
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> frozenset[int]:
-    """Tokens that are no part of what a response says: those that end it, those that the tokenizer has a name for
-    (padding, unknown, ...), and the special tokens that the chat template writes around messages.
+    """Tokens that are not part of a completion's text: end tokens, named special tokens (padding, unknown, ...), and
+    the special tokens that the chat template writes around messages.
 
-    Other special tokens are text. So are tags in pairs, such as `<think>` and `</think>`, also where the chat template
-    writes one: an answer may be looked for between them.
+    Other special tokens are text. Paired tags, such as `<think>` and `</think>`, are text even if the chat template
+    writes one, because verifiers may look for an answer between them.
 
     Args:
         tokenizer: The tokenizer.
         ends: Tokens that end a response.
     """
-    frame = ""
+    markup = ""
     if tokenizer.chat_template:
-        said = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-        with suppress(Exception):  # a template may refuse this conversation; its source has most of its tokens
-            frame += str(tokenizer.get_chat_template())
-            frame += str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
-    known = tokenizer.get_vocab()
-    framing = {id for token, id in special_tokens(tokenizer).items() if token in frame and not is_tag(token, known)}
-    return frozenset({*ends, *named_tokens(tokenizer), *framing})
+        messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        with suppress(Exception):  # a template may reject this conversation; its source contains most of its tokens
+            markup += str(tokenizer.get_chat_template())
+            markup += str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    vocabulary = tokenizer.get_vocab()
+    in_template = {
+        id for token, id in special_tokens(tokenizer).items() if token in markup and not is_tag(token, vocabulary)
+    }
+    return frozenset({*ends, *named_tokens(tokenizer), *in_template})
 
 
-def is_tag(token: str, known: dict[str, int]) -> bool:
-    """Whether a token is one of a pair of tags that are both known."""
+def is_tag(token: str, vocabulary: dict[str, int]) -> bool:
+    """Whether a token is an opening or closing tag whose counterpart is in the vocabulary."""
     found = re.fullmatch(r"<(/?)(\w[\w-]*)>", token)
-    return found is not None and (found[2] == "think" or f"<{'' if found[1] else '/'}{found[2]}>" in known)
+    return found is not None and (found[2] == "think" or f"<{'' if found[1] else '/'}{found[2]}>" in vocabulary)

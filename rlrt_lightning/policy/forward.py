@@ -1,5 +1,4 @@
-"""Every forward pass of a policy: log-probs of given tokens, and whatever else is computed from logits, a chunk of
-tokens at a time."""
+"""The forward passes of a policy: log-probs of given tokens, and other functions of the logits, computed in chunks."""
 
 from __future__ import annotations
 
@@ -7,17 +6,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from rlrt_lightning.policy.caching import cache_argument, copy_rows
-from rlrt_lightning.policy.log_probs import Compute, apply_head, in_chunks, token_log_probs
+from rlrt_lightning.policy.head import logits_from_states
+from rlrt_lightning.policy.log_probs import Compute, in_chunks, token_log_probs
 from rlrt_lightning.policy.lora import TeacherAdapters
 from rlrt_lightning.policy.padding import Shared, at_mask, batches, pad_sequences, share_prompts, worth_sharing
-from rlrt_lightning.policy.sharding import decoder_states, in_step
+from rlrt_lightning.policy.sharding import decoder_states, lockstep
 from rlrt_lightning.policy.tokens import TokenSide
 
 if TYPE_CHECKING:
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 
 
 class TokenCounter:
-    """Tokens that forward passes without gradient have read, and the places that these took, padding included."""
+    """Counts the tokens of forward passes without gradients, with and without padding."""
 
     def __init__(self) -> None:
-        self.tokens: Tensor | int = 0  # read when it is asked for: a GPU would stop for it
-        self.places = 0
+        self.tokens: Tensor | int = 0  # a tensor on the GPU until it is read, to avoid a synchronization
+        self.padded_tokens = 0
 
     def add(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        """Counts a pass over tokens [B, T], with the mask of what is seen, [B, T] or longer."""
+        """Counts a forward pass over tokens [B, T]; the attention mask [B, >= T] may also cover cached tokens."""
         self.tokens = self.tokens + attention_mask[:, -input_ids.shape[1] :].sum()
-        self.places += input_ids.numel()
+        self.padded_tokens += input_ids.numel()
 
 
 class ForwardPasses(TokenSide, nn.Module):
-    """The part of a `Policy` that computes with its weights."""
+    """The part of a `Policy` that runs the model."""
 
     model: PreTrainedModel
     logits_chunk: int
@@ -49,16 +49,16 @@ class ForwardPasses(TokenSide, nn.Module):
     gradient_checkpointing: bool
     head_dtype: Literal["float32"] | None
     counter: TokenCounter
-    _head_is_known: bool
-    _continues_prompts: bool
+    _applies_head: bool  # see `_head_matches_model`
+    _caches_prompts: bool  # see `_cache_matches_model`
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt can be read once for several responses in training too: not where activations are computed
-        again, which leaves no cache, nor with sharded weights, which want the same passes on all ranks, nor with linear
-        attention, whose cache is overwritten and leaves nothing for the backward pass."""
+        """Whether several responses can share the forward pass of their prompt in training. Not with gradient
+        checkpointing, which keeps no cache; with sharded weights, which require the same passes on all ranks; or with
+        linear attention, whose cache is overwritten in place before the backward pass."""
         return (
-            self._continues_prompts
+            self._caches_prompts
             and not self._has_linear_attention
             and not self.gradient_checkpointing
             and not isinstance(self.model, FSDPModule)
@@ -72,29 +72,29 @@ class ForwardPasses(TokenSide, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     @contextmanager
     def evaluating(self) -> Iterator[PreTrainedModel]:
-        """The model without dropout, gradient or gradient checkpointing. Where the weights are sharded all ranks have
-        to enter, each with as many forward passes as it needs, and leave together."""
+        """The model without dropout, gradients or gradient checkpointing. With sharded weights this is collective: all
+        ranks have to enter it, may run different numbers of forward passes, and leave it together."""
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), in_step(self.model):
+            with torch.no_grad(), lockstep(self.model):
                 yield self.model
         finally:
             self.model.train(was_training)
 
     @contextmanager
     def weights_of(self, teacher: nn.Module) -> Iterator[None]:
-        """Computes with the teacher's weights where it has its own."""
+        """Runs forward passes with the teacher's weights if it has its own."""
         own = self.model
         adapters: TeacherAdapters | None = getattr(teacher, "adapters", None)
-        self.model = cast("PreTrainedModel", teacher._modules.get("model", own))
+        self.model = getattr(teacher, "model", own)
         try:
-            with adapters.within(own) if adapters is not None else nullcontext():
+            with adapters.applied_to(own) if adapters is not None else nullcontext():
                 yield
         finally:
             self.model = own
@@ -108,18 +108,18 @@ class ForwardPasses(TokenSide, nn.Module):
         blocks: Sequence[tuple[int, int]] | None = None,
         shared: Shared | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each response token, without the logits of the whole batch in memory.
+        """Log-probability and entropy of each response token, without materializing the logits of the whole batch.
 
         Args:
             input_ids: Prompt and response, padded on the right, [B, T].
             attention_mask: 0 at padding, [B, T].
             response_mask: True at response tokens, [B, T]; never at position 0.
-            temperature: Divides the logits, as it did when the tokens were sampled.
-            blocks: As in `from_logits`; so is the next.
-            shared: The prompts that rows share.
+            temperature: Divides the logits; the sampling temperature.
+            blocks: See `from_logits`.
+            shared: See `from_logits`.
 
         Returns:
-            Log-probs and entropies in nats, float32 [B, T], 0 outside the response. Gradient flows through both.
+            Log-probs and entropies in nats, float32 [B, T], 0 outside the response. Gradients flow through both.
         """
         targets = input_ids[response_mask.bool()]
         logp, entropy = self.from_logits(
@@ -141,65 +141,65 @@ class ForwardPasses(TokenSide, nn.Module):
         attention_mask: Tensor,
         response_mask: Tensor,
         temperature: float,
-        *of_tokens: Tensor,
+        *token_inputs: Tensor,
         blocks: Sequence[tuple[int, int]] | None = None,
         shared: Shared | None = None,
     ) -> list[Tensor]:
-        """What can be computed from the logits of each response token, `logits_chunk` tokens at a time: the logits of a
-        chunk are dropped, and computed again in the backward pass, so that they are never all in memory.
+        """Applies `compute` to the logits of the response tokens, `logits_chunk` tokens at a time. The logits of a
+        chunk are freed, and recomputed in the backward pass, so that memory never holds those of all tokens.
 
         Args:
-            compute: Takes float32 logits [C, V] of C tokens and their share of each of `of_tokens`, and returns tensors
-                [C, ...].
-            input_ids: As in `log_probs`; so are the next three.
-            attention_mask: [B, T].
-            response_mask: [B, T].
-            temperature: Divides the logits.
-            of_tokens: Whatever else `compute` needs of the R response tokens of the batch, in reading order, [R, ...].
-            blocks: Rows and width of the parts that go through the decoder on their own, as `padding.blocks` gives
-                them; None for one part.
-            shared: The prompts, where each is read once for the rows that share it; the widths of the blocks are then
-                those of the responses alone.
+            compute: Takes float32 logits [C, V] of C tokens and the matching slices of `token_inputs`, and returns
+                tensors [C, ...].
+            input_ids: See `log_probs`.
+            attention_mask: See `log_probs`.
+            response_mask: See `log_probs`.
+            temperature: See `log_probs`.
+            token_inputs: Further inputs of `compute` for the batch's R response tokens, row by row, [R, ...].
+            blocks: Number of rows and width of each block that passes through the decoder separately, from
+                `padding.blocks`; None for a single block.
+            shared: Prompts that are shared by several rows and read once; the widths of `blocks` then count response
+                tokens only. None reads each row's own prompt.
 
         Returns:
-            The tensors that `compute` returns, of all response tokens, [R, ...].
+            The outputs of `compute` for all response tokens, [R, ...].
         """
         blocks = blocks or [(len(input_ids), input_ids.shape[1])]
         if shared is not None:
-            states = self._states_of_siblings(input_ids, attention_mask, response_mask, blocks, shared)
-            return self._in_chunks(compute, states, temperature, *of_tokens)
+            states = self._states_with_shared_prompts(input_ids, attention_mask, response_mask, blocks, shared)
+            return self._in_chunks(compute, states, temperature, *token_inputs)
         parts, start = [], 0
         for rows, width in blocks:
             part = slice(start, start + rows), slice(width)
             parts.append(self._states(input_ids[part], attention_mask[part], response_mask[part]))
             start += rows
-        return self._in_chunks(compute, torch.cat(parts), temperature, *of_tokens)
+        return self._in_chunks(compute, torch.cat(parts), temperature, *token_inputs)
 
-    def _in_chunks(self, compute: Compute, states: Tensor, temperature: float, *of_tokens: Tensor) -> list[Tensor]:
+    def _in_chunks(self, compute: Compute, states: Tensor, temperature: float, *token_inputs: Tensor) -> list[Tensor]:
         logits_of = partial(self._tempered_logits, temperature=temperature)
-        return in_chunks(compute, logits_of, states, self.logits_chunk, *of_tokens)
+        return in_chunks(compute, logits_of, states, self.logits_chunk, *token_inputs)
 
     def _states(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
-        """What `_logits` makes the logits of each response token of, [R, H]."""
+        """The states from which `_tempered_logits` computes the logits of each response token, [R, H]."""
         states = self._all_states(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return states[:, :-1][response_mask[:, 1:].bool()]
 
     def _all_states(self, **inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             self.counter.add(inputs["input_ids"], inputs["attention_mask"])
-        if self._head_is_known:
+        if self._applies_head:
             return decoder_states(self.model, **inputs).last_hidden_state
         return self.model(**inputs).logits
 
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probs of given responses after given prompts, without gradient.
+        """Log-probs of given responses after given prompts, without gradients.
 
         Args:
             sequences: Token ids of prompt and response.
             temperature: Divides the logits.
 
         Returns:
-            For each sequence a float32 tensor on the CPU, as long as the response, in nats.
+            For each sequence the log-probs of its T response tokens, nats, float32 [T], on the CPU.
         """
         targets = [torch.tensor(response, dtype=torch.long) for _, response in sequences]
         return [logp for logp, _ in self.score_by(token_log_probs, sequences, temperature, targets)]
@@ -209,31 +209,33 @@ class ForwardPasses(TokenSide, nn.Module):
         compute: Compute,
         sequences: Sequence[tuple[list[int], list[int]]],
         temperature: float,
-        *of_tokens: Sequence[Tensor],
+        *token_inputs: Sequence[Tensor],
     ) -> list[tuple[Tensor, ...]]:
-        """What can be computed from the logits of given responses after given prompts (`from_logits`), without
-        gradient, in batches of about `score_tokens` tokens of similar length. A prompt that several responses share is
-        read once for them.
+        """Applies `compute` to the logits of given responses after given prompts, as `from_logits` does, without
+        gradients. Sequences of similar length are batched, with about `score_tokens` tokens per batch. A prompt shared
+        by several responses is read once.
 
         Args:
-            compute: As in `from_logits`.
+            compute: See `from_logits`.
             sequences: Token ids of prompt and response.
             temperature: Divides the logits.
-            of_tokens: Whatever else `compute` needs of each sequence's response, [T, ...] each.
+            token_inputs: Further inputs of `compute`, for each sequence's T response tokens, [T, ...].
 
         Returns:
-            For each sequence what `compute` returns of its response, on the CPU, [T, ...] each.
+            For each sequence the outputs of `compute` for its response tokens, [T, ...], on the CPU.
         """
         scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
         with self.evaluating():
-            for chosen, states in self._states_of(sequences):
-                given = [torch.cat([values[i] for i in chosen]).to(self.device) for values in of_tokens]
-                _deal(self._in_chunks(compute, states, temperature, *given), chosen, sequences, scores)
+            for chosen, states in self._states_in_batches(sequences):
+                inputs = [torch.cat([values[i] for i in chosen]).to(self.device) for values in token_inputs]
+                _scatter(self._in_chunks(compute, states, temperature, *inputs), chosen, sequences, scores)
         return scores
 
-    def _states_of(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[list[int], Tensor]]:
-        """Sequences in batches, with what `_logits` makes the logits of their response tokens of, [R, H]."""
-        if not self._continues_prompts or not worth_sharing(sequences):
+    def _states_in_batches(
+        self, sequences: Sequence[tuple[list[int], list[int]]]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches of sequences: their indices, and the states of their response tokens as in `_states`, [R, H]."""
+        if not self._caches_prompts or not worth_sharing(sequences):
             for chosen in batches([sum(map(len, sequence)) for sequence in sequences], self.score_tokens):
                 yield chosen, self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
             return
@@ -241,22 +243,22 @@ class ForwardPasses(TokenSide, nn.Module):
         for i, (prompt, _) in enumerate(sequences):
             siblings.setdefault(tuple(prompt), []).append(i)
         groups = list(siblings.items())
-        most = max(len(rows) for _, rows in groups)  # the room that a prompt takes is that of all its rows
+        most = max(len(rows) for _, rows in groups)  # a prompt's cache is copied for each of its rows
         for part in batches([len(prompt) for prompt, _ in groups], max(1, self.score_tokens // most)):
             yield from self._states_after_prompts(sequences, [i for g in part for i in groups[g][1]])
 
     def _states_after_prompts(
         self, sequences: Sequence[tuple[list[int], list[int]]], chosen: Sequence[int]
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Reads the prompts of some sequences, and then the responses that follow each."""
-        prompts, mask, after = share_prompts([sequences[i][0] for i in chosen], self.device)
-        read = self._read_prompts(prompts, mask)
+        """Reads the distinct prompts of the chosen sequences, then their responses in batches."""
+        prompts, prompt_mask, prompt_index = share_prompts([sequences[i][0] for i in chosen], self.device)
+        prefix = self._prefill(prompts, prompt_mask)
         for part in batches([len(sequences[i][1]) for i in chosen], self.score_tokens):
-            those = [chosen[m] for m in part]
-            told, _, asked = pad_sequences([([], sequences[i][1]) for i in those], self.device)
-            yield those, self._states_told(read, mask, after[part], told, asked)[asked]
+            batch = [chosen[m] for m in part]
+            ids, _, mask = pad_sequences([([], sequences[i][1]) for i in batch], self.device)
+            yield batch, self._response_states(prefix, prompt_mask, prompt_index[part], ids, mask)[mask]
 
-    def _states_of_siblings(
+    def _states_with_shared_prompts(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -264,30 +266,30 @@ class ForwardPasses(TokenSide, nn.Module):
         blocks: Sequence[tuple[int, int]],
         shared: Shared,
     ) -> Tensor:
-        """`_states` of rows whose prompts are read once for all of them, [R, H]."""
-        prompts, mask, after = shared
-        read = self._read_prompts(prompts, mask)
+        """`_states` of rows that share prompts, each of which is read once, [R, H]."""
+        prompts, prompt_mask, prompt_index = shared
+        prefix = self._prefill(prompts, prompt_mask)
         begin = (attention_mask.bool() & ~response_mask.bool()).sum(1, keepdim=True)
         length = response_mask.sum(1, keepdim=True)
         parts, start = [], 0
         for rows, width in blocks:
             part, start = slice(start, start + rows), start + rows
-            place = torch.arange(width, device=input_ids.device)
-            asked = place < length[part]
-            told = input_ids[part].gather(1, (begin[part] + place).clamp(max=input_ids.shape[1] - 1))
-            parts.append(self._states_told(read, mask, after[part], told, asked)[asked])
+            column = torch.arange(width, device=input_ids.device)
+            mask = column < length[part]
+            ids = input_ids[part].gather(1, (begin[part] + column).clamp(max=input_ids.shape[1] - 1))
+            parts.append(self._response_states(prefix, prompt_mask, prompt_index[part], ids, mask)[mask])
         return torch.cat(parts)
 
-    def _read_prompts(self, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
-        """The cache of some prompts [G, P], padded on the left, and the state of each one's last token [G, H]."""
+    def _prefill(self, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+        """The cache of prompts [G, P], padded on the left, and the states of their last tokens [G, H]."""
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache(config=self.config)
-        states = self._read_on(cache, ids, mask)
+        states = self._extend(cache, ids, mask)
         return cache, states[:, -1]
 
-    def _read_on(self, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor:
-        """The states of tokens [B, T] that follow those of a cache, and are added to it; mask of both, [B, P+T]."""
+    def _extend(self, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor:
+        """Appends tokens [B, T] to a cache of P tokens and returns their states; mask of both, [B, P+T]."""
         return self._all_states(
             input_ids=ids,
             attention_mask=mask,
@@ -296,25 +298,31 @@ class ForwardPasses(TokenSide, nn.Module):
             **cache_argument(self.model, cache),
         )
 
-    def _states_told(
-        self, read: tuple[DynamicCache, Tensor], mask: Tensor, after: Tensor, told: Tensor, asked: Tensor
+    def _response_states(
+        self,
+        prefix: tuple[DynamicCache, Tensor],
+        prompt_mask: Tensor,
+        prompt_index: Tensor,
+        response_ids: Tensor,
+        response_mask: Tensor,
     ) -> Tensor:
-        """What predicts each token of some responses, [B, T, H].
+        """The states that predict each response token, [B, T, H].
 
         Args:
-            read: What `_read_prompts` gave.
-            mask: Of the prompts, [G, P].
-            after: Which prompt each response follows, [B].
-            told: The responses, padded on the right, [B, T].
-            asked: Their mask, [B, T].
+            prefix: Cache and last states of the prompts, from `_prefill`.
+            prompt_mask: Attention mask of the prompts, [G, P].
+            prompt_index: Index of the prompt of each response, [B].
+            response_ids: Responses, padded on the right, [B, T].
+            response_mask: True at response tokens, [B, T].
         """
-        cache, last = read
-        states = last[after][:, None]
-        if told.shape[1] <= 1:
-            return states[:, : told.shape[1]]
-        seen = torch.cat([mask[after], asked[:, 1:].long()], 1)  # the last token of a response predicts nothing
-        told_states = self._read_on(copy_rows(cache, after), told[:, :-1], seen)
-        return torch.cat([states, told_states], 1)
+        cache, last = prefix
+        states = last[prompt_index][:, None]
+        if response_ids.shape[1] <= 1:
+            return states[:, : response_ids.shape[1]]
+        # The last token of a response predicts nothing, so it is not an input.
+        attention_mask = torch.cat([prompt_mask[prompt_index], response_mask[:, 1:].long()], 1)
+        following = self._extend(copy_rows(cache, prompt_index), response_ids[:, :-1], attention_mask)
+        return torch.cat([states, following], 1)
 
     def compare(
         self,
@@ -324,18 +332,18 @@ class ForwardPasses(TokenSide, nn.Module):
         other: nn.Module,
         temperature: float = 1.0,
     ) -> list[tuple[Tensor, ...]]:
-        """What can be computed from two sets of logits at each token of the same responses: this policy's after one
-        prompt, and another model's, or its own, after another prompt. Without gradient, a chunk at a time.
+        """Applies `compute` to two sets of logits of the same responses: this policy's after one prompt, and those of
+        `other` after another prompt. Without gradients, in chunks.
 
         Args:
             compute: Takes float32 logits [C, V] of C tokens from either side and returns tensors [C, ...].
             sequences: Token ids of prompt and response, for this policy.
-            others: The same responses after what the other side is shown.
-            other: Whose weights the other side has, as in `weights_of`.
+            others: The same responses after the prompts of `other`.
+            other: The module whose weights are used for `others`, as in `weights_of`.
             temperature: Divides the logits.
 
         Returns:
-            For each sequence what `compute` returns of its response, on the CPU, [T, ...] each.
+            For each sequence the outputs of `compute` for its response tokens, [T, ...], on the CPU.
         """
         scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
         lengths = [max(sum(map(len, a)), sum(map(len, b))) for a, b in zip(sequences, others, strict=True)]
@@ -349,98 +357,92 @@ class ForwardPasses(TokenSide, nn.Module):
                     first = self._tempered_logits(a, temperature)
                     with self.weights_of(other):
                         parts.append(compute(first, self._tempered_logits(b, temperature)))
-                _deal([torch.cat(results) for results in zip(*parts, strict=True)], chosen, sequences, scores)
+                _scatter([torch.cat(results) for results in zip(*parts, strict=True)], chosen, sequences, scores)
         return scores
 
     def _tempered_logits(self, states: Tensor, temperature: float) -> Tensor:
-        logits = self._logits(states).float()
-        return logits if temperature == 1 else logits / temperature
-
-    def _logits(self, states: Tensor, model: PreTrainedModel | None = None) -> Tensor:
-        """What the model's forward does after its decoder, for the architectures that do more than the head."""
-        if not self._head_is_known:
-            return states  # they are logits already
-        head = (self.model if model is None else model).get_output_embeddings()
-        logits = apply_head(head, states, in_float32=self.head_dtype is not None)
-        config = self.config.get_text_config()
-        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / scaling
-        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        # Without a known head the states are already logits.
+        logits = logits_from_states(self.model, states, self.head_is_float32) if self._applies_head else states
+        return logits.float() if temperature == 1 else logits.float() / temperature
 
     @property
     def head_is_float32(self) -> bool:
-        """Whether logits are computed in float32 even where the rest of the model is in half precision."""
-        return self.head_dtype is not None and self._head_is_known
+        """Whether the head computes in float32, even if the rest of the model computes in half precision."""
+        return self.head_dtype is not None and self._applies_head
 
     def next_logits(self, model: PreTrainedModel, **inputs: Any) -> Tensor:
-        """Logits [B, V] of the token that follows each row of the inputs of a model of the policy's kind, such as a
-        copy of it, computed as in training."""
-        if not self._head_is_known:
-            return model(logits_to_keep=1, **inputs).logits[:, -1]
-        return self._logits(decoder_states(model, **inputs).last_hidden_state[:, -1], model)
+        """Logits [B, V] of the token after each row of the inputs, computed as in training.
 
-    def _chunks_match_the_model(self) -> bool:
-        """Whether decoder plus head gives the model's own logits. Architectures do odd things after the head, and a
-        silent difference would be a wrong gradient."""
-        self._head_is_known = True
+        Args:
+            model: The policy's model, or a copy of it in another dtype.
+            inputs: Inputs of the model's forward.
+        """
+        if not self._applies_head:
+            return model(logits_to_keep=1, **inputs).logits[:, -1]
+        states = decoder_states(model, **inputs).last_hidden_state[:, -1]
+        return logits_from_states(model, states, self.head_is_float32)
+
+    def _head_matches_model(self) -> bool:
+        """Whether decoder, head and known scalings reproduce the model's logits. Some architectures apply further
+        operations after the head; missing one would silently give wrong gradients."""
+        self._applies_head = True
         ids = torch.arange(4, device=self.device)[None]
-        near = 1e-4 if self.dtype == "float32" else 1e-2  # a soft cap far above small logits changes them by little
+        # Tight, because a missing soft cap hardly changes small logits.
+        tolerance = 1e-4 if self.dtype == "float32" else 1e-2
         with self.evaluating():
             expected = self.model(input_ids=ids, use_cache=False).logits
             try:
                 states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-                same = torch.allclose(self._logits(states).float(), expected.float(), rtol=near, atol=near)
+                logits = self._tempered_logits(states, 1.0)
+                same = torch.allclose(logits, expected.float(), rtol=tolerance, atol=tolerance)
             except (AttributeError, TypeError):
                 same = False
         if not same:
             log.warning(
-                "The logits of %s are not its head applied to its decoder's states; they are computed for whole "
-                "batches at once, which takes more memory, and without model.policy.head_dtype.",
+                "The logits of %s are not its head applied to its decoder's states; the logits of whole batches are "
+                "computed at once, which takes more memory, and model.policy.head_dtype is ignored.",
                 type(self.model).__name__,
             )
         return same
 
-    def _cache_matches_the_model(self) -> tuple[bool, bool]:
-        """Whether responses that follow cached prompts of different lengths have the states of whole sequences, where
-        all of their tokens follow at once, and one by one. Some recurrent architectures read the padding, or begin anew
-        where several tokens follow."""
+    def _cache_matches_model(self) -> tuple[bool, bool]:
+        """Whether responses after cached prompts of different lengths have the same states as in whole sequences, first
+        with all response tokens in one pass, then token by token. Some recurrent architectures read padding, or reset
+        their state when several tokens follow a cache."""
         sequences = [([0, 1, 2], [3, 2, 1]), ([3], [0, 1, 2]), ([0, 1, 2], [2, 3, 0])]
-        near = 1e-2 if self.dtype == "float32" else 0.3
+        tolerance = 1e-2 if self.dtype == "float32" else 0.3
         with self.evaluating():
             expected = self._states(*pad_sequences(sequences, self.device)).float()
             try:
-                at_once, in_steps = (
-                    float((states.flatten(0, 1).float() - expected).norm()) <= near * float(expected.norm())
-                    for states in self._states_by_cache(sequences)
+                one_pass, token_by_token = (
+                    float((states.flatten(0, 1).float() - expected).norm()) <= tolerance * float(expected.norm())
+                    for states in self._cached_states(sequences)
                 )
             except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-                return False, False  # a cache of its own kind, in older releases of transformers
-        return at_once, in_steps
+                return False, False  # architectures with their own cache class, in older releases of transformers
+        return one_pass, token_by_token
 
-    def _states_by_cache(self, sequences: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        """`_states` of responses of one length after prompts read once, in one pass and token by token, [B, T, H]."""
-        prompts, mask, after = share_prompts([prompt for prompt, _ in sequences], self.device)
-        told, _, asked = pad_sequences([([], response) for _, response in sequences], self.device)
-        read = self._read_prompts(prompts, mask)
-        at_once = self._states_told(read, mask, after, told, asked)
-        cache, seen, states = copy_rows(read[0], after), mask[after], [read[1][after][:, None]]
-        for step in range(told.shape[1] - 1):
-            seen = torch.cat([seen, asked[:, step : step + 1].long()], 1)
-            states.append(self._read_on(cache, told[:, step : step + 1], seen))
-        return at_once, torch.cat(states, 1)
+    def _cached_states(self, sequences: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        """States of responses of equal length after cached prompts, in one pass and token by token, [B, T, H] each."""
+        prompts, prompt_mask, prompt_index = share_prompts([prompt for prompt, _ in sequences], self.device)
+        ids, _, mask = pad_sequences([([], response) for _, response in sequences], self.device)
+        prefix = self._prefill(prompts, prompt_mask)
+        one_pass = self._response_states(prefix, prompt_mask, prompt_index, ids, mask)
+        cache, attention_mask = copy_rows(prefix[0], prompt_index), prompt_mask[prompt_index]
+        states = [prefix[1][prompt_index][:, None]]
+        for step in range(ids.shape[1] - 1):
+            attention_mask = torch.cat([attention_mask, mask[:, step : step + 1].long()], 1)
+            states.append(self._extend(cache, ids[:, step : step + 1], attention_mask))
+        return one_pass, torch.cat(states, 1)
 
 
-def _deal(
+def _scatter(
     results: Sequence[Tensor],
     chosen: Sequence[int],
     sequences: Sequence[tuple[list[int], list[int]]],
     scores: list[tuple[Tensor, ...]],
 ) -> None:
-    """Gives each chosen sequence its response's share of figures of all their tokens, [R, ...] each."""
+    """Splits results [R, ...] of the chosen sequences' response tokens, and stores each sequence's part in `scores`."""
     lengths = [len(sequences[i][1]) for i in chosen]
     for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
         scores[i] = tuple(part.clone() for part in parts)

@@ -1,4 +1,4 @@
-"""Low-rank adapters, by peft: in the model, as a teacher's own, and as a folder."""
+"""Low-rank adapters (peft): in the policy's model, in the teacher, and on disk."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoRA:
-    """Low-rank adapters (arXiv:2106.09685) by peft, in place in the model.
+    """Low-rank adapters (arXiv:2106.09685), injected into the model by peft.
 
     Args:
         rank: Rank of the adapters.
-        alpha: Their output is scaled by alpha / rank.
-        dropout: Of their input, while training.
-        targets: Names of the layers that get one; null is all linear layers but the head.
+        alpha: The adapters' output is scaled by alpha / rank.
+        dropout: Dropout probability of the adapters' input during training.
+        targets: Names of the layers that get an adapter; null adapts all linear layers except the head.
     """
 
     rank: int = 16
@@ -46,7 +46,7 @@ class LoRA:
 
     @property
     def config(self) -> LoraConfig:
-        """The same for peft."""
+        """The settings as peft's config."""
         from peft import LoraConfig
 
         targets: Any = self.targets or "all-linear"
@@ -54,10 +54,10 @@ class LoRA:
         return LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings)
 
     def add_to(self, model: PreTrainedModel) -> None:
-        """Puts the adapters in and freezes everything else. They begin as the same on every rank.
+        """Injects the adapters and freezes all other weights. Their initial values are the same on every rank.
 
         Raises:
-            ConfigError: If the model has no such layers.
+            ConfigError: If the model has none of the target layers.
         """
         from peft import inject_adapter_in_model
 
@@ -67,33 +67,33 @@ class LoRA:
             raise ConfigError(f"model.policy.lora: {first_line(error)}") from error
 
     def save(self, model: PreTrainedModel, folder: Path, base: str, write: bool) -> None:
-        """Writes the adapters as a folder that peft and vLLM load beside the base model.
+        """Writes the adapters as a folder that peft and vLLM can load on top of the base model.
 
         Args:
-            model: The model that has them.
-            folder: Where to.
-            base: The model that they belong on, as its path or Hugging Face id.
-            write: False on ranks that only hold a part of them, which have to call this too.
+            model: The model with the adapters.
+            folder: The folder to write.
+            base: Path or Hugging Face id of the base model.
+            write: Whether this rank writes. All ranks have to call this if the weights are sharded.
         """
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        of_peft = get_peft_model_state_dict(model)
-        weights = {f"base_model.model.{name}": whole(tensor).cpu().contiguous() for name, tensor in of_peft.items()}
+        state = get_peft_model_state_dict(model)
+        weights = {f"base_model.model.{name}": whole(tensor).cpu().contiguous() for name, tensor in state.items()}
         if not write:
             return
         config = self.config
         config.base_model_name_or_path = base
         config.inference_mode = True
-        targets = (name.rpartition(".lora_A.")[0] for name in of_peft)
+        targets = (name.rpartition(".lora_A.")[0] for name in state)
         config.target_modules = sorted({target.rpartition(".")[2] for target in targets if target})
         config.save_pretrained(str(folder))
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def merged(model: nn.Module, name: str, weight: Tensor) -> tuple[str, Tensor] | None:
-    """A tensor of a model's state by its name in the model's own checkpoint, the adapter's share added to it; None for
-    a part of an adapter."""
+    """A tensor of a model's state dict with its adapter merged into it, and its name in a checkpoint without adapters;
+    None for a tensor of an adapter."""
     if ".lora_" in name:
         return None
     owner, base, kind = name.rpartition(".base_layer.")
@@ -104,11 +104,11 @@ def merged(model: nn.Module, name: str, weight: Tensor) -> tuple[str, Tensor] | 
 
 
 class TeacherAdapters(nn.Module):
-    """A teacher whose weights differ from the policy's in the adapters alone.
+    """The adapters of a teacher that shares all other weights with the policy.
 
     Args:
         model: The policy's model, whose adapters are copied.
-        off: The teacher is the model without adapters, as it was before training: nothing is copied.
+        off: Whether the teacher is the model without adapters, as before training; nothing is copied then.
     """
 
     def __init__(self, model: nn.Module, off: bool) -> None:
@@ -117,36 +117,41 @@ class TeacherAdapters(nn.Module):
         self.copy(model)
 
     def copy(self, model: nn.Module) -> None:
-        """Copies the model's adapters as they are now, values and shards."""
+        """Copies the model's current adapters, with the same sharding."""
         copied = [] if self.off else _adapters(model)
         self.copies = nn.ParameterList(nn.Parameter(p.detach().clone(), requires_grad=False) for p in copied)
 
     @contextmanager
-    def within(self, model: nn.Module) -> Iterator[None]:
-        """Computes with these adapters in place of the model's own."""
-        change = self._switch if self.off else self._exchange
-        change(model)
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Runs the model with these adapters instead of its own."""
+        if self.off:
+            _scale(model, 0.0)  # not peft's `enable_adapters`, which also changes what requires a gradient
+        else:
+            self._swap(model)
         try:
             yield
         finally:
-            change(model)
+            if self.off:
+                _scale(model, 1.0)
+            else:
+                self._swap(model)
 
     @torch.no_grad()
-    def _exchange(self, model: nn.Module) -> None:
+    def _swap(self, model: nn.Module) -> None:
         for ours, theirs in zip(self.copies, _adapters(model), strict=True):
             a, b = local(ours), local(theirs)
-            kept = b.clone()
+            previous = b.clone()
             b.copy_(a)
-            a.copy_(kept)
+            a.copy_(previous)
 
-    @staticmethod
-    def _switch(model: nn.Module) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                # Not `enable_adapters`, which also changes what requires a gradient.
-                layer._disable_adapters = not layer._disable_adapters
+def _scale(model: nn.Module, factor: float) -> None:
+    """Scales the adapters' contribution; with 0 the outputs are exactly those of the model without adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", factor)
 
 
 def _adapters(model: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The policy: a causal language model, its tokenizer, and the log-probabilities of given tokens under it."""
+"""The policy: a causal language model, its tokenizer, and its forward passes."""
 
 from __future__ import annotations
 
@@ -28,25 +28,24 @@ EMBEDDED = Path(__file__).parents[1] / "tasks" / "strategy_sum" / "model"
 
 @final
 class Policy(ForwardPasses):
-    """The language model that is trained. Nothing is read from disk before it is needed; the weights come last.
+    """The language model being trained. Files are read on first use, the weights last.
 
     Args:
         path: A folder, a Hugging Face id, or `embedded` for the small model that ships with the package.
-        dtype: Type of the weights. Keep float32 for training and let `--trainer.precision=bf16-mixed` compute in bf16:
-            an update of 1e-6 vanishes in the 8 bits of a bfloat16 weight.
-        head_dtype: Type in which the head computes logits, from states and weights in that type. In half precision,
-            logits rounded to bfloat16 are the largest part of the difference between sampler and trainer; null
-            computes them as the rest of the model.
+        dtype: Data type of the weights. Keep float32 for training and compute in bfloat16 with
+            `--trainer.precision=bf16-mixed`: bfloat16 weights have 8 significant bits, too few for updates of 1e-6.
+        head_dtype: Data type in which the output head computes logits; null uses that of the rest of the model. In
+            bfloat16, rounded logits cause much of the mismatch between sampler and trainer.
         attention: Attention implementation of transformers: sdpa, eager, flash_attention_2, ...
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        logits_chunk: Tokens whose logits exist at once while log-probs are computed; memory is this times the
-            vocabulary, not batch times length times vocabulary.
-        score_tokens: Tokens, padding included, in one forward pass without gradient.
-        chat: Put prompts into the model's chat template; null does so where the tokenizer has one. Without it, a
-            conversation is the text of its messages.
-        chat_kwargs: Variables of the chat template, for example `enable_thinking: false`; it has to read them.
-        system_prompt: Put before the conversation as the system's message; needs a chat template with a system role.
-        lora: Train low-rank adapters in place of the weights; null trains all weights.
+        logits_chunk: Number of tokens whose logits are in memory at once when log-probs are computed; memory grows with
+            logits_chunk * vocabulary, not batch * length * vocabulary.
+        score_tokens: Number of tokens, including padding, in a forward pass without gradients.
+        chat: Whether to apply the model's chat template to prompts; null applies it if the tokenizer has one. Without
+            the template, the messages of a conversation are joined as text.
+        chat_kwargs: Variables of the chat template, such as `enable_thinking: false`; the template has to read them.
+        system_prompt: System message added to each conversation; requires a chat template with a system role.
+        lora: Train low-rank adapters and freeze the other weights; null trains all weights.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Policy(ForwardPasses):
                 raise ConfigError(f"model.policy.{name} is {value}; it has to be at least 1")
         for name, given in {"system_prompt": system_prompt is not None, "chat_kwargs": bool(chat_kwargs)}.items():
             if given and chat is False:
-                raise ConfigError(f"model.policy.{name} is for a chat template, and model.policy.chat is false")
+                raise ConfigError(f"model.policy.{name} requires a chat template, but model.policy.chat is false")
         self.path = str(EMBEDDED) if path == "embedded" else path
         self.dtype = dtype
         self.head_dtype = head_dtype
@@ -85,20 +84,20 @@ class Policy(ForwardPasses):
             raise ConfigError(
                 "model.policy.lora needs peft, which is not installed: pip install 'rlrt-lightning[lora]'"
             )
-        self._head_is_known = True
-        self._continues_prompts = False
+        self._applies_head = True
+        self._caches_prompts = False
         self.decodes_rows = False
-        """Whether padded rows can be decoded token by token with a key-value cache; known after `load`."""
+        """Whether padded rows can be decoded token by token with a key-value cache; set by `load`."""
         self.counter = TokenCounter()
-        """What was read without gradient."""
+        """Counts the tokens of forward passes without gradients."""
 
     def load(self) -> None:
-        """Reads the weights, once.
+        """Loads the weights; does nothing if they are loaded.
 
         Raises:
-            ConfigError: If they cannot be read, or the attention implementation is not there.
+            ConfigError: If the weights cannot be read, or the attention implementation is not available.
         """
-        if "model" in self._modules:
+        if hasattr(self, "model"):
             return
         from transformers import AutoModelForCausalLM
 
@@ -109,32 +108,32 @@ class Policy(ForwardPasses):
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=self.attention,
                 trust_remote_code=False,
-                weights_only=True,  # of a pytorch_model.bin, which is a pickle
+                weights_only=True,  # for a pytorch_model.bin, which is a pickle
             )
         except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
             raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {reason(error)}") from error
         if self.gradient_checkpointing:
-            # Renamed in later releases of transformers, which warn of the old name.
+            # Later releases of transformers renamed the method and warn about the old name.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         if self.lora is not None:
             self.lora.add_to(model)
         if self._positions_before_longrope:
             log.warning(
-                "model.policy.path: sequences are limited to %d tokens, where the model's position frequencies change "
-                "(longrope): beyond, the rows of a batch would change each other's log-probs",
+                "model.policy.path: sequences are limited to %d tokens, because longer ones change the position "
+                "frequencies (longrope) and so the log-probs of the other rows in a batch",
                 self.max_positions,
             )
         self.adopt(model)
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Takes a loaded model as the policy's weights."""
+        """Uses a loaded model as the policy's model."""
         self.model = model.train()
-        self._head_is_known = self._chunks_match_the_model()
-        self._continues_prompts, self.decodes_rows = self._cache_matches_the_model()
+        self._applies_head = self._head_matches_model()
+        self._caches_prompts, self.decodes_rows = self._cache_matches_model()
 
     def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
-        """A whole model of the same kind without adapters, whose weights are yet to be filled in, for inference."""
+        """An unsharded model of the same architecture for inference, with uninitialized weights and no adapters."""
         from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
@@ -145,9 +144,9 @@ class Policy(ForwardPasses):
         return model.eval().requires_grad_(False)
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by their names in a checkpoint, one at a time and without gradient, adapters merged into them. A
-        head that is tied to the embeddings is among them: a sampler may have packed it for itself, and would keep the
-        old one. Where they are sharded all ranks have to read them, and each gets them whole."""
+        """The weights with adapters merged into them, one at a time, by their names in a checkpoint. Includes a head
+        that is tied to the embeddings, because a sampler may keep a separate packed copy of it. Collective if the
+        weights are sharded: all ranks have to iterate, and each gets full tensors."""
         state = self.model.state_dict()
         for name, tensor in state.items():
             if (pair := merged(self.model, name, tensor)) is not None:

@@ -1,4 +1,4 @@
-"""Sequences of different lengths as tensors, with little padding."""
+"""Padding and batching of sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-WASTE = 0.04
-"""Share of the places of a forward pass that may be padding, before it is made in several blocks."""
+MAX_PADDING = 0.04
+"""Fraction of the padded tokens in a forward pass that may be padding before the batch is cut into blocks."""
 
 
 def pad_sequences(
     sequences: Sequence[tuple[list[int], list[int]]], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads prompt + response on the right.
+    """Concatenates prompts and responses, and pads them on the right.
 
     Returns:
         Token ids (0 at padding), attention mask (1 at tokens) and response mask (true at response tokens), all [B, T].
@@ -31,15 +31,15 @@ def pad_sequences(
 
 
 Shared = tuple[Tensor, Tensor, Tensor]
-"""Prompts that several rows share: token ids [G, P], padded on the left, their attention mask [G, P], and which of them
-each row begins with [B]."""
+"""Prompts shared by several rows: token ids [G, P], padded on the left, attention mask [G, P], and the index of each
+row's prompt [B]."""
 
 WORTH_SHARING = 0.9
-"""A prompt is read once for the responses that share it where that leaves at most this share of the tokens."""
+"""Prompts are shared if this reduces the number of tokens to less than this fraction."""
 
 
 def worth_sharing(sequences: Sequence[tuple[list[int], list[int]]]) -> bool:
-    """Whether reading each prompt once leaves clearly fewer tokens to read of some prompts with their responses."""
+    """Whether reading each distinct prompt once saves enough tokens; sequences are prompts with their responses."""
     prompts = {tuple(prompt) for prompt, _ in sequences}
     responses = sum(len(response) for _, response in sequences)
     whole = sum(len(prompt) for prompt, _ in sequences) + responses
@@ -47,7 +47,7 @@ def worth_sharing(sequences: Sequence[tuple[list[int], list[int]]]) -> bool:
 
 
 def share_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Shared:
-    """The different ones among the prompts of some rows."""
+    """Collects the distinct prompts of a batch's rows."""
     numbers: dict[tuple[int, ...], int] = {}
     after = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
     longest = max(map(len, numbers))
@@ -57,8 +57,8 @@ def share_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str =
 
 
 def pad_rows(rows: Sequence[Tensor | None], width: int | None = None) -> Tensor:
-    """Float32 rows of different lengths side by side, [N, T], 0 where a row ends or is None; T is the longest row's
-    length, or `width`."""
+    """Stacks rows of different lengths as float32 [N, T], padded with 0; None is an empty row. T is `width`, or the
+    length of the longest row."""
     out = torch.zeros(len(rows), width or max((len(r) for r in rows if r is not None), default=0))
     for i, row in enumerate(rows):
         if row is not None:
@@ -67,75 +67,79 @@ def pad_rows(rows: Sequence[Tensor | None], width: int | None = None) -> Tensor:
 
 
 def at_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """Values [R] in reading order at the R places where a mask [B, T] is true, 0 elsewhere, [B, T]."""
+    """Scatters values [R] row by row to the R positions where the mask [B, T] is true; 0 elsewhere, [B, T]."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask.bool(), values)
 
 
 def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals sequences out to `parts` padded batches whose largest (rows times longest) is as small as can be while
-    similar lengths stay together, each with its longest first. A part may be empty if there are fewer sequences than
-    parts.
+    """Splits sequences, sorted by falling length, into `parts` consecutive batches that minimize the largest padded
+    size (rows * longest row). Batches may be empty if there are fewer sequences than parts.
 
     Args:
-        lengths: Tokens of each sequence.
-        parts: How many batches.
+        lengths: Number of tokens of each sequence.
+        parts: Number of batches.
+
+    Returns:
+        Indices of the sequences in each batch, the longest first.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
-    def deal(limit: int) -> list[list[int]]:
-        dealt: list[list[int]] = []
+    def split(limit: int) -> list[list[int]]:
+        found: list[list[int]] = []
         for i in order:
-            # In falling order the first of a part is its longest.
-            if dealt and (len(dealt[-1]) + 1) * lengths[dealt[-1][0]] <= limit:
-                dealt[-1].append(i)
+            # The first sequence of a batch is its longest.
+            if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= limit:
+                found[-1].append(i)
             else:
-                dealt.append([i])
-        return dealt
+                found.append([i])
+        return found
 
     low, high = 0, sum(lengths) + len(lengths) * max(lengths, default=0)
-    while low < high:  # the smallest limit that needs no more than `parts`
+    while low < high:  # bisection for the smallest limit that needs at most `parts` batches
         middle = (low + high) // 2
-        low, high = (low, middle) if len(deal(middle)) <= parts else (middle + 1, high)
-    dealt = deal(low)
-    return dealt + [[] for _ in range(parts - len(dealt))]
+        low, high = (low, middle) if len(split(middle)) <= parts else (middle + 1, high)
+    found = split(low)
+    return found + [[] for _ in range(parts - len(found))]
 
 
 def blocks(lengths: Sequence[int], count: int | None = None) -> list[tuple[int, int]]:
-    """Cuts rows in falling order of length into blocks, each of which is padded to its own longest row only.
+    """Cuts rows, sorted by falling length, into blocks that are each padded to their own longest row.
 
     Args:
-        lengths: Tokens of each row, falling.
-        count: How many blocks; None takes so few that no more than `WASTE` of their places are padding.
+        lengths: Number of tokens of each row, falling.
+        count: Number of blocks; None uses the fewest for which padding is at most `MAX_PADDING` of the padded tokens.
 
     Returns:
-        Rows and width of each block, in order.
+        Number of rows and width of each block, in order.
     """
     starts, ends = [0], [len(lengths)]
-    places, tokens = len(lengths) * max(lengths, default=0), sum(lengths)
+    padded, tokens = len(lengths) * max(lengths, default=0), sum(lengths)
 
-    def cut(start: int, end: int) -> tuple[int, int]:  # places that the best cut saves, and where it is
+    def cut(start: int, end: int) -> tuple[int, int]:  # padding saved by the best cut, and its position
         return max(((lengths[start] - lengths[i]) * (end - i), i) for i in range(start + 1, end))
 
-    while len(starts) < count if count is not None else tokens < places * (1 - WASTE):
+    while len(starts) < count if count is not None else tokens < padded * (1 - MAX_PADDING):
         candidates = [(*cut(a, b), n) for n, (a, b) in enumerate(zip(starts, ends, strict=True)) if b - a > 1]
         saved, where, n = max(candidates)
         starts.insert(n + 1, where)
         ends.insert(n, where)
-        places -= saved
+        padded -= saved
     return [(end - start, lengths[start]) for start, end in zip(starts, ends, strict=True)]
 
 
-def batches(lengths: Sequence[int], most_places: int) -> Iterator[list[int]]:
-    """Deals sequences out to padded batches of similar length and at most so many places, the longest first, as many
-    as it takes to have little padding (`blocks`).
+def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Groups sequences of similar length into batches with little padding (see `blocks`), the longest first.
 
     Args:
-        lengths: Tokens of each sequence.
-        most_places: Rows times longest row of a batch; one row may have more.
+        lengths: Number of tokens of each sequence.
+        max_tokens: Upper bound of a batch's padded tokens (rows * longest row); a single longer sequence is a batch.
+
+    Yields:
+        Indices of the sequences in each batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        rows = max(1, most_places // max(1, lengths[order[0]]))
+        rows = max(1, max_tokens // max(1, lengths[order[0]]))
         chosen, order = order[:rows], order[rows:]
         for size, _ in blocks([lengths[i] for i in chosen]):
             yield chosen[:size]

@@ -1,4 +1,4 @@
-"""Weights in shards, one on each rank (FSDP2): the strategy, and what computing with such weights takes."""
+"""Sharded weights (FSDP2): the strategy, and forward passes with sharded weights."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from rlrt_lightning.runtime.checkpoints import no_code, written_aside
+from rlrt_lightning.runtime.checkpoints import checkpoint_aside, no_code
 from rlrt_lightning.runtime.errors import ConfigError, first_line
+from rlrt_lightning.runtime.private.lightning import shard_over_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Fully sharded data parallelism (torch's FSDP2): each rank keeps its share of weights, gradients and optimizer
-    states, and has the others' send a decoder layer's weights when it computes with it.
+    """Fully sharded data parallelism (torch's FSDP2): each rank stores a shard of weights, gradients and optimizer
+    states, and the weights of a decoder layer are gathered while it computes.
 
     Args:
-        reshard_after_forward: Give a layer's weights back after the forward pass and fetch them again for the backward
-            pass: less memory, half as much again to send.
-        save_distributed_checkpoint: A checkpoint is a folder to which each rank writes its share; off, one file that
-            every strategy resumes from, which has to fit into the memory of the first rank's machine.
+        reshard_after_forward: Free a layer's gathered weights after the forward pass and gather them again for the
+            backward pass: less memory, 1.5 times the communication.
+        save_distributed_checkpoint: Save checkpoints as a folder to which each rank writes its shard. False saves one
+            file that every strategy can resume; it has to fit into the memory of the first rank's machine.
         process_group_backend: Backend of torch.distributed; null is nccl on GPUs, gloo on CPUs.
-        timeout_s: How long a rank waits for the others in one collective before it takes them for lost, in seconds.
-            Ranks wait for the slowest one's rollouts and verdicts.
+        timeout_s: Timeout of a collective, in seconds. Ranks wait for the slowest one's rollouts and verdicts.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timedelta(seconds=timeout_s),
         )
         self.reshard_after_forward = reshard_after_forward
+        self.save_distributed_checkpoint = save_distributed_checkpoint
 
     @property
     def _computes_in_bf16(self) -> bool:
@@ -69,17 +70,18 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """See `Strategy.setup_environment`."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over_all_ranks(self)
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """See `Strategy.save_checkpoint`. Written aside and then renamed, so that what bears the name is complete."""
-        if not self._save_distributed_checkpoint:
+        """See `Strategy.save_checkpoint`. Writes to a temporary path and renames it, so that checkpoints are always
+        complete."""
+        if not self.save_distributed_checkpoint:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
-            with written_aside(path) as aside:
+            with checkpoint_aside(path) as aside:
                 self.broadcast(aside)
                 super().save_checkpoint(checkpoint, aside, storage_options)
                 self.barrier()
@@ -92,7 +94,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """See `Strategy.load_checkpoint`.
 
         Raises:
-            ConfigError: If it holds another model, or a shard is broken.
+            ConfigError: If the checkpoint is of another model, or a shard is corrupt.
         """
         try:
             with no_code():
@@ -100,13 +102,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         except (Exception, CheckpointException) as error:
             raise ConfigError(f"ckpt_path: {checkpoint_path} does not fit this model: {first_line(error)}") from error
 
-    def shard(self, model: PreTrainedModel, head_is_float32: bool = False) -> None:
-        """Leaves this rank's share of each weight in the model; a decoder layer is what is fetched at once.
+    def shard(self, model: PreTrainedModel, head_in_float32: bool = False) -> None:
+        """Shards the model's weights; the weights of a decoder layer are gathered together.
 
         Args:
             model: The model.
-            head_is_float32: The head, and with it embeddings and last norm, are fetched in the type of the weights even
-                where the decoder layers are fetched in bfloat16.
+            head_in_float32: Whether to gather the head, the embeddings and the last norm in the weights' dtype, even if
+                decoder layers are gathered in bfloat16.
         """
         half = torch.bfloat16 if self._computes_in_bf16 else None
         settings: Any = {
@@ -115,23 +117,23 @@ class FSDP2Strategy(ModelParallelStrategy):
         }
         for layer in decoder_layers(model):
             fully_shard(layer, reshard_after_forward=self.reshard_after_forward, **settings)
-        if head_is_float32:
+        if head_in_float32:
             settings["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
-        fully_shard(model, **settings)  # embeddings, norm and head stay until the backward pass has used them
-        cast(Any, model).decode = MethodType(lambda of, **inputs: of.get_decoder()(**inputs), model)
+        fully_shard(model, **settings)  # embeddings, norm and head stay gathered until the backward pass has used them
+        cast(Any, model).decode = MethodType(lambda self, **inputs: self.get_decoder()(**inputs), model)
         register_fsdp_forward_method(model, "decode")
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuses the strategies under which rollouts or checkpoints would go wrong.
+    """Refuses strategies that do not support rollouts and checkpoints.
 
     Raises:
-        ConfigError: Naming the strategy to take instead.
+        ConfigError: If the strategy is not supported.
     """
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)):
         raise ConfigError(
-            f"trainer.strategy: {type(strategy).__name__} is not supported; take ddp where model, gradients and "
-            "optimizer fit one device, and fsdp2 where they do not"
+            f"trainer.strategy: {type(strategy).__name__} is not supported; use ddp if model, gradients and optimizer "
+            "states fit on one device, otherwise fsdp2"
         )
 
 
@@ -139,34 +141,32 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description=(FSDP2Strategy.__d
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers: what transformers says is not to be split, or the longest list of modules.
+    """The decoder layers: the longest module list that is not inside another one (such as a layer's experts).
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If no decoder layers are found.
     """
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        layers = list(max(lists, key=len, default=[]))
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    layers = list(max(outer, key=len, default=[]))
     if not layers:
         raise ConfigError(f"trainer.strategy: no decoder layers to shard were found in {type(model).__name__}")
     return layers
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor, in the same memory."""
+    """This rank's shard of a tensor, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which each rank has a share; all ranks have to ask."""
+    """The full tensor; collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def move_weights(model: nn.Module, device: torch.device) -> None:
-    """Moves a model's weights to a device. Its buffers stay where they are unless it is sharded: DDP sends all buffers
-    of a module to the other ranks, and can do so on one device only."""
+    """Moves a model's weights to a device. Unless the model is sharded, its buffers stay: DDP broadcasts all buffers of
+    a module, and they have to be on one device for that."""
     if isinstance(model, FSDPModule):
         model.to(device)
         return
@@ -175,44 +175,44 @@ def move_weights(model: nn.Module, device: torch.device) -> None:
 
 
 def decoder_states(model: PreTrainedModel, **inputs: Any) -> Any:
-    """The decoder's output, without the head. With sharded weights it is the whole model's forward pass that fetches
-    them, so it goes in by that door."""
+    """The decoder's output, without the head. FSDP gathers the root module's weights in registered forward methods
+    only, so sharded models call `decode`."""
     if not isinstance(model, FSDPModule):
         return model.get_decoder()(**inputs)
-    if getattr(model, "ranks_in_step", False):
-        _tell(model)
+    if getattr(model, "in_lockstep", False):
+        _announce_forward(model)
     return cast(Any, model).decode(**inputs)
 
 
 @contextmanager
-def in_step(model: nn.Module) -> Iterator[None]:
-    """Forward passes without gradient, as many as each rank needs: with sharded weights every pass needs all ranks, so
-    those that are done go through the motions until the last one is. All ranks have to enter, also with nothing to do.
-    """
+def lockstep(model: nn.Module) -> Iterator[None]:
+    """Lets ranks run different numbers of forward passes without gradients. With sharded weights every pass needs all
+    ranks, so ranks that are done run dummy passes until all are done. Collective: all ranks have to enter, even without
+    a pass to run."""
     if not isinstance(model, FSDPModule):
         yield
         return
-    hook = model.register_forward_pre_hook(lambda of, _: _tell(of), prepend=True)
-    cast(Any, model).ranks_in_step = True
+    hook = model.register_forward_pre_hook(lambda module, _: _announce_forward(module), prepend=True)
+    cast(Any, model).in_lockstep = True
     try:
         yield
         hook.remove()
-        cast(Any, model).ranks_in_step = False
+        cast(Any, model).in_lockstep = False
         token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        while _anybody(False, model):
+        while _any_rank_active(False, model):
             model(input_ids=token, use_cache=False)
     finally:
         hook.remove()
-        cast(Any, model).ranks_in_step = False
-        model.reshard()  # nobody may compute with what an optimizer step has made old
+        cast(Any, model).in_lockstep = False
+        model.reshard()  # gathered weights are outdated after the next optimizer step
 
 
-def _tell(model: nn.Module) -> None:
-    _anybody(True, model)
+def _announce_forward(model: nn.Module) -> None:
+    _any_rank_active(True, model)
 
 
-def _anybody(going_on: bool, model: nn.Module) -> bool:
-    """Whether any rank has a forward pass to do; called by each before one, and by those that have none."""
-    flag = torch.tensor(int(going_on), device=next(model.parameters()).device)
+def _any_rank_active(active: bool, model: nn.Module) -> bool:
+    """Whether any rank runs a forward pass; each rank calls this before its passes, and in a loop once it is done."""
+    flag = torch.tensor(int(active), device=next(model.parameters()).device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag)

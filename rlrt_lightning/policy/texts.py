@@ -1,4 +1,4 @@
-"""Texts as the teacher's context: without the thinking, and no longer than there is room for."""
+"""Preparing texts as the teacher's context: removing the thinking, and truncating to a limit."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable, Sequence
 OPENING_TAG, CLOSING_TAG = "<think>", "</think>"
 
 MARK = " ... "
-"""Stands where the middle of a text was cut out."""
+"""Replaces the middle of a truncated text."""
 
-LEAST = 16
-"""Fewer characters of a text than this are of no use to a reader."""
+MIN_CHARACTERS = 16
+"""A text truncated to fewer characters than this is dropped."""
 
 _TAG = re.compile(r"<(/?)think>")
 
 
 def without_thinking(text: str, inside: bool = False) -> str:
-    """A text without its `<think>` blocks; unchanged where it has none.
+    """Removes `<think>` blocks from a text; a text without blocks is unchanged.
 
-    Blocks may be nested. One that is never closed reaches to the end of the text. A closing tag before any opening one
-    ends thinking that the text begins in; a closing tag after a block is closed is text.
+    Blocks may be nested. An unclosed block extends to the end of the text. If the first tag is a closing tag, the text
+    begins inside a block; a closing tag after all blocks are closed is text.
 
     Args:
         text: The text.
-        inside: Whether the text begins inside a block, which the prompt has opened.
+        inside: Whether the text begins inside a block that the prompt has opened.
     """
     tags = list(_TAG.finditer(text))
     inside = inside or bool(tags and tags[0][1])
@@ -49,7 +49,7 @@ def without_thinking(text: str, inside: bool = False) -> str:
 
 
 def _end_of_block(tags: Sequence[re.Match[str]], first: int) -> int | None:
-    """Which tag closes a block whose opening tag stands before tag number `first`; None where none does."""
+    """Index of the tag that closes a block whose opening tag precedes tag `first`; None if no closing tag follows."""
     depth, last = 1, None
     for i in range(first, len(tags)):
         if tags[i][1]:
@@ -58,25 +58,25 @@ def _end_of_block(tags: Sequence[re.Match[str]], first: int) -> int | None:
             depth += 1
         if depth == 0:
             return i
-    return last  # an opening tag too many is one that the thinking speaks of
+    return last  # surplus opening tags are mentions of the tag within the thinking
 
 
 def shortened(text: str, excess: Callable[[str], int], tokens: int) -> str:
-    """A text whose middle gives way to a mark until it fits: an answer stands at the end. It is cut between characters.
+    """Truncates a text in its middle, where a mark is inserted; the end is kept because it usually has the answer.
 
     Args:
         text: The text.
-        excess: How many tokens too many a text has, 0 or less where it fits.
-        tokens: Tokens of the whole text.
+        excess: Number of tokens by which a text exceeds the limit; 0 or less if it fits.
+        tokens: Number of tokens of the whole text.
 
     Returns:
-        The text, empty where nothing useful of it fits.
+        The truncated text, empty if fewer than `MIN_CHARACTERS` would be left.
     """
     characters_per_token = len(text) / max(tokens, 1)
     kept, short = len(text), text
     while (over := excess(short)) > 0:
         kept -= max(1, int(over * characters_per_token))
-        if kept < LEAST:
+        if kept < MIN_CHARACTERS:
             return ""
         head = kept // 3
         short = text[:head] + MARK + text[len(text) - (kept - head) :]

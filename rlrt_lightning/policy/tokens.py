@@ -1,4 +1,4 @@
-"""What a policy reads and writes: its configuration, tokenizer, chat template and special tokens."""
+"""The policy without its weights: configuration, tokenizer, chat template and special tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class TokenSide:
-    """The part of a `Policy` that can be known before its weights are there. Nothing is read from disk before it is
-    needed."""
+    """The part of a `Policy` that does not need its weights. Files are read on first use."""
 
     path: str
     chat: bool | None
@@ -32,15 +31,15 @@ class TokenSide:
         """The model's configuration.
 
         Raises:
-            ConfigError: If there is no model at `path`, or it is no causal language model.
+            ConfigError: If there is no model at `path`, or it is not a causal language model.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"model.policy.path: no model can be read at {self.path!r}: {reason(error)}") from error
-        if type(config) not in AutoModelForCausalLM._model_mapping:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ConfigError(f"model.policy.path: {self.path!r} is a {config.model_type} model, not a causal LM")
         return config
 
@@ -49,26 +48,26 @@ class TokenSide:
         """The model's tokenizer.
 
         Raises:
-            ConfigError: If there is none at `path`, or it has no chat template for `chat`, `chat_kwargs` or
-                `system_prompt`.
+            ConfigError: If there is no tokenizer at `path`, or it has no chat template although `chat`, `chat_kwargs`
+                or `system_prompt` is set.
         """
         from transformers import AutoTokenizer
 
-        _ = self.config  # says more clearly what is wrong with a folder that holds no model at all
+        _ = self.config  # gives a clearer error for a folder without a model
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"model.policy.path: no tokenizer can be read at {self.path!r}: {reason(error)}"
             ) from error
-        asked = {"chat": self.chat, "system_prompt": self.system_prompt is not None, "chat_kwargs": self.chat_kwargs}
-        for setting, given in asked.items():
+        needs = {"chat": self.chat, "system_prompt": self.system_prompt is not None, "chat_kwargs": self.chat_kwargs}
+        for setting, given in needs.items():
             if given and not tokenizer.chat_template:
                 raise ConfigError(
                     f"model.policy.{setting} is set, but the tokenizer of {self.path!r} has no chat template"
                 )
         if tokenizer.chat_template:
-            ChatTemplate(tokenizer, self.path, self.system_prompt, self.chat_kwargs)  # refuses what it has no use for
+            ChatTemplate(tokenizer, self.path, self.system_prompt, self.chat_kwargs)  # checks the two settings
         return tokenizer
 
     @cached_property
@@ -77,7 +76,7 @@ class TokenSide:
 
     @cached_property
     def end_tokens(self) -> list[int]:
-        """Tokens that end a response: those of the generation config and of the tokenizer."""
+        """Tokens that end a response: the end tokens of the generation config and of the tokenizer."""
         from transformers import GenerationConfig
 
         try:
@@ -88,15 +87,16 @@ class TokenSide:
         ends = sorted({int(e) for e in [*ends, self.tokenizer.eos_token_id] if e is not None})
         if not ends:
             raise ConfigError(
-                f"model.policy.path: {self.path!r} names no end-of-sequence token, so no response can end"
+                f"model.policy.path: {self.path!r} defines no end-of-sequence token, so responses cannot end; set "
+                "eos_token_id in its generation_config.json"
             )
         self.check_embedded(ends, "end tokens")
         return ends
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for; None where it does not say. With longrope (Phi-3), only
-        those before a longer sequence in the batch would change the frequencies of all others."""
+        """Maximum sequence length of the model; None if its config does not set one. With longrope (Phi-3) it is the
+        original length, beyond which a sequence changes the position frequencies of the whole batch."""
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return positions if positions is None else min([positions, *self._positions_before_longrope])
 
@@ -108,36 +108,36 @@ class TokenSide:
 
     @property
     def chats(self) -> bool:
-        """Whether prompts are put into the chat template."""
+        """Whether the chat template is applied to prompts."""
         return bool(self.tokenizer.chat_template) and self.chat is not False
 
     @cached_property
     def token_ids(self) -> frozenset[int]:
-        """Every token id that the tokenizer knows. The model may have fewer embeddings, or, padded, more."""
+        """All token ids of the tokenizer. The model may have fewer embeddings, or more if they are padded."""
         return frozenset(self.tokenizer.get_vocab().values())
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The special tokens by their text: also those that have no role such as end or padding."""
+        """Ids of all special tokens by their text, including those without a role such as end or padding."""
         named = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
         added = self.tokenizer.added_tokens_decoder
         return named | {token.content: number for number, token in added.items() if token.special}
 
     @property
     def lacks_embeddings(self) -> bool:
-        """Whether the tokenizer has tokens that the model has no embedding for."""
+        """Whether the tokenizer has tokens for which the model has no embedding."""
         rows = getattr(self.config.get_text_config(), "vocab_size", None)
         return rows is not None and max(self.token_ids) >= rows
 
     def check_embedded(self, ids: Sequence[int], what: str) -> None:
-        """Refuses tokens that the model cannot read or draw.
+        """Refuses tokens without an embedding.
 
         Args:
-            ids: The tokens.
-            what: What they are, in words.
+            ids: The token ids.
+            what: Description of the tokens for the error message.
 
         Raises:
-            ConfigError: If some have no embedding.
+            ConfigError: If the model has no embedding for one of the tokens.
         """
         rows = getattr(self.config.get_text_config(), "vocab_size", None)
         if rows is None or max(ids, default=0) < rows:
@@ -145,35 +145,35 @@ class TokenSide:
         beyond = sorted({i for i in ids if i >= rows})
         names = ", ".join(f"{i} ({self.tokenizer.convert_ids_to_tokens(i)})" for i in beyond[:5])
         raise ConfigError(
-            f"model.policy.path: the model at {self.path!r} has embeddings for token ids below {rows}, and its "
-            f"tokenizer gives {what} beyond them: {names}; resize the model's embeddings, or take the tokenizer that "
-            "belongs to it"
+            f"model.policy.path: the model at {self.path!r} has embeddings for token ids below {rows}, but its "
+            f"tokenizer gives {what} beyond them: {names}; resize the model's embeddings, or use the model's own "
+            "tokenizer"
         )
 
     def prompt_text(self, prompt: str | Messages) -> str:
-        """Text of a prompt as the model reads it, up to where the response begins.
+        """The text of a prompt with the chat template applied, up to the start of the response.
 
         Raises:
-            ConfigError: If the chat template does not take it, or leaves out a part of it.
+            ConfigError: If the chat template rejects the prompt or ignores one of its messages.
         """
         if not self.chats:
             return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
         return self._chat_template.render([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Tokens of a prompt, up to where the response begins; see `prompt_text`.
+        """Token ids of a prompt, up to the start of the response; see `prompt_text`.
 
         Raises:
-            ConfigError: If the chat template refuses it, or the model has no embedding for one of its tokens.
+            ConfigError: If the chat template rejects the prompt, or the model has no embedding for one of its tokens.
         """
         text, tokenizer = self.prompt_text(prompt), self.tokenizer
-        # A chat template writes the special tokens itself.
+        # A chat template adds the special tokens itself.
         ids = list(tokenizer(text, add_special_tokens=not self.chats)["input_ids"])
-        if not self.chats:  # some tokenizers end any text with an end token, after which no response begins
+        if not self.chats:  # some tokenizers append an end token, after which the model would not respond
             closing = {*self.end_tokens, *named_tokens(tokenizer, ("eos", "sep", "cls", "pad"))}
             while ids and ids[-1] in closing:
                 ids.pop()
-        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # by the text and by the tokenizer
+        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # added by both the text and the tokenizer
             del ids[0]
         self.check_embedded(ids, "a prompt tokens")
         return ids
@@ -183,32 +183,32 @@ class TokenSide:
         return control_tokens(self.tokenizer, self.end_tokens)
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """Text of response tokens, without end tokens, padding and what the chat template writes around messages. Other
-        special tokens, such as `<think>` or `<answer>` in some models, are text: see `chat.control_tokens`.
+        """The text of response tokens, without end tokens, padding and the chat template's own tokens. Other special
+        tokens, such as `<think>` or `<answer>` in some models, are text; see `chat.control_tokens`.
 
         Args:
-            ids: The tokens. Those that the tokenizer does not know, of embeddings that only pad, have no text.
-            keep_special: Leave all special tokens in the text.
+            ids: The token ids. Ids unknown to the tokenizer, from padded embeddings, have no text.
+            keep_special: Whether to keep all special tokens in the text.
         """
-        said = [i for i in ids if i in self.token_ids and (keep_special or i not in self._control_tokens)]
-        return str(self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        kept = [i for i in ids if i in self.token_ids and (keep_special or i not in self._control_tokens)]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def read_back(self, text: str) -> str:
-        """What becomes of a text within a response that the tokenizer takes apart and puts together again."""
+        """A text after encoding and decoding, as it would appear within a completion."""
         a, b = (self.decode(self.tokenizer(t, add_special_tokens=False)["input_ids"], True) for t in (text, "a" + text))
-        return b if text in b else a  # at the beginning of a text some tokenizers drop white space
+        return b if text in b else a  # some tokenizers drop whitespace at the beginning of a text
 
 
 def reason(error: Exception) -> str:
-    """Why a model cannot be read, in a line."""
+    """One line that explains why a model cannot be read."""
     if "trust_remote_code" in str(error):
         return (
-            "it comes with Python code that would have to run to read it (auto_map), and that is never done; take a "
-            "model of an architecture that transformers has"
+            "it requires running Python code from its repository (auto_map), which is not supported; use a model whose "
+            "architecture is part of transformers"
         )
     if isinstance(error, pickle.UnpicklingError):
         return (
-            "its weights are a pickle that holds more than tensors, which could run code when it is read; take a model "
-            "with safetensors"
+            "its weights are a pickle that contains more than tensors and could run code when loaded; use a model with "
+            "safetensors weights"
         )
     return first_line(error)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from rlrt_lightning.policy.model import Policy  # under TYPE_CHECKING the command line would parse this file 85 times
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.tasks.base import Verdict
-
-if TYPE_CHECKING:
-    from rlrt_lightning.policy.model import Policy
 
 
 @dataclass(frozen=True)

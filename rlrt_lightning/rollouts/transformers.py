@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlrt_lightning.policy.caching import cache_argument
+from rlrt_lightning.policy.model import Policy
+from rlrt_lightning.policy.padding import share_prompts
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.runtime.seeding import generator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from rlrt_lightning.policy.model import Policy
 
 NOISE_BLOCK = 64
 """Random numbers drawn at a time for each row."""
@@ -162,18 +160,9 @@ class _Decoding:
         write their next token at the same position."""
         from rlrt_lightning.rollouts.cache import growing_cache
 
-        groups = list(dict.fromkeys(group for group, _ in self.chosen))
-        prompts = [self.prompts[group] for group in groups]
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        cache: Any = growing_cache(self.model.config, longest + self.steps)
+        ids, mask, after = share_prompts([self.prompts[group] for group, _ in self.chosen], self.device)
+        cache: Any = growing_cache(self.model.config, ids.shape[1] + self.steps)
         logits = self._forward(ids, mask, cache)
-        after = torch.tensor([groups.index(group) for group, _ in self.chosen], device=self.device)
         cache.reorder_cache(after)  # can also repeat rows, in every kind of layer
         return logits[after], cache, mask[after]
 

@@ -23,6 +23,7 @@ from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
 from rlrt_lightning.rollouts.vllm_common import EngineError, VllmEngine, as_rollout, head_overrides, request
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import written_aside
 from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.runtime.ranks import of_first_rank
 
@@ -362,26 +363,25 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, write: bo
         for _ in weights:
             pass
         return
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    with written_aside(folder) as aside:
+        aside.mkdir()
+        for number, shard in enumerate(_shards(weights)):
+            save_file(shard, aside / f"model-{number:05}.safetensors")
+
+
+def _shards(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The weights on the CPU, a few GiB at a time."""
     shard: dict[str, Tensor] = {}
-    number = size = 0
-
-    def flush() -> None:
-        nonlocal shard, number, size
-        save_file(shard, aside / f"model-{number:05}.safetensors")
-        shard, number, size = {}, number + 1, 0
-
+    size = 0
     for name, tensor in weights:
         # A copy, since safetensors rejects tensors that share memory, such as a tied head.
         shard[name] = tensor.to("cpu", copy=True).contiguous()
         size += shard[name].numel() * shard[name].element_size()
         if size >= SHARD_BYTES:
-            flush()
+            yield shard
+            shard, size = {}, 0
     if shard:
-        flush()
-    aside.rename(folder)
+        yield shard
 
 
 def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: int, flags: Sequence[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""What every part stands on: errors, random streams, ranks, checkpoints, how a run ends."""
+"""Shared foundations: errors, random streams, ranks, checkpoints, run files and stopping."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are never half there: how they are written, and which one a run goes on from."""
+"""Writes checkpoints atomically and finds the one to resume from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import pickle
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,117 +16,79 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException, metadata
 
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import BEFORE, PART, written_aside
+from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
 
 log = logging.getLogger(__name__)
 
-PART, BEFORE = ".part", ".before"
-"""What the name of a checkpoint ends in while it is written, and that of the one before while they change places."""
-
-DISK = {
+DISK_ERRORS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
     if hasattr(errno, name)
 }
-"""Errors that the user can mend: the disk is full, or this place cannot be written to."""
+"""Errors that the user can fix: the disk is full or the path is not writable."""
 
-
-SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""The variable by which torch.load runs no code of a file, whatever its caller has asked for."""
-
-PLAIN = {("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-"""What the index of a folder of shards names beside classes of its own, sizes, types and paths."""
+WEIGHTS_ONLY_VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""Environment variable that makes torch.load run no code from a file, regardless of its arguments."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a file aside, has it reach the disk, and then gives it its name. Lightning's own writes to the system's
-    temporary folder, and copies from there if that is another disk; and it holds the whole file in memory twice."""
+    """Writes a checkpoint to a temporary file in the same folder, syncs it to disk and then renames it.
+
+    Lightning's own writes to the system's temporary folder, copies from there if that is another disk, and holds the
+    whole file in memory twice.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """See `CheckpointIO.save_checkpoint`.
 
         Raises:
-            ConfigError: If it cannot be written; what bore the name before still does.
+            ConfigError: If it cannot be written; an existing checkpoint of this name is kept.
         """
-        if "://" in str(path):  # object stores show a file when it is complete
+        if "://" in str(path):  # object stores write atomically
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with written_aside(Path(path)) as aside, aside.open("wb") as file:
+        with checkpoint_aside(Path(path)) as aside, aside.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write what is to be found at a path: it gets its name when it is complete.
+def checkpoint_aside(path: Path) -> Iterator[Path]:
+    """`written_aside`, with a disk error as a `ConfigError`.
 
     Raises:
-        ConfigError: If it cannot be written; nothing of it is left, and what was at the path is still there.
+        ConfigError: If it cannot be written; the temporary file is removed, and what was at `path` is kept.
     """
-    aside = path.with_name(path.name + PART)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(aside)
-        yield aside
-        _rename(aside, path)
+        with written_aside(path) as aside:
+            yield aside
     except BaseException as error:
-        with suppress(OSError):
-            remove(aside)
         if (reason := disk_error(error)) is not None:
             raise ConfigError(
-                f"the checkpoint {path} cannot be written: {reason}; what was saved before it is untouched: make room, "
-                "or choose another folder by checkpoint.dirpath, and go on with --ckpt_path last"
+                f"the checkpoint {path} cannot be written: {reason}; earlier checkpoints are intact; free disk space "
+                "or set checkpoint.dirpath to another folder, and resume with --ckpt_path last"
             ) from error
         raise
 
 
 def disk_error(error: BaseException | None) -> str | None:
-    """What the system says of an error that comes from a full or closed disk, also where torch has wrapped it."""
+    """The system's message for an error in `DISK_ERRORS`, also if torch has wrapped it; None for any other error."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno is not None and error.errno in DISK:
+        if isinstance(error, OSError) and error.errno is not None and error.errno in DISK_ERRORS:
             return os.strerror(error.errno)
-        if isinstance(error, CheckpointException):  # each rank's own, of a folder of shards
+        if isinstance(error, CheckpointException):  # holds each rank's error, for a folder of shards
             return next((reason for e, _ in error.failures.values() if (reason := disk_error(e)) is not None), None)
         error = error.__cause__ or error.__context__
     return None
 
 
-def _rename(aside: Path, path: Path) -> None:
-    """Gives a complete checkpoint its name; a folder cannot take a name in one go."""
-    before = path.with_name(path.name + BEFORE)
-    if (path.is_dir() and not path.is_symlink()) or (aside.is_dir() and path.exists()):
-        remove(before)
-        path.rename(before)
-    os.replace(aside, path)
-    remove(before)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Has the names in a folder reach the disk, where that can be asked for: Windows opens no folders."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def check_writable(folder: Path) -> None:
-    """Finds out before a run what it would find at the end of its first epoch.
+    """Checks before a run that its checkpoints can be written.
 
     Raises:
-        ConfigError: If nothing can be written to the folder.
+        ConfigError: If the folder is not writable.
     """
     probe = folder / f"write-test-{os.getpid()}{PART}"
     try:
@@ -138,8 +99,8 @@ def check_writable(folder: Path) -> None:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
         raise ConfigError(
-            f"checkpoints cannot be written to {folder}: {error.strerror}; choose another folder by "
-            "checkpoint.dirpath or trainer.logger.save_dir, or turn them off by trainer.enable_checkpointing=false"
+            f"checkpoints cannot be written to {folder}: {error.strerror}; set checkpoint.dirpath or "
+            "trainer.logger.save_dir to another folder, or trainer.enable_checkpointing=false"
         ) from error
 
 
@@ -147,77 +108,77 @@ def check_writable(folder: Path) -> None:
 
 
 def newest(folders: Iterable[Path], more: Iterable[Path], resume: bool) -> Path | None:
-    """The newest complete checkpoint below some folders; says which newer ones it passes over. None: there are none.
+    """The newest usable checkpoint, or None if there is no checkpoint. Warns of newer ones that are skipped.
 
     Args:
-        folders: Where to look.
-        more: Further checkpoints to choose from.
-        resume: It has to hold all that training needs, not weights alone.
+        folders: Folders to search recursively.
+        more: Further candidates.
+        resume: Whether training resumes from it; a checkpoint of weights alone is skipped then.
 
     Raises:
-        ConfigError: If there are some, and none can be read.
+        ConfigError: If there are checkpoints but none is usable.
     """
     found = set(more)
     for folder in folders:
         found.update(folder.glob("**/*.ckpt"), folder.glob(f"**/*.ckpt{BEFORE}"))
-    passed_over: list[str] = []
-    for path in sorted((path for path in found if path.exists()), key=_written, reverse=True):
+    skipped: list[str] = []
+    for path in sorted((path for path in found if path.exists()), key=_completed_at, reverse=True):
         wrong = problem(path, resume)
         if wrong is None:
-            for other in passed_over:
-                log.warning("passed over %s, going on from %s", other, path)
+            for other in skipped:
+                log.warning("skipped %s; using %s", other, path)
             return path
-        passed_over.append(f"{path}, which {wrong}")
-    if passed_over:
-        raise ConfigError(f"ckpt_path is last, but no checkpoint can be read; the newest is {passed_over[0]}")
+        skipped.append(f"{path}, which {wrong}")
+    if skipped:
+        raise ConfigError(f"ckpt_path is last, but no checkpoint can be used; the newest is {skipped[0]}")
     return None
 
 
-def _written(path: Path) -> int:
-    """When a checkpoint was completed, in nanoseconds."""
+def _completed_at(path: Path) -> int:
+    """Time at which a checkpoint was completed, in nanoseconds."""
     last = path / "meta.pt"
     return (last if last.exists() else path).stat().st_mtime_ns
 
 
-class _Index(pickle.Unpickler):
-    """The index of a folder of shards, which torch unpickles as it is: here, without what could run code."""
+class Index(pickle.Unpickler):
+    """Reads the index of a folder of shards without running code from it; torch's own reader is not restricted."""
 
     def find_class(self, module: str, name: str) -> Any:
         """See `pickle.Unpickler.find_class`."""
         own = getattr(metadata, name, None) if module == metadata.__name__ else None
-        plain = (
+        safe = (
             (isinstance(own, type) and own.__module__ == metadata.__name__)
             or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
             or (module.startswith("pathlib") and name in ("Path", "PosixPath", "WindowsPath"))
-            or (module, name) in PLAIN
+            or (module, name) in INDEX_CLASSES
         )
-        if not plain:
+        if not safe:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
 
 
 @contextmanager
 def no_code() -> Iterator[None]:
-    """Has torch load nothing but tensors and plain values, also where it asks itself for more, as for shards."""
-    before = os.environ.get(SAFE)
-    os.environ[SAFE] = "1"
+    """Restricts torch.load to tensors and plain values, also where torch itself disables that, as for shards."""
+    before = os.environ.get(WEIGHTS_ONLY_VARIABLE)
+    os.environ[WEIGHTS_ONLY_VARIABLE] = "1"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[SAFE]
+            del os.environ[WEIGHTS_ONLY_VARIABLE]
         else:
-            os.environ[SAFE] = before
+            os.environ[WEIGHTS_ONLY_VARIABLE] = before
 
 
 def problem(path: Path, resume: bool) -> str | None:
-    """What is wrong with a checkpoint, as far as can be told without a model; None if nothing.
+    """Checks a checkpoint without a model, and returns what is wrong with it, or None.
 
-    Weights stay on the disk, and nothing that the file may say is run.
+    Weights are not read from disk, and no code in the file runs.
 
     Args:
         path: A file, or a folder of shards.
-        resume: It has to hold all that training needs, not weights alone.
+        resume: Whether training resumes from it; a checkpoint of weights alone does not suffice then.
     """
     sharded = path.is_dir()
     if sharded and not all((path / name).is_file() for name in (".metadata", "meta.pt")):
@@ -225,17 +186,17 @@ def problem(path: Path, resume: bool) -> str | None:
     try:
         if sharded:
             with (path / ".metadata").open("rb") as file:
-                _Index(file).load()
+                Index(file).load()
         found = torch.load(path / "meta.pt" if sharded else path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        return "holds objects that are not loaded, because loading them could run code"
+        return "holds pickled objects that could run code when loaded"
     except (PermissionError, FileNotFoundError) as error:
         return f"cannot be read: {error.strerror}"
-    except Exception:  # whatever bytes may lead to
-        return "is truncated, or not a checkpoint at all"
+    except Exception:  # corrupt bytes can raise anything
+        return "is truncated or not a checkpoint"
     needed = {"pytorch-lightning_version", "loops"} if sharded else {"pytorch-lightning_version", "loops", "state_dict"}
     if not isinstance(found, dict) or not needed <= found.keys():
-        return "is not a checkpoint of Lightning"
+        return "is not a Lightning checkpoint"
     if resume and "lr_schedulers" not in found:
-        return "holds weights alone (checkpoint.save_weights_only), from which training cannot go on"
+        return "holds only weights (checkpoint.save_weights_only), from which training cannot resume"
     return None

@@ -1,4 +1,4 @@
-"""The trainer's precision for what happens outside of Lightning's own steps."""
+"""The trainer's precision for computations outside Lightning's own steps."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def half_precision(trainer: Any) -> Dtype | None:
 
 @contextmanager
 def computing(trainer: Any) -> Iterator[None]:
-    """The trainer's autocast, which Lightning itself enters for its own steps only; new tensors are float32, which
-    Lightning changes under `--trainer.precision=bf16-true`."""
+    """Enters the trainer's autocast, which Lightning applies only to its own steps. New tensors are float32, whereas
+    `--trainer.precision=bf16-true` changes the default dtype."""
     precision = trainer.precision_plugin
     context = precision.forward_context() if isinstance(precision, MixedPrecision) else nullcontext()
-    before = torch.get_default_dtype()
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with context:
             yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)

@@ -1,4 +1,4 @@
-"""Progress bars of what happens outside of Lightning's own loops."""
+"""Progress bars for phases outside Lightning's own loops."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Shows how far a phase is, below Lightning's own bar and only where that is shown.
+    """A progress bar for one phase, below Lightning's own bar.
 
     Args:
-        hidden: Show nothing.
+        hidden: Disable the bar.
     """
 
     def __init__(self, hidden: bool = True) -> None:
         self.hidden = hidden
 
     @classmethod
-    def beside(cls, trainer: Any) -> Progress:
-        """Hidden where the trainer's own bar is."""
+    def for_trainer(cls, trainer: Any) -> Progress:
+        """A progress bar that is hidden if the trainer's own bar is."""
         bar = trainer.progress_bar_callback
         return cls(bar is None or getattr(bar, "is_disabled", False) or trainer.sanity_checking)
 
     def __call__(self, what: str, items: Iterable[T], total: int) -> Iterator[T]:
-        """The items, counted as they pass."""
+        """Yields the items and updates the bar."""
         yield from tqdm(items, total=total, desc=what, leave=False, disable=self.hidden, dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""What several ranks tell each other beside gradients."""
+"""Communication between ranks, besides gradients."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of ranks; 1 without torch.distributed."""
+    """The number of ranks; 1 without torch.distributed."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this rank, from 0."""
+    """The index of this rank, from 0."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def gather(value: T) -> list[T]:
-    """What each rank has, on every rank; all ranks have to call."""
+    """Gathers the value of each rank, in rank order, on every rank. All ranks must call it."""
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -30,12 +30,12 @@ def gather(value: T) -> list[T]:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of each rank's values, on the CPU, in the order of the ranks, so that all ranks get the same digits."""
+    """Sums the values over ranks on the CPU. The order of summation is fixed, so all ranks get identical results."""
     return torch.stack(gather(values.detach().cpu())).sum(0)
 
 
 def of_first_rank(value: T) -> T:
-    """What the first rank has, on every rank; each waits for it."""
+    """The value of rank 0, on every rank. All ranks must call it and wait for rank 0."""
     if world_size() == 1:
         return value
     values = [value]
@@ -44,7 +44,7 @@ def of_first_rank(value: T) -> T:
 
 
 class Mean(float):
-    """A mean that knows how many values it is the mean of.
+    """A mean together with the number of values it was taken over.
 
     Args:
         value: The mean.
@@ -64,12 +64,12 @@ class Mean(float):
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Each metric over the ranks that have it, so that all ranks log the same tags: where one logs a tag that another
-    does not have, both wait for ever.
+    """Averages each metric over the ranks that have it, so that all ranks log the same tags. Lightning would deadlock
+    on a tag that some ranks do not log.
 
-    A `Mean` counts by the number of its values, and is left out where it has none; other metrics count the same from
-    each rank. Of a tag that ends in `_max` it is the largest. A label that no rollout of a rank has has a share of 0
-    there."""
+    A `Mean` is weighted by its number of values and omitted if it has none; other metrics have equal weight on each
+    rank. For a tag that ends in `_max` the result is the maximum. A label (`labels/...`) that a rank lacks counts as 0.
+    """
     every = gather(values)
     over_ranks = {}
     for tag in dict.fromkeys(tag for metrics in every for tag in metrics):

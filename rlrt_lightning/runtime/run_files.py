@@ -1,4 +1,4 @@
-"""The folder of a run, and that nothing is overwritten in it that the run did not make."""
+"""Finds the folder of a run, and refuses to overwrite files there that the run did not create."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rlrt_lightning.runtime.errors import ConfigError
 
 UNLOGGED = Path("runs") / "no_logger"
-"""Below the trainer's default_root_dir, unless that is empty: the folders of runs without a logger."""
+"""Holds the folders of runs without a logger, below a default_root_dir that is not empty."""
 
 _folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
-_made: WeakKeyDictionary[Any, set[Path]] = WeakKeyDictionary()
+_created: WeakKeyDictionary[Any, set[Path]] = WeakKeyDictionary()
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The run's own folder, in which Lightning's checkpoints are too.
+    """The run's own folder, which also holds Lightning's checkpoints. All ranks must call it; rank 0 broadcasts.
 
-    That of the logger, for loggers of TensorBoard and CSV files. Other loggers may have a folder for all of their runs,
-    or none on this machine (a server, a database, an address of the web): `<folder>/<name>/<version>` then, below the
-    logger's folder or `trainer.default_root_dir`. Without a logger it is `trainer.default_root_dir` if that is empty,
-    and else a new folder below it.
-
-    All ranks have to ask: the first tells the others.
+    - TensorBoard and CSV loggers: the logger's folder.
+    - Other loggers share a folder between runs or have none on this machine (a server, a database, a URL):
+      `<folder>/<name>/<version>` below the logger's folder or `trainer.default_root_dir`.
+    - No logger: `trainer.default_root_dir` if it is empty, otherwise a new folder below it.
     """
     run = _run(trainer)
     if run not in _folders:
@@ -34,15 +32,15 @@ def run_folder(trainer: Trainer) -> Path:
     return _folders[run]
 
 
-def own(trainer: Trainer, name: str) -> Path:
-    """The path of a file or folder of the run, to be asked for before anything is written. All ranks have to ask.
+def claim_path(trainer: Trainer, name: str) -> Path:
+    """The path of a file or folder of the run. Call it on all ranks, before anything is written there.
 
     Args:
         trainer: The trainer.
-        name: Its name in the run's folder.
+        name: Name within the run's folder.
 
     Raises:
-        ConfigError: If there is one already that this run did not make.
+        ConfigError: If it exists and this run did not create it.
     """
     path = run_folder(trainer) / name
     if trainer.is_global_zero:
@@ -50,11 +48,11 @@ def own(trainer: Trainer, name: str) -> Path:
     return path
 
 
-def own_metrics(trainer: Trainer) -> None:
-    """Looks for metrics.csv before the loggers are used: CSVLogger deletes it at its first use. For one rank only.
+def claim_metrics(trainer: Trainer) -> None:
+    """Checks for an existing metrics.csv before CSVLogger is first used and deletes it. Call it on one rank only.
 
     Raises:
-        ConfigError: If there is one that this run did not make.
+        ConfigError: If it exists and this run did not create it.
     """
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and "://" not in logger.log_dir:
@@ -62,21 +60,22 @@ def own_metrics(trainer: Trainer) -> None:
 
 
 def _claim(run: Any, path: Path) -> None:
-    made = _made.setdefault(run, set())
-    if path not in made and occupied(path):
+    created = _created.setdefault(run, set())
+    if path not in created and occupied(path):
         raise ConfigError(
-            f"{path} is there already and would be overwritten; give trainer.logger another save_dir, name or version"
+            f"{path} already exists and would be overwritten; give trainer.logger another save_dir, name or version"
         )
-    made.add(path)
+    created.add(path)
 
 
 def occupied(path: Path) -> bool:
-    """Whether there is a file, or a folder that is not empty."""
+    """Whether the path is a file or a non-empty folder."""
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _run(trainer: Trainer) -> Any:
-    """What stands for the run: trainers that share a logger write to one folder."""
+    """The object that identifies the run: the logger, because trainers that share one write to the same folder, or the
+    trainer without one."""
     return trainer if trainer.fast_dev_run or trainer.logger is None else trainer.logger  # type: ignore[attr-defined]
 
 
@@ -87,7 +86,7 @@ def _folder(trainer: Trainer) -> Path:
         return _new_folder(root / UNLOGGED) if occupied(root) else root
     if isinstance(logger, (TensorBoardLogger, CSVLogger)) and "://" not in logger.log_dir:
         return Path(logger.log_dir)
-    # As Lightning places checkpoints; the save_dir of other loggers is shared by all their runs.
+    # Like Lightning's checkpoints: all runs of these loggers share a save_dir.
     own_folder = logger.save_dir is not None and "://" not in str(logger.save_dir)
     parent = Path(logger.save_dir if own_folder else trainer.default_root_dir) / str(logger.name)
     if logger.version is None:

@@ -1,4 +1,4 @@
-"""Random streams that are named instead of shared, so that a run can be resumed, and two runs be paired, exactly."""
+"""Named random streams instead of a shared one, so runs can be resumed exactly and compared in pairs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def derive_seed(*names: int | str) -> int:
-    """A seed, 0 to 2^63 - 1, that depends on all names and their order, and on nothing else.
+    """A seed from 0 to 2^63 - 1 that depends only on the names and their order.
 
-    With the epoch among the names no generator has any state to save: what an epoch draws is the same whether the run
-    came to it straight or by a resume, and drawing more questions does not shift the sampling.
+    With the epoch among the names, generators have no state to save: an epoch draws the same samples with or without a
+    resume, and drawing more prompts does not change the sampling.
     """
     digest = blake2b("\x1f".join(map(str, names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,37 +1,84 @@
-"""A run that is asked to end by a signal does so where it can be resumed exactly."""
+"""Stops a run, on a signal or a callback's request, at a point from which it can be resumed exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 EXIT_CODE = 143
-"""Of a process that ends because of SIGTERM, as shells have it."""
+"""Exit code of a process ended by SIGTERM: 128 + 15, as in shells."""
 
 
 class Stop(SIGTERMException):
-    """Ends a run that was asked to. Other ranks than the first end with 0: Lightning would kill it for theirs."""
+    """Ends a run on request. Only rank 0 exits with `EXIT_CODE`: a non-zero code of another rank would make Lightning
+    kill rank 0."""
 
 
 class StopSignal:
-    """Whether a signal has asked the run to end, which the `SafeStop` callback listens for."""
+    """Whether a signal has asked the run to end.
+
+    Its handlers replace Lightning's, which call torch.distributed wherever the signal arrives, end the epoch between
+    two micro-batches of one optimizer step, and save at once. Lightning installs its handlers between the last hook of
+    the setup and the first dataloader hook, so `listen` has to be called from the latter; after the run Lightning
+    restores the handlers that were there before.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
         """The signal that was received."""
-        self._at_once = False
+        self.requeue: Callable[[], None] | None = None
+        """Lightning's handler that saves the run and has SLURM start the job again; None without requeueing."""
+        self.requeue_asked = False
+        """Whether it was the signal to requeue."""
+        self._immediate = False
+        self._active = False
+        self._users: Any = None  # handler of SIGTERM
+
+    def begin(self) -> None:
+        """Forgets earlier signals. To be called while a run is set up, before Lightning installs its handlers."""
+        self.number, self.requeue, self.requeue_asked = None, None, False
+        self._active, self._users = True, signal.getsignal(signal.SIGTERM)
+
+    def listen(self, trainer: Trainer) -> None:
+        """Replaces Lightning's handlers if that has not been done; only the main thread can."""
+        if not self._active or threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            return
+        for number in signal.valid_signals() - {signal.SIGTERM}:
+            handler: Any = signal.getsignal(number)
+            if getattr(handler, "__module__", "").partition(".")[0] == "lightning":  # that of SLURM's requeueing
+                self.requeue = partial(handler, number, None)
+                signal.signal(number, self._on_requeue)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        if trainer.received_sigterm:  # by Lightning's handler, before this one replaced it
+            self.number = signal.SIGTERM
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self.receive(number)
+        if callable(self._users):
+            self._users(number, frame)
+
+    def _on_requeue(self, number: int, frame: Any) -> None:
+        self.requeue_asked = True
+        self.receive(number)
 
     def receive(self, number: int) -> None:
-        """Takes note of a signal; the body of its handler."""
+        """Handles a signal: records it, and ends the run if the current phase may be aborted."""
         self.number = number
-        if self._at_once:
+        if self._immediate:
             raise Stop(EXIT_CODE)
 
     def check(self, trainer: Trainer) -> None:
-        """Ends the run if any rank was asked to; all ranks have to call."""
+        """Ends the run if any rank received a signal. All ranks must call it."""
+        self.listen(trainer)
         asked = self.number is not None
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
@@ -39,43 +86,43 @@ class StopSignal:
             raise Stop(EXIT_CODE if trainer.is_global_zero else 0)
 
     @contextmanager
-    def may_end(self, trainer: Trainer) -> Iterator[None]:
-        """Work that leaves the weights as they are and can be made again. With one rank it ends at once; with several
-        they finish it, as one that ends in the middle would leave the others waiting."""
+    def interruptible(self, trainer: Trainer) -> Iterator[None]:
+        """Wraps work that does not change the weights and can be repeated. A single rank stops immediately on a signal;
+        several ranks finish the work first, because the others would wait for one that stops early."""
         self.check(trainer)
         try:
-            self._at_once = trainer.world_size == 1
-            if self._at_once and self.number is not None:  # it came in between
+            self._immediate = trainer.world_size == 1
+            if self._immediate and self.number is not None:  # received since the check above
                 raise Stop(EXIT_CODE)
             yield
         finally:
-            self._at_once = False
+            self._immediate = False
         self.check(trainer)
 
 
 class WholeEpochs:
-    """Has a run that a callback wants to end (`trainer.should_stop`: a time limit, early stopping, ...) finish its
-    epoch first. Lightning would end between two optimizer steps, and leave out the others without a word."""
+    """Defers a callback's request to stop (`trainer.should_stop`: a time limit, early stopping, ...) to the end of the
+    epoch. Lightning would stop between two optimizer steps and silently drop the remaining ones."""
 
     def __init__(self) -> None:
-        self._wanted = False
+        self._requested = False
         self._last = False
 
     def begin(self, trainer: Trainer) -> None:
-        """An epoch begins."""
+        """Call at the start of an epoch."""
         self._last = False
         self.hold(trainer)
 
     def hold(self, trainer: Trainer, batch_idx: int | None = None) -> None:
-        """Puts the end off until the epoch's last micro-batch; to be called after the callbacks' hooks.
+        """Defers the stop to the epoch's last micro-batch. Call it after the callbacks' hooks.
 
         Args:
             trainer: The trainer.
-            batch_idx: Number of the micro-batch that was trained on.
+            batch_idx: Index of the micro-batch just trained on.
         """
         if batch_idx is not None:
             self._last = batch_idx + 1 >= trainer.num_training_batches
-        self._wanted |= trainer.should_stop
-        trainer.should_stop = self._wanted and self._last
+        self._requested |= trainer.should_stop
+        trainer.should_stop = self._requested and self._last
         if self._last:
-            self._wanted = False
+            self._requested = False

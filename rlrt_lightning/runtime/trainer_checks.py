@@ -1,68 +1,67 @@
-"""What Lightning offers and a run here cannot take, said before anything is drawn."""
+"""Refuses Lightning features and trainer settings that do not work here, before any rollout is drawn."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import re
 from typing import Any
 
-from lightning.pytorch import callbacks as of_lightning
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError, did_you_mean
 from rlrt_lightning.runtime.trainer_limits import check_limits
 
 log = logging.getLogger(__name__)
 
-TRAINER: dict[str, tuple[float, float]] = {
-    # Each epoch trains on rollouts of its own.
+REPLACED_DEFAULTS: dict[str, tuple[float, float]] = {
+    # Each epoch trains on new rollouts.
     "reload_dataloaders_every_n_epochs": (0, 1),
-    # Lightning's sanity check over all of the validation is our measurement before training.
+    # Lightning's sanity check, over the whole validation set, is the evaluation before training.
     "num_sanity_val_steps": (2, math.inf),
     "log_every_n_steps": (50, 1),
 }
-"""Attributes of the trainer: Lightning's default, and ours. The loops read them after the data module's `setup`."""
+"""Attributes of the trainer: Lightning's default and ours. The loops read them after the data module's `setup`."""
 
-RELOAD = "trainer.reload_dataloaders_every_n_epochs has to be 1: each epoch trains on rollouts of its own"
+RELOAD = "trainer.reload_dataloaders_every_n_epochs has to be 1, because each epoch trains on new rollouts"
 
-NAMESPACES = ("eval", "faults", "groups", "labels", "rollout", "signal", "speed", "time", "train")
-"""What our tags begin with."""
+TAG_PREFIXES = ("eval", "faults", "groups", "labels", "rollout", "signal", "speed", "time", "train")
+"""First parts of the tags that we log."""
 
 REFUSED = {
-    "GradientAccumulationScheduler": "an epoch is cut into micro-batches before it begins: set "
+    "GradientAccumulationScheduler": "an epoch is split into micro-batches before it starts; set "
     "trainer.accumulate_grad_batches",
-    "StochasticWeightAveraging": "it takes the average before there are weights, and the learning rate away from "
-    "model.optimizer: take EMAWeightAveraging",
-    "LearningRateFinder": "it trains on batches that are not the run's: set model.optimizer.lr",
-    "BatchSizeFinder": "there is no batch size: set trainer.accumulate_grad_batches and data.engine.max_rows",
+    "StochasticWeightAveraging": "it copies the module before the weights are loaded and overrides the learning rate "
+    "of model.optimizer; use EMAWeightAveraging",
+    "LearningRateFinder": "it trains on batches that are not part of the run; set model.optimizer.lr",
+    "BatchSizeFinder": "there is no batch size; set trainer.accumulate_grad_batches and data.engine.max_rows",
     "ModelPruning": "engines and teachers would not see the pruned weights",
-    "BackboneFinetuning": "the policy has no backbone: train adapters by model.policy.lora",
-    "OnExceptionCheckpoint": "it saves where a run cannot be resumed exactly: set checkpoint.every_n_epochs (SIGTERM "
-    "saves in the middle of an epoch too)",
+    "BackboneFinetuning": "the policy has no backbone; train adapters with model.policy.lora",
+    "OnExceptionCheckpoint": "it saves where a run cannot be resumed exactly; set checkpoint.every_n_epochs (SIGTERM "
+    "also saves in the middle of an epoch)",
 }
-"""Callbacks of Lightning that cannot work here, and what to do."""
+"""Lightning callbacks that do not work here, with the reason and the alternative."""
 
 
 def set_up_trainer(trainer: Any, data: Any) -> None:
-    """Puts our defaults in the place of Lightning's, where a script left these as they are, and checks them."""
+    """Replaces trainer settings that a script left at Lightning's defaults by ours, and checks all settings."""
     changed = []
-    for name, (theirs, ours) in TRAINER.items():
+    for name, (theirs, ours) in REPLACED_DEFAULTS.items():
         if getattr(trainer, name) == theirs:
             setattr(trainer, name, ours)
             changed.append(f"{name}={-1 if ours == math.inf else ours}")
     if changed:
-        rank_zero_info("trainer: %s, in place of Lightning's defaults", ", ".join(changed))
+        rank_zero_info("trainer: using %s instead of Lightning's defaults", ", ".join(changed))
     check_trainer(trainer, data)
     check_limits(trainer)
     steps = data.minibatches * trainer.accumulate_grad_batches
     interval = trainer.val_check_interval
     if isinstance(interval, int) and interval > steps and trainer.check_val_every_n_epoch is not None:
         raise ConfigError(
-            f"trainer.val_check_interval is {interval}; an epoch has {steps} batches, data.minibatches times "
-            "trainer.accumulate_grad_batches"
+            f"trainer.val_check_interval is {interval}; it has to be at most {steps}, the batches of an epoch "
+            "(data.minibatches times trainer.accumulate_grad_batches)"
         )
     if trainer.reload_dataloaders_every_n_epochs != 1:
         raise ConfigError(RELOAD)
@@ -74,34 +73,34 @@ def set_up_trainer(trainer: Any, data: Any) -> None:
 
 
 def check_trainer(trainer: Any, data: Any) -> None:
-    """Refuses what would train otherwise than it says.
+    """Refuses settings and callbacks that would not train as configured.
 
     Args:
         trainer: The trainer, about to fit.
         data: The data module.
 
     Raises:
-        ConfigError: Naming the setting.
+        ConfigError: If one is set.
     """
     for callback in list(trainer.callbacks):
         for name, reason in REFUSED.items():
-            if isinstance(callback, getattr(of_lightning, name)):
-                trainer.callbacks.remove(callback)  # one that acts on exceptions would act on this one
+            if isinstance(callback, getattr(lightning_callbacks, name)):
+                trainer.callbacks.remove(callback)  # a callback that handles exceptions would handle this one
                 raise ConfigError(f"trainer.callbacks: {type(callback).__name__} cannot be used: {reason}")
     if trainer.overfit_batches:
         raise ConfigError(
-            f"trainer.overfit_batches is {trainer.overfit_batches}, but every epoch has rollouts of its own: give "
-            "data.task few problems instead"
+            f"trainer.overfit_batches is {trainer.overfit_batches}, but each epoch has new rollouts; give data.task a "
+            "few problems instead"
         )
     limit = trainer.limit_train_batches
-    if (limit != 1 or isinstance(limit, int)) and not trainer.fast_dev_run:  # 1 is one batch, and 1.0 all
+    if (limit != 1 or isinstance(limit, int)) and not trainer.fast_dev_run:  # 1 is one batch, 1.0 is all
         raise ConfigError(
-            f"trainer.limit_train_batches is {limit}, which would leave out a part of each "
-            "epoch's rollouts: set data.prompts_per_epoch, or limit_train_batches to null"
+            f"trainer.limit_train_batches is {limit}, which would drop part of each epoch's rollouts; set "
+            "data.prompts_per_epoch instead, and limit_train_batches to null"
         )
     if trainer.max_steps > 0 and trainer.max_steps % data.minibatches and not trainer.fast_dev_run:
         raise ConfigError(
-            f"trainer.max_steps is {trainer.max_steps}, which ends within an epoch: take a multiple of "
+            f"trainer.max_steps is {trainer.max_steps}, which ends within an epoch; set it to a multiple of "
             f"data.minibatches ({data.minibatches}), or set trainer.max_epochs"
         )
     for callback in trainer.callbacks:
@@ -110,22 +109,22 @@ def check_trainer(trainer: Any, data: Any) -> None:
 
 
 def _check_monitor(callback: Any, trainer: Any, data: Any) -> None:
-    """Refuses a tag that is certain not to be logged; of others, the first epoch shows it."""
+    """Refuses a tag that is known not to be logged. `check_logged` checks the others after the first epoch."""
     tag = callback.monitor
     saves = isinstance(callback, ModelCheckpoint)
     where = "checkpoint.monitor" if saves else f"{type(callback).__name__}.monitor"
     if tag.startswith("eval/"):
         if not _is_logged(tag, trainer, data):
-            raise ConfigError(f"{where} is {tag}, which is not logged{_meant(tag, _scores(data))}")
-        if wrong := _never_measured(trainer, data, saves):
+            raise _not_logged(where, tag, _scores(data))
+        if wrong := _never_evaluated(trainer, data, saves):
             raise ConfigError(f"{where} is {tag}, but {wrong}")
-    elif tag.split("/")[0] not in NAMESPACES:
-        if _all_known(trainer):
-            raise ConfigError(f"{where} is {tag}, which is not logged{_meant(tag, _scores(data))}")
+    elif tag.split("/")[0] not in TAG_PREFIXES:
+        if _only_known_classes(trainer):
+            raise _not_logged(where, tag, _scores(data))
     elif saves:
         log.warning(
-            "%s is %s, measured before or while the saved weights were trained in their last epoch; %s is of the saved "
-            "weights themselves",
+            "%s is %s, which is measured before or during the last epoch of the saved weights; %s is measured on the "
+            "saved weights themselves",
             where,
             tag,
             (_scores(data) or ["eval/..."])[0],
@@ -137,7 +136,7 @@ def _scores(data: Any) -> list[str]:
 
 
 def _is_logged(tag: str, trainer: Any, data: Any) -> bool:
-    """Whether an evaluation logs a tag, as far as can be told before one."""
+    """Whether an evaluation logs a tag, as far as is known before the run."""
     _, name, kind = [*tag.split("/", 2), "", ""][:3]
     if name not in data.benchmarks or not kind:
         return False
@@ -149,8 +148,9 @@ def _is_logged(tag: str, trainer: Any, data: Any) -> bool:
     return int(score[2]) in (ks or samples if score[1] == "pass" else samples)
 
 
-def _never_measured(trainer: Any, data: Any, saves: bool) -> str | None:
-    """Why no evaluation comes where the tag is wanted: in the run, or, to save by, at the end of an epoch."""
+def _never_evaluated(trainer: Any, data: Any, saves: bool) -> str | None:
+    """Why no evaluation takes place in the run or, if checkpoints depend on it, at the ends of epochs; None if one
+    does."""
     every, most = trainer.check_val_every_n_epoch, trainer.max_epochs
     if not trainer.limit_val_batches:
         return "trainer.limit_val_batches is 0: nothing is evaluated"
@@ -159,31 +159,30 @@ def _never_measured(trainer: Any, data: Any, saves: bool) -> str | None:
     batches, interval = data.minibatches * trainer.accumulate_grad_batches, trainer.val_check_interval
     steps = max(1, int(batches * interval)) if isinstance(interval, float) else interval
     if saves and not (isinstance(steps, int) and (batches % steps == 0 or steps % batches == 0)):
-        return "trainer.val_check_interval evaluates within epochs, and their ends are saved: set it to 1.0"
+        return "trainer.val_check_interval evaluates within epochs, but checkpoints are saved at the end; set it to 1.0"
     return None
 
 
-def _all_known(trainer: Any) -> bool:
-    """Whether nobody but Lightning and we can log anything."""
-    whole = [trainer.lightning_module, *trainer.callbacks]
-    return all(type(part).__module__.split(".")[0] in ("lightning", "rlrt_lightning") for part in whole)
+def _only_known_classes(trainer: Any) -> bool:
+    """Whether only classes of Lightning and of this package can log metrics."""
+    parts = [trainer.lightning_module, *trainer.callbacks]
+    return all(type(part).__module__.split(".")[0] in ("lightning", "rlrt_lightning") for part in parts)
 
 
 def check_logged(callback: ModelCheckpoint, logged: list[str]) -> None:
     """Refuses a tag that the first epoch did not log.
 
     Args:
-        callback: Who monitors it.
+        callback: The callback that monitors the tag.
         logged: The tags that were logged.
 
     Raises:
-        ConfigError: If it is not among them.
+        ConfigError: If the tag is not among them.
     """
     tag = callback.monitor
     if tag and not tag.startswith("eval/") and tag not in logged:
-        raise ConfigError(f"checkpoint.monitor is {tag}, which is not logged{_meant(tag, logged)}")
+        raise _not_logged("checkpoint.monitor", tag, logged)
 
 
-def _meant(tag: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(tag, known, n=1) or known[:1]
-    return f" (did you mean {close[0]}?)" if close else ""
+def _not_logged(where: str, tag: str, logged: list[str]) -> ConfigError:
+    return ConfigError(f"{where} is {tag}, which is not logged{did_you_mean(tag, logged, default=logged)}")

@@ -1,4 +1,4 @@
-"""Ranges of the trainer's settings that Lightning itself does not check, or only once rollouts have been drawn."""
+"""Checks ranges of the trainer's settings that Lightning does not check, or checks only after rollouts are drawn."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lightning.pytorch.accelerators import CPUAccelerator
 
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 
-FEW_PROCESSES = 8
-"""So many processes run on CPUs however few there are: for trying things out."""
+MIN_CPU_PROCESSES = 8
+"""Processes allowed on any machine, even with fewer CPUs, for experiments."""
 
 
 def check_limits(trainer: Any) -> None:
-    """Refuses what would end in an error within Lightning, in no training, or in hundreds of processes.
+    """Refuses settings that would fail within Lightning, train nothing or start hundreds of processes.
 
     Args:
         trainer: The trainer.
 
     Raises:
-        ConfigError: Naming the setting.
+        ConfigError: If a setting is out of range.
     """
     clip, every, interval = trainer.gradient_clip_val, trainer.check_val_every_n_epoch, trainer.val_check_interval
-    most = max(FEW_PROCESSES, os.cpu_count() or 1)
+    most = max(MIN_CPU_PROCESSES, os.cpu_count() or 1)
     devices = trainer.num_devices if isinstance(trainer.accelerator, CPUAccelerator) else 1
     batches = trainer.accumulate_grad_batches
     check_ranges(
@@ -40,19 +40,19 @@ def check_limits(trainer: Any) -> None:
             "min_steps": (trainer.min_steps, (trainer.min_steps or 0) >= 0, "0 or more, or null"),
             "log_every_n_steps": (trainer.log_every_n_steps, trainer.log_every_n_steps >= 0, "0 or more"),
             "num_sanity_val_steps": (trainer.num_sanity_val_steps, trainer.num_sanity_val_steps >= 0, "-1 or more"),
-            "devices": (devices, devices <= most, f"at most {most} on the CPUs of this machine"),
+            "devices": (devices, devices <= most, f"at most {most} for the CPUs of this machine"),
         },
     )
 
 
 def check_folders(trainer: Trainer) -> None:
-    """Refuses folders for the loggers' files that cannot be made or written to.
+    """Refuses logger folders that cannot be created or written to.
 
     Args:
         trainer: The trainer.
 
     Raises:
-        ConfigError: Naming the setting.
+        ConfigError: If a folder is not writable.
     """
     for logger in trainer.loggers:
         folder = logger.save_dir

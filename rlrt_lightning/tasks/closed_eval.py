@@ -8,11 +8,19 @@ mathematical expressions, which still work. Any other name raises an error, whic
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
 from types import CodeType
 from typing import Any
 
-_FUNCTIONS = {"abs", "sqrt", "cbrt", "root"}  # allowed in addition to sympy's classes
+from rlrt_lightning.runtime.errors import ConfigError
+
+CANARY = f"exec('import sys; sys.modules[\"{__name__}\"].ran.append(1)')"
+"""An answer that adds to `ran` where it is run."""
+ran: list[int] = []
+
+_FUNCTIONS = {"abs", "sqrt", "cbrt", "root"}  # beside sympy's classes
 
 
 def closed_eval(source: str | CodeType, names: Any = None, more_names: Any = None) -> Any:
@@ -47,10 +55,28 @@ def _resolve(name: str, *scopes: Mapping[str, Any] | None) -> Any:
     return next((scope[name] for scope in scopes if scope is not None and name in scope), None)
 
 
-def close_eval() -> None:
-    """Replaces `eval` by `closed_eval` in reasoning-gym's modules and in sympy's parser."""
-    import sympy.parsing.sympy_parser  # noqa: F401
+def close_eval(score: Callable[[str], Any]) -> None:
+    """Puts `closed_eval` in the place of `eval` in the modules of reasoning-gym and in sympy's parser, for good. To be
+    called where answers are scored, which is in the verifier's worker processes.
+
+    Neither library has a setting for this. That an answer is not run is checked each time, since a release may evaluate
+    answers elsewhere.
+
+    Args:
+        score: Scores an answer.
+
+    Raises:
+        ConfigError: If an answer can run code all the same.
+    """
+    import sympy.parsing.sympy_parser as parser
 
     for name, module in list(sys.modules.items()):
-        if name == "sympy.parsing.sympy_parser" or name.partition(".")[0] == "reasoning_gym":
+        if name == parser.__name__ or name.partition(".")[0] == "reasoning_gym":
             vars(module)["eval"] = closed_eval
+    ran.clear()
+    for evaluate in (parser.parse_expr, score):
+        with suppress(Exception):
+            evaluate(CANARY)
+    if ran:
+        versions = " and ".join(f"{name} {version(name)}" for name in ("reasoning-gym", "sympy"))
+        raise ConfigError(f"data.task: {versions} run code that an answer contains; install earlier releases of them")

@@ -6,6 +6,7 @@ import difflib
 import random
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rlrt_lightning.runtime.errors import ConfigError
@@ -26,8 +27,9 @@ class ReasoningGym(Task):
     Problems are generated on demand and are the same for the same settings. The held-out problems are the generator's
     first ones, followed by the training problems, so that no draw is used twice; a generator with few possible
     problems may still produce the same one in both splits. The reward is the score, from 0 to 1; a completion is
-    correct if its reward is 1. Some scorers call `eval` on the answer. In every process that uses this task, `eval` in
-    reasoning-gym and in sympy's parser is restricted to literals and mathematics, so that no completion is executed.
+    correct if its reward is 1. Some scorers call `eval` on the answer. In the verifier's processes, `eval` in
+    reasoning-gym and in sympy's parser is restricted to literals and mathematics, so that no completion is executed;
+    releases with which one would be are refused.
 
     Args:
         name: Name of the task in reasoning-gym, such as `chain_sum`.
@@ -69,9 +71,10 @@ class ReasoningGym(Task):
         self.instruction = instruction
         self.pattern = pattern
         self._generator: Any = None
+        self._closed = False  # whether answers cannot be run in this process
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": None}  # some generators cannot be pickled
+        return {**self.__dict__, "_generator": None, "_closed": False}  # some generators cannot be pickled
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split, generated on access."""
@@ -85,15 +88,22 @@ class ReasoningGym(Task):
         if not found:
             return Verdict(0.0, False, message="no answer found")
         answer = found[-1].strip()
-        reward = float(self._make_generator().score_answer(answer=answer, entry=problem.info))
+        reward = float(self._score(answer, problem.info))
         message = "right" if reward >= 1 else f"scored {reward:g}"
         if reward < 1 and problem.answer is not None:  # some tasks have a scorer but no answer
             message += f": an answer is {problem.answer}"
         return Verdict(reward, reward >= 1, answer, message)
 
     def warm_up(self) -> None:
-        """Imports reasoning-gym and creates the generator."""
-        self._make_generator()
+        """Imports reasoning-gym, creates the generator, and makes sure that its scorer executes no answer."""
+        generator = self._make_generator()
+        close_eval(partial(generator.score_answer, entry=generator[0]))
+        self._closed = True
+
+    def _score(self, answer: str, entry: dict[str, Any]) -> float:
+        if not self._closed:
+            self.warm_up()
+        return self._make_generator().score_answer(answer=answer, entry=entry)
 
     def _make_generator(self) -> Any:
         if self._generator is None:
@@ -113,7 +123,6 @@ class ReasoningGym(Task):
                 self._generator = create_dataset(self.name, seed=seed, size=self.heldout + self.size, **self.config)
             except (TypeError, ValueError, AssertionError) as error:
                 raise ConfigError(f"reasoning-gym's task {self.name} rejects config or size: {error}") from None
-            close_eval()
         return self._generator
 
     def _problem(self, number: int) -> Problem:

@@ -1,4 +1,4 @@
-"""The paper's instruments: their figures by brute force, and their commands."""
+"""The paper's analyses: their values against brute force, and their commands."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rlrt_lightning.analysis.reflection import choose_positions, difficulty, fli
 from rlrt_lightning.analysis.shift import compare_positions, summarize
 from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.evaluation.results import pass_curve
-from tests.helpers.command_line import command
+from tests.helpers.command_line import cli_exit_code
 from tests.helpers.processes import ROOT
-from tests.helpers.tiny import policy
+from tests.helpers.tiny import tiny_policy
 
 
 def logits(seed: int, tokens: int = 4, vocabulary: int = 9) -> torch.Tensor:
@@ -33,15 +33,15 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def drawn(folder: Path, name: str) -> None:
-    """There is a finished figure in both formats, and it is not empty."""
+def assert_plot_written(folder: Path, name: str) -> None:
+    """The plot exists in both formats and is not empty."""
     picture = Image.open(folder / f"{name}.png").convert("L")
     assert picture.width > 500
     assert len(picture.getcolors(1 << 20) or []) > 10
     assert "</svg>" in (folder / f"{name}.svg").read_text(encoding="utf-8")
 
 
-# -- figures by brute force ----------------------------------------------------------------------------------------
+# -- values by brute force -----------------------------------------------------------------------------------------
 
 
 def test_position_kl_is_the_sum_over_the_vocabulary() -> None:
@@ -51,7 +51,7 @@ def test_position_kl_is_the_sum_over_the_vocabulary() -> None:
     assert position_kl(student, teacher)[0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_compared_positions_are_those_of_the_definitions() -> None:
+def test_compare_positions_matches_the_definitions() -> None:
     trained, base = logits(2, tokens=6, vocabulary=30), logits(3, tokens=6, vocabulary=30)
     base[0] = trained[0]
     js, first, probability, same, overlap = compare_positions(trained, base)
@@ -70,20 +70,20 @@ def test_compared_positions_are_those_of_the_definitions() -> None:
     assert overlap[0].tolist() == [1.0] * 20
 
 
-def test_the_summary_counts_shifted_positions_only() -> None:
+def test_the_summary_counts_only_shifted_positions() -> None:
     js = torch.tensor([0.05, 0.2, 0.3])
-    figures = summarize(js, torch.tensor([1e-9, 0.5, 0.005]), torch.tensor([[0.0], [1.0], [0.0]]))
-    assert figures["shifted"] == pytest.approx(2 / 3)
-    assert figures["overlap@1"] == 0.5
-    assert [figures[f"base_below_{t}"] for t in ("0.1", "0.01", "0.001")] == [0.5, 0.5, 0.0]
-    assert "overlap@1" not in summarize(js[:1], torch.ones(1), torch.ones(1, 1)), "nothing has moved"
+    summary = summarize(js, torch.tensor([1e-9, 0.5, 0.005]), torch.tensor([[0.0], [1.0], [0.0]]))
+    assert summary["shifted"] == pytest.approx(2 / 3)
+    assert summary["overlap@1"] == 0.5
+    assert [summary[f"base_below_{t}"] for t in ("0.1", "0.01", "0.001")] == [0.5, 0.5, 0.0]
+    assert "overlap@1" not in summarize(js[:1], torch.ones(1), torch.ones(1, 1)), "no position has shifted"
 
 
-def test_which_problems_are_hard_and_easy() -> None:
+def test_problems_are_hard_or_easy_by_their_number_of_correct_samples() -> None:
     assert [difficulty(c, 8) for c in range(9)] == ["hard"] * 3 + [None, None] + ["easy"] * 3 + [None]
 
 
-def test_positions() -> None:
+def test_positions_are_chosen_by_the_largest_smallest_and_a_random_kl() -> None:
     kl = torch.tensor([0.2, 0.9, 0.1])
     places = [choose_positions(kl, torch.Generator().manual_seed(seed)) for seed in range(30)]
     assert {(p["largest"], p["smallest"]) for p in places} == {(1, 2)}
@@ -102,15 +102,15 @@ def test_flip_rates_are_means_over_problems() -> None:
     assert (alone["low"], alone["high"]) == (0, 1)
 
 
-def test_seeds_are_averaged_and_not_put_together() -> None:
-    """One seed always solves the problem, the other never: a policy of either seed has pass@2 of 1/2, not of 5/6."""
+def test_pass_at_k_averages_seeds_instead_of_pooling_samples() -> None:
+    """One seed always solves the problem, the other never: pass@2 averages to 1/2; pooled samples would give 5/6."""
     table = [{"problem": "a", "samples": 2, "correct": c} for c in (2, 0)]
     assert [point["pass"] for point in pass_curve(table)] == [0.5, 0.5]
 
 
-def test_two_sides_are_compared_at_the_same_tokens_in_chunks() -> None:
-    made, other = policy(), torch.nn.Module()
-    other.model = policy().model.eval()
+def test_compare_aligns_the_response_tokens_and_works_in_chunks() -> None:
+    made, other = tiny_policy(), torch.nn.Module()
+    other.model = tiny_policy().model.eval()
     with torch.no_grad():
         other.model.get_input_embeddings().weight.mul_(1.3)
     made.logits_chunk, made.score_tokens = 3, 16
@@ -135,30 +135,30 @@ def test_two_sides_are_compared_at_the_same_tokens_in_chunks() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs with other seeds and an evaluation of each."""
+    """Two runs with different seeds, and an evaluation of each."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in ("0", "1"):
         run = folder / f"seed-{seed}"
-        assert command("fit", run, "--trainer.max_epochs=2", f"--seed_everything={seed}") == 0
+        assert cli_exit_code("fit", run, "--trainer.max_epochs=2", f"--seed_everything={seed}") == 0
         flags = (f"--evaluation.results={folder / 'results' / seed}", "--ckpt_path=last")
-        assert command("validate", run, *flags) == 0
+        assert cli_exit_code("validate", run, *flags) == 0
         shutil.rmtree(run / "rlrt" / "version_1")
     return folder
 
 
-def test_curves_of_several_runs(trained: Path, tmp_path: Path) -> None:
+def test_curves_tabulates_and_plots_several_runs(trained: Path, tmp_path: Path) -> None:
     folders = [f"both={trained}", f"first={trained / 'seed-0'}"]
     assert main(["curves", *folders, "--out", str(tmp_path)]) == 0
     table = rows(tmp_path / "curves.csv")
     assert {(row["name"], row["run"]) for row in table} == {("both", "0"), ("both", "1"), ("first", "0")}
     assert {row["tag"] for row in table} == {"rollout/reward", "rollout/length", "rollout/entropy"}
     assert len(table) == 3 * 3 * 2
-    drawn(tmp_path, "curves")
+    assert_plot_written(tmp_path, "curves")
 
 
-def test_pass_at_k_of_several_evaluations(trained: Path, tmp_path: Path) -> None:
-    words = ["pass_at_k", f"both={trained / 'results'}", f"first={trained / 'results' / '0'}", "--out", str(tmp_path)]
-    assert main(words) == 0
+def test_pass_at_k_averages_several_evaluations(trained: Path, tmp_path: Path) -> None:
+    args = ["pass_at_k", f"both={trained / 'results'}", f"first={trained / 'results' / '0'}", "--out", str(tmp_path)]
+    assert main(args) == 0
     table = {
         (row["name"], row["benchmark"], int(row["k"])): float(row["pass"]) for row in rows(tmp_path / "pass_at_k.csv")
     }
@@ -169,11 +169,11 @@ def test_pass_at_k_of_several_evaluations(trained: Path, tmp_path: Path) -> None
     ]
     assert table["both", "heldout", 1] == pytest.approx(sum(correct) / 2)
     assert table["first", "heldout", 1] == pytest.approx(correct[0])
-    drawn(tmp_path, "pass_at_k")
+    assert_plot_written(tmp_path, "pass_at_k")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         (["curves", "runs"], "runs has to be NAME=FOLDER"),
         (["curves", "a=/nowhere"], "a: there is no folder /nowhere"),
@@ -183,43 +183,43 @@ def test_pass_at_k_of_several_evaluations(trained: Path, tmp_path: Path) -> None
         (["curves", "a={runs}", "--tags", "rollout/nothing"], "no run has the tag rollout/nothing"),
     ],
 )
-def test_files_that_are_not_there_are_one_line(
-    words: list[str], said: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_missing_runs_results_and_tags_are_refused(
+    args: list[str], message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     places = {"empty": tmp_path / "empty", "runs": trained}
-    words = [word.format(**places) for word in words]
-    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    args = [word.format(**places) for word in args]
+    assert main([*args, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
 
 
-def instrument(name: str, trained: Path, out: Path, *flags: str) -> int:
+def run_analysis(name: str, trained: Path, out: Path, *flags: str) -> int:
     checkpoint = trained / "seed-0" / "rlrt" / "version_0" / "checkpoints" / "last.ckpt"
-    words = [name, f"--config={ROOT / 'configs' / 'rlrt.yaml'}", f"--ckpt_path={checkpoint}", f"--out={out}", *flags]
-    return main([*words, "--trainer.logger=false", "--trainer.enable_progress_bar=false"])
+    args = [name, f"--config={ROOT / 'configs' / 'rlrt.yaml'}", f"--ckpt_path={checkpoint}", f"--out={out}", *flags]
+    return main([*args, "--trainer.logger=false", "--trainer.enable_progress_bar=false"])
 
 
-def test_shift(trained: Path, tmp_path: Path) -> None:
-    assert instrument("shift", trained, tmp_path, "--limit=5") == 0
+def test_shift_writes_a_table_a_summary_and_a_plot(trained: Path, tmp_path: Path) -> None:
+    assert run_analysis("shift", trained, tmp_path, "--limit=5") == 0
     table = pyarrow.parquet.read_table(tmp_path / "shift.parquet").to_pylist()
     assert len({(row["problem"], row["sample"]) for row in table}) == 5 * 2
     assert all(0 <= row["js"] <= math.log(2) + 1e-6 and 0 <= row["base_probability"] <= 1 for row in table)
     assert any(row["js"] > 0 for row in table), "the checkpoint's weights, not the initial ones"
     assert float({r["figure"]: r["value"] for r in rows(tmp_path / "shift_summary.csv")}["positions"]) == len(table)
-    drawn(tmp_path, "shift")
+    assert_plot_written(tmp_path, "shift")
 
 
-def test_shift_needs_a_trained_policy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_shift_requires_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["shift", f"--config={ROOT / 'configs' / 'rlrt.yaml'}", "--trainer.logger=false"]) == 2
     assert "set --ckpt_path" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "P"])
-def test_reflection(text: str, trained: Path, tmp_path: Path) -> None:
+def test_reflection_inserts_the_text_at_positions_ordered_by_kl(text: str, trained: Path, tmp_path: Path) -> None:
     flags = ("--limit=40", f"--text={text}", "--continuations=2", "--context=solution")
-    assert instrument("reflection", trained, tmp_path, *flags) == 0
+    assert run_analysis("reflection", trained, tmp_path, *flags) == 0
     table = rows(tmp_path / "reflection.csv")
     places = {(r["problem"], r["sample"]) for r in table}
     texts = {text, ""}
@@ -231,24 +231,24 @@ def test_reflection(text: str, trained: Path, tmp_path: Path) -> None:
     assert {r["flipped"] for r in table} == {"True", "False"}
     summary = rows(tmp_path / "reflection_summary.csv")
     hard = {(r["text"], r["where"]): float(r["flipped"]) for r in summary if r["kind"] == "hard"}
-    if text:  # the complete strategy, put where the policy chooses one, solves what it could not
+    if text:  # the complete strategy, inserted where the policy chooses one, solves problems that it could not
         assert hard["P", "largest"] > hard["", "largest"]
-    drawn(tmp_path, "reflection")
+    assert_plot_written(tmp_path, "reflection")
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--text=Wait, let me reconsider.",), "which the tokenizer cannot encode"),
         (("--text=", "--benchmark=nothing"), "benchmark is nothing; it has to be one of heldout, longer"),
         (("--text=", "--limit=1", "--samples=2"), "no rollout can be cut"),
     ],
 )
-def test_reflection_says_what_is_wrong(
-    flags: tuple[str, ...], said: str, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_reflection_refuses_invalid_settings(
+    flags: tuple[str, ...], message: str, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert instrument("reflection", trained, tmp_path, *flags) == 2
-    assert said in capfd.readouterr().err
+    assert run_analysis("reflection", trained, tmp_path, *flags) == 2
+    assert message in capfd.readouterr().err
 
 
 def test_styles_differ_in_colour_line_and_marker() -> None:

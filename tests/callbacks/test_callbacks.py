@@ -1,4 +1,4 @@
-"""Figures and pictures of the reversed signal, and the metrics of the evaluation."""
+"""Metrics and pictures of the reversed signal, and the metrics of evaluations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rlrt_lightning.callbacks.signal_picture import Scored, Token, colour, draw,
 from rlrt_lightning.evaluation.metrics import AvgAtK, PassAtK
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import Verdict
-from tests.helpers.epochs import epoch
+from tests.helpers.epochs import random_epoch_record
 
 
-def test_avg_and_pass_at_k_add_up_over_batches() -> None:
+def test_avg_and_pass_at_k_accumulate_over_batches() -> None:
     correct = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
     avg, passed = AvgAtK(), PassAtK(2)
     for rows in (correct[:1], correct[1:]):
@@ -29,8 +29,8 @@ def test_avg_and_pass_at_k_add_up_over_batches() -> None:
     assert passed.compute() == pytest.approx((0.5 + 0 + 1) / 3)
 
 
-def test_signal_statistics_are_those_of_the_scored_tokens() -> None:
-    data = epoch()
+def test_signal_statistics_cover_only_the_scored_tokens() -> None:
+    data = random_epoch_record()
     data.contexts = [None if i % 2 else "x" for i in range(12)]
     asymmetry = data.credit.asymmetry * data.has_context[:, None]
     data.credit = replace(data.credit, asymmetry=asymmetry, weight_bounds=(0.8, 1.2))
@@ -47,8 +47,8 @@ def test_signal_statistics_are_those_of_the_scored_tokens() -> None:
     assert all(math.isfinite(value) for value in stats.values())
 
 
-def test_a_batch_without_context_has_no_nan() -> None:
-    data = epoch()
+def test_signal_statistics_without_context_omit_token_metrics() -> None:
+    data = random_epoch_record()
     data.contexts = [None] * 12
     assert set(signal_statistics(data)) == {"signal/context", "signal/context_of_correct"}
 
@@ -58,7 +58,7 @@ def rollout(text: str = "x", tokens: int = 3) -> Scored:
     return Scored("p<1>", "<script>alert(1)</script>", "context & more", 0.7, [token] * tokens)
 
 
-def test_the_page_takes_no_text_for_markup() -> None:
+def test_the_page_escapes_all_text() -> None:
     page = html_page("Epoch <3>", [rollout("<b>")])
     assert "<script>" not in page
     assert "<b>" not in page
@@ -66,13 +66,13 @@ def test_the_page_takes_no_text_for_markup() -> None:
     assert "D +1.50" in page
 
 
-def test_the_image_holds_long_rollouts_and_line_breaks() -> None:
+def test_the_image_limits_its_height_for_long_rollouts() -> None:
     short, long = draw("t", [rollout()]), draw("t", [rollout("word\n", 2000)])
     assert short.shape[1:] == long.shape[1:] == (1200, 3)
     assert short.shape[0] < long.shape[0] < 1000
 
 
-def test_colours_tell_the_directions_apart() -> None:
+def test_colours_distinguish_the_sign_of_the_asymmetry() -> None:
     against, neutral, with_ = colour(3.0), colour(0.0), colour(-3.0)
     assert neutral == (255, 255, 255)
     assert against[0] > against[2]
@@ -92,12 +92,12 @@ def test_colours_tell_the_directions_apart() -> None:
         lambda: Evaluation(table=-1),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make: object) -> None:
+def test_invalid_callback_settings_are_refused(make: object) -> None:
     with pytest.raises(ConfigError):
         make()
 
 
-def test_nobody_is_watched_where_that_is_turned_off_or_there_is_one_rank() -> None:
+def test_rank_guard_is_idle_when_disabled_or_with_one_rank() -> None:
     for guard, ranks in ((RankGuard(timeout_s=None), 2), (RankGuard(), 1)):
         guard.setup(cast(Any, SimpleNamespace(world_size=ranks)), cast(Any, None), "fit")
         guard.teardown(cast(Any, None), cast(Any, None), "fit")

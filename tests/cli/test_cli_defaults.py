@@ -1,4 +1,4 @@
-"""The command line's settings: a class comes with its own defaults, and what is wrong is said in one line."""
+"""Settings of the command line: each class has its own defaults, and errors are one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlrt_lightning.__main__ import main
 from rlrt_lightning.cli.commands import RLRTCli
 from rlrt_lightning.cli.refusals import run
 from rlrt_lightning.runtime.errors import ConfigError
-from tests.helpers.command_line import Settings
+from tests.helpers.command_line import ParsingCli
 
 Parse = Callable[..., Namespace]
 
@@ -28,16 +28,16 @@ BENCHMARK = "data: {benchmarks: {b: {samples: 4, task: {class_path: StrategySum,
 
 @pytest.fixture(scope="module")
 def cli() -> RLRTCli:
-    return Settings(["fit"])
+    return ParsingCli(["fit"])
 
 
 @pytest.fixture
 def parse(cli: RLRTCli, tmp_path: Path) -> Parse:
-    """Parses flags, and configs given as text, in their order."""
+    """Parses flags and configs, which are given as text, in order."""
 
-    def parse_(*words: str) -> Namespace:
+    def parse_(*args: str) -> Namespace:
         flags = []
-        for number, word in enumerate(words):
+        for number, word in enumerate(args):
             if not word.startswith("--"):
                 (tmp_path / f"{number}.yaml").write_text(word)
                 word = f"--config={tmp_path / f'{number}.yaml'}"
@@ -56,7 +56,7 @@ def settings_of(spec: Namespace, **expected: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         ["--model.method=RLSD"],
         ["--model.method.eps_w=0.9", "--model.method=RLSD"],
@@ -69,14 +69,14 @@ def settings_of(spec: Namespace, **expected: Any) -> dict[str, Any]:
     ],
     ids=" ".join,
 )
-def test_another_method_comes_with_its_own_defaults(parse: Parse, words: list[str]) -> None:
-    method = parse(*words).model.method
+def test_another_method_has_its_own_defaults(parse: Parse, args: list[str]) -> None:
+    method = parse(*args).model.method
     expected = {"lam": 0.5, "eps_w": 0.2, "gated": False, "context": "answer"}
     assert (name_of(method), settings_of(method, **expected)) == ("RLSD", expected)
 
 
 @pytest.mark.parametrize(
-    ("words", "lam", "eps_w"),
+    ("args", "lam", "eps_w"),
     [
         ([RLRT_09, "--model.method=RLSD", "--model.method.eps_w=0.4"], 0.5, 0.4),
         ([RLRT_09, "model: {method: {class_path: RLSD, init_args: {lam: 0.2}}}"], 0.2, 0.2),
@@ -85,8 +85,8 @@ def test_another_method_comes_with_its_own_defaults(parse: Parse, words: list[st
         ([RLRT_09, "--model.method=RLSD", "--model.method=RLRT"], 0.5, 1.0),
     ],
 )
-def test_what_is_given_with_or_after_the_class_counts(parse: Parse, words: list[str], lam: float, eps_w: float) -> None:
-    method = parse(*words).model.method
+def test_settings_given_with_or_after_the_class_apply(parse: Parse, args: list[str], lam: float, eps_w: float) -> None:
+    method = parse(*args).model.method
     assert settings_of(method, lam=0, eps_w=0) == {"lam": lam, "eps_w": eps_w}
 
 
@@ -106,7 +106,7 @@ def test_naming_the_same_class_again_keeps_its_settings(parse: Parse, again: str
     assert settings_of(method, lam=0, eps_w=0) == {"lam": 0.3, "eps_w": 0.9}
 
 
-def test_every_setting_that_is_a_class_follows_the_rule(parse: Parse) -> None:
+def test_another_optimizer_task_or_logger_has_its_own_defaults(parse: Parse) -> None:
     sgd = parse(ADAMW, "--model.optimizer=SGD").model.optimizer
     assert settings_of(sgd, lr=0, weight_decay=0) == {"lr": 0.001, "weight_decay": 0.0}
     adam = parse(ADAMW, "model: {optimizer: torch.optim.Adam}").model.optimizer
@@ -127,14 +127,14 @@ def test_every_setting_that_is_a_class_follows_the_rule(parse: Parse) -> None:
     ["--data.task.reward=ExactMatch", "data: {task: {init_args: {reward: ExactMatch}}}"],
     ids=["flag", "config"],
 )
-def test_a_class_within_a_class_follows_the_rule(parse: Parse, later: str) -> None:
+def test_another_nested_class_has_its_own_defaults_and_its_owner_keeps_its_settings(parse: Parse, later: str) -> None:
     task = parse(MATH, later).data.task
     assert task.init_args.train == "a.jsonl", "the task is the same, so its settings stay"
     assert name_of(task.init_args.reward) == "ExactMatch"
     assert "fallback" not in task.init_args.reward.init_args
 
 
-def test_the_items_of_lists_and_dicts_follow_the_rule(parse: Parse) -> None:
+def test_another_class_in_a_list_or_dict_has_its_own_defaults(parse: Parse) -> None:
     (saver,) = parse(STOPPING, "trainer: {callbacks: [{class_path: ModelCheckpoint}]}").trainer.callbacks
     assert settings_of(saver, monitor=0, mode=0, verbose=0) == {"monitor": None, "mode": "min", "verbose": False}
     callbacks = parse(STOPPING, "--trainer.callbacks+=HFExport", "--trainer.callbacks.path=there").trainer.callbacks
@@ -149,7 +149,7 @@ def test_the_items_of_lists_and_dicts_follow_the_rule(parse: Parse) -> None:
     assert settings_of(benchmark.task, heldout=0, seed=0) == {"heldout": 8, "seed": 9}
 
 
-def test_the_parts_of_defaults_are_set_without_naming_the_class(parse: Parse) -> None:
+def test_settings_of_default_classes_need_no_class_name(parse: Parse) -> None:
     flags = ["--data.task.trap=false", "--data.engine.max_rows=8", "--data.benchmarks.heldout.samples=3"]
     data = parse(*flags, "--model.policy.path=here", "--model.teacher.max_context_tokens=9").data
     assert (name_of(data.task), data.task.init_args.trap) == ("StrategySum", False)
@@ -158,7 +158,7 @@ def test_the_parts_of_defaults_are_set_without_naming_the_class(parse: Parse) ->
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("--model.method=RLTR", "model.method: there is no class RLTR (did you mean RLRT?)"),
         ("--data.task=ReasonngGym", "data.task: there is no class ReasonngGym (did you mean ReasoningGym?)"),
@@ -180,37 +180,37 @@ def test_the_parts_of_defaults_are_set_without_naming_the_class(parse: Parse) ->
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(parse: Parse, word: str, said: str) -> None:
+def test_wrong_settings_give_the_expected_line(parse: Parse, word: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(word)
-    assert str(error.value) == said
+    assert str(error.value) == message
 
 
-def test_a_setting_of_the_old_class_does_not_pass_for_one_of_the_new(parse: Parse) -> None:
+def test_a_setting_of_the_replaced_class_is_refused(parse: Parse) -> None:
     with pytest.raises(ConfigError, match="GRPO has no setting eps_w"):
         parse(RLRT_09, "--model.method=GRPO", "--model.method.eps_w=0.2")
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
-        (["fitt"], "there is no command fitt; there are fit, validate, test, predict"),
+        (["fitt"], "there is no command fitt; choose from fit, validate, test, predict"),
         (["fit", "--config=nothing.yaml"], "nothing.yaml"),
         (["fit", "--model.method=RLTR"], "did you mean RLRT?"),
         (["validate", "--trainer.accelerator=tpu"], "torch_xla"),
     ],
 )
 def test_wrong_input_ends_with_exit_code_2(
-    args: list[str], said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    args: list[str], message: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = [f"--trainer.default_root_dir={tmp_path}"] if args != ["fitt"] else []
     assert main([*args, *folder]) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
-    assert said in errors[0]
+    assert message in errors[0]
 
 
-def test_ctrl_c_ends_with_130_and_the_unexpected_keeps_its_traceback() -> None:
+def test_ctrl_c_exits_with_130_and_unexpected_errors_keep_their_traceback() -> None:
     def stopped_by_lightning() -> None:
         try:
             raise KeyboardInterrupt
@@ -230,13 +230,15 @@ def test_ctrl_c_ends_with_130_and_the_unexpected_keeps_its_traceback() -> None:
 
 
 @pytest.mark.parametrize(("seed", "streams"), [("7", 7), ("false", 0), ("true", 5)])
-def test_the_seed_is_set_once(parse: Parse, monkeypatch: pytest.MonkeyPatch, seed: str, streams: int) -> None:
-    monkeypatch.setitem(os.environ, "PL_GLOBAL_SEED", "5")  # what Lightning takes for true
+def test_seed_everything_sets_the_seed_of_the_data(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, seed: str, streams: int
+) -> None:
+    monkeypatch.setitem(os.environ, "PL_GLOBAL_SEED", "5")  # Lightning's seed if the setting is true
     assert parse(f"--seed_everything={seed}").data.seed == streams
 
 
-def test_each_command_takes_the_same_settings() -> None:
+def test_all_commands_take_the_same_settings() -> None:
     for command in ("validate", "test", "predict"):
-        config = Settings([command, "--model.method=RLSD", "--ckpt_path=last"]).config[command]
+        config = ParsingCli([command, "--model.method=RLSD", "--ckpt_path=last"]).config[command]
         assert settings_of(config.model.method, eps_w=0) == {"eps_w": 0.2}
         assert config.ckpt_path == "last"

@@ -1,4 +1,4 @@
-"""The paper's configs are what they say, and run."""
+"""The paper's configs have the paper's settings, and run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import yaml
 
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.cli.commands import RLRTCli
-from tests.helpers.command_line import Settings
+from tests.helpers.command_line import ParsingCli
 from tests.helpers.processes import ROOT
-from tests.helpers.tiny import policy
+from tests.helpers.tiny import tiny_policy
 
 RLRT_YAML = f"--config={ROOT / 'configs' / 'rlrt.yaml'}"
 
 
 @pytest.fixture
 def resolved(capsys: pytest.CaptureFixture[str]) -> Any:
-    """The settings that a command line comes to."""
+    """The settings that a command line resolves to."""
 
     def run(*flags: str) -> dict[str, Any]:
         with pytest.raises(SystemExit) as stopped:
@@ -45,7 +45,7 @@ def method(settings: dict[str, Any]) -> tuple[str, float | None, float | None]:
         ("qwen3-8b", "Qwen/Qwen3-8B", 0.2),
     ],
 )
-def test_the_papers_settings(name: str, path: str, eps_w: float, resolved: Any) -> None:
+def test_model_configs_have_the_papers_settings(name: str, path: str, eps_w: float, resolved: Any) -> None:
     settings = resolved(f"--config={ROOT / 'configs' / 'models' / name}.yaml")
     assert method(settings) == ("RLRT", 0.5, eps_w)
     model, data = settings["model"], settings["data"]
@@ -59,8 +59,8 @@ def test_the_papers_settings(name: str, path: str, eps_w: float, resolved: Any) 
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts of data.* are longer")
-def test_the_papers_config_runs_on_a_shrunk_random_model(tmp_path: Path, shared: Path) -> None:
-    small = policy("qwen3")
+def test_the_papers_config_runs_on_a_tiny_random_model(tmp_path: Path, shared: Path) -> None:
+    small = tiny_policy("qwen3")
     small.model.save_pretrained(tmp_path / "model")
     small.tokenizer.save_pretrained(tmp_path / "model")
     flags = [
@@ -77,16 +77,16 @@ def test_the_papers_config_runs_on_a_shrunk_random_model(tmp_path: Path, shared:
         "--trainer.enable_progress_bar=false",
         f"--trainer.logger.save_dir={tmp_path}",
     ]
-    # Longer than the small model's 128 positions are most of the prompts, which are dropped.
+    # Most prompts are longer than the 128 positions of the tiny model, and are dropped.
     assert main(["fit", RLRT_YAML, *flags]) == 0
 
 
 @pytest.fixture(scope="module")
 def cli() -> RLRTCli:
-    return Settings(["fit"])
+    return ParsingCli(["fit"])
 
 
-def test_no_config_takes_the_teacher_of_a_method_out_of_its_hands() -> None:
+def test_no_config_overrides_the_methods_teacher() -> None:
     for path in (ROOT / "configs").glob("**/*.yaml"):
         assert "teacher_refresh" not in yaml.safe_load(path.read_text(encoding="utf-8")), path
 
@@ -102,7 +102,7 @@ def test_no_config_takes_the_teacher_of_a_method_out_of_its_hands() -> None:
         ("rlsd", "teacher_predicted"),
     ],
 )
-def test_nothing_of_a_method_config_is_left_where_another_comes_after_it(first: str, last: str, cli: RLRTCli) -> None:
+def test_a_later_method_config_fully_replaces_an_earlier_one(first: str, last: str, cli: RLRTCli) -> None:
     before, after = (f"--config={ROOT / 'configs' / 'methods' / name}.yaml" for name in (first, last))
     layered, alone = (cli.parser.parse_args(["fit", RLRT_YAML, *flags]).fit for flags in ((before, after), (after,)))
     assert layered.model.method == alone.model.method
@@ -112,8 +112,8 @@ def test_nothing_of_a_method_config_is_left_where_another_comes_after_it(first: 
 
 
 @pytest.mark.parametrize("name", ["paper", "local"])
-def test_benchmarks_take_the_place_of_the_configs_own(name: str, resolved: Any) -> None:
-    benchmarks = resolved(f"--config={ROOT / 'configs' / 'benchmarks' / name}.yaml")["data"]["benchmarks"]
+def test_evaluation_configs_replace_the_default_evaluation_sets(name: str, resolved: Any) -> None:
+    benchmarks = resolved(f"--config={ROOT / 'configs' / 'evaluation' / name}.yaml")["data"]["benchmarks"]
     paper = {"aime24", "aime25", "aime26", "hmmt26", "amc23", "math500"}
     assert set(benchmarks) == (paper if name == "paper" else paper - {"aime26", "hmmt26"})
     for benchmark in benchmarks.values():

@@ -1,4 +1,4 @@
-"""The text of --help is kept, and made anew when something that makes it changes."""
+"""The text of --help is cached, and built again when anything that it depends on changes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from rlrt_lightning.__main__ import main
 from rlrt_lightning.cli import quick_help
 
 
-def test_help_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_built_once_and_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["fit", "--help"]) == 0
     made = capsys.readouterr().out
     assert "--model.method" in made
-    monkeypatch.setattr("rlrt_lightning.cli.commands.RLRTCli", None)  # whoever needs it now fails
+    monkeypatch.setattr("rlrt_lightning.cli.commands.RLRTCli", None)  # building the help again would fail
     assert main(["fit", "--help"]) == 0
     assert capsys.readouterr().out == made
     monkeypatch.setattr(quick_help, "version", lambda name: "another")
@@ -23,7 +25,7 @@ def test_help_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         main(["fit", "--help"])
 
 
-def test_a_home_that_cannot_be_written_to(
+def test_help_works_without_a_writable_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -32,8 +34,6 @@ def test_a_home_that_cannot_be_written_to(
     assert "reflection" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "words", [["fit"], ["fit", "--model.method.help", "RLRT"], ["fit", "--config=x", "--help"], []]
-)
-def test_what_depends_on_more_is_not_kept(words: list[str]) -> None:
-    assert not quick_help.asks_for_help(words)
+@pytest.mark.parametrize("args", [["fit"], ["fit", "--model.method.help", "RLRT"], ["fit", "--config=x", "--help"], []])
+def test_only_plain_help_requests_are_cached(args: list[str]) -> None:
+    assert not quick_help.asks_for_help(args)

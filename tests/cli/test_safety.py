@@ -1,4 +1,4 @@
-"""Nothing that a model, a checkpoint or a data set says is run, and no credential is saved or printed."""
+"""No code in a model, a checkpoint or a data set is executed, and no credential is saved or printed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 
 from rlrt_lightning import ConfigError, Policy
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.callbacks.evaluation import _cell
+from rlrt_lightning.callbacks.evaluation import _escape_cell
 from rlrt_lightning.callbacks.signal_picture import Scored, Token, html_page
 from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, _Server, server_command
 from rlrt_lightning.runtime.credentials import masked, refuse_credentials
 from rlrt_lightning.tasks import DatasetTask
-from tests.helpers.command_line import command
+from tests.helpers.command_line import cli_exit_code
 
 TOKENS = {"HF_TOKEN": "hf_canary1", "VLLM_API_KEY": "canary2", "WANDB_API_KEY": "canary3"}
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -38,7 +38,7 @@ class Evil:
 
 @pytest.fixture
 def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What code that runs would make; and a terminal at which nobody answers."""
+    """The folder that executed code would create; a question on the terminal fails the test."""
 
     def asked(*_: object) -> str:
         raise AssertionError("asked on the terminal")
@@ -56,7 +56,7 @@ def error_line(capfd: pytest.CaptureFixture[str]) -> str:
 
 
 def model_folder(folder: Path, *left_out: str, **config: Any) -> Path:
-    """The embedded model in a folder, with further settings."""
+    """A folder with the embedded model and further settings in its config."""
     folder.mkdir()
     for file in EMBEDDED.iterdir():
         if file.name not in left_out:
@@ -73,10 +73,10 @@ def with_code(folder: Path, canary: Path) -> None:
 AUTO_MAP = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"}
 
 
-def test_python_code_beside_a_model_is_never_run(tmp_path: Path, canary: Path) -> None:
+def test_python_code_in_a_model_folder_is_never_executed(tmp_path: Path, canary: Path) -> None:
     unknown = model_folder(tmp_path / "unknown", auto_map=AUTO_MAP, model_type="of_its_own")
     with_code(unknown, canary)
-    with pytest.raises(ConfigError, match=r"model\.policy\.path: .*Python code.*never done; take a model") as error:
+    with pytest.raises(ConfigError, match=r"model\.policy\.path: .*Python code.*not supported; use a model") as error:
         _ = Policy(path=str(unknown)).config
     assert "\n" not in str(error.value)
     known = model_folder(tmp_path / "known", auto_map=AUTO_MAP)
@@ -87,20 +87,20 @@ def test_python_code_beside_a_model_is_never_run(tmp_path: Path, canary: Path) -
     assert not canary.exists()
 
 
-def test_a_tokenizers_code_is_never_run(tmp_path: Path, canary: Path) -> None:
+def test_a_tokenizers_code_is_never_executed(tmp_path: Path, canary: Path) -> None:
     folder = model_folder(tmp_path / "model")
     with_code(folder, canary)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": ["code.C", "code.C"]}, "tokenizer_class": "OfItsOwn"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     try:
-        assert Policy(path=str(folder)).encode_prompt("a4")  # by the class that suits tokenizer.json
+        assert Policy(path=str(folder)).encode_prompt("a4")  # with the class for tokenizer.json
     except ConfigError as error:
-        assert "never done" in str(error)  # noqa: PT017 - releases of transformers differ
+        assert "not supported" in str(error)  # noqa: PT017 - releases of transformers differ
     assert not canary.exists()
 
 
-def test_pickled_weights_are_read_as_weights_alone(tmp_path: Path, canary: Path) -> None:
+def test_pickled_weights_are_loaded_as_tensors_only(tmp_path: Path, canary: Path) -> None:
     folder = model_folder(tmp_path / "model", "model.safetensors")
     weights = load_file(EMBEDDED / "model.safetensors")
     torch.save(weights, folder / "pytorch_model.bin")
@@ -108,7 +108,7 @@ def test_pickled_weights_are_read_as_weights_alone(tmp_path: Path, canary: Path)
     policy.load()
     assert torch.equal(policy.model.state_dict()["model.norm.weight"], weights["model.norm.weight"])
     torch.save({**weights, "more": Evil(canary)}, folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"pickle that holds more than tensors.*safetensors"):
+    with pytest.raises(ConfigError, match=r"pickle that contains more than tensors.*safetensors"):
         Policy(path=str(folder)).load()
     assert not canary.exists()
 
@@ -116,9 +116,9 @@ def test_pickled_weights_are_read_as_weights_alone(tmp_path: Path, canary: Path)
 @pytest.mark.parametrize(
     "template",
     ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('no such role') }}"],
-    ids=["out of the sandbox", "a refusal"],
+    ids=["sandbox escape", "refusal"],
 )
-def test_what_a_chat_template_refuses_or_must_not_do_is_one_line(tmp_path: Path, template: str) -> None:
+def test_a_chat_template_that_fails_or_escapes_is_refused_in_one_line(tmp_path: Path, template: str) -> None:
     folder = model_folder(tmp_path / "model", "chat_template.jinja")
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ConfigError, match=r"model\.policy\.path: the chat template of"):
@@ -135,8 +135,8 @@ def run1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in TOKENS.items():
             patch.setenv(name, value)
-        assert command("fit", folder, "--trainer.max_epochs=1") == 0
-        assert command("validate", folder, "--ckpt_path=last") == 0
+        assert cli_exit_code("fit", folder, "--trainer.max_epochs=1") == 0
+        assert cli_exit_code("validate", folder, "--ckpt_path=last") == 0
     return folder
 
 
@@ -145,17 +145,17 @@ def checkpoint(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["fit", "predict", "shift"])
-def test_what_a_checkpoint_pickles_beside_weights_is_never_run(
+def test_pickled_objects_in_a_checkpoint_are_never_executed(
     name: str, run1: Path, tmp_path: Path, canary: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({**checkpoint(run1), "callbacks": {"more": Evil(canary)}}, path)
-    assert command(name, tmp_path, f"--ckpt_path={path}") == 2
-    assert "evil.ckpt holds objects that are not loaded" in error_line(capfd)
+    assert cli_exit_code(name, tmp_path, f"--ckpt_path={path}") == 2
+    assert "evil.ckpt holds pickled objects that could run code" in error_line(capfd)
     assert not canary.exists()
 
 
-def test_a_class_that_a_checkpoint_names_is_never_imported(
+def test_a_class_named_by_a_checkpoint_is_never_imported(
     run1: Path, tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
@@ -167,14 +167,14 @@ def test_a_class_that_a_checkpoint_names_is_never_imported(
         "method": {"class_path": "evil_method.Method"},
     }
     torch.save({**checkpoint(run1), "hyper_parameters": names}, path)
-    assert command("validate", tmp_path, f"--ckpt_path={path}") == 0
+    assert cli_exit_code("validate", tmp_path, f"--ckpt_path={path}") == 0
     assert not canary.exists()
 
 
 # -- data sets, pages and tables -----------------------------------------------------------------------------------
 
 
-def test_a_data_sets_script_is_never_run(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_sets_script_is_never_executed(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     load = datasets.load_dataset
@@ -188,19 +188,19 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path, canary: Path, monkeypat
     assert not canary.exists()
 
 
-def test_markup_in_completions_is_text() -> None:
+def test_markup_in_completions_is_escaped() -> None:
     text = "<script>alert(1)</script>` | ![x](http://h)"
     page = html_page(text, [Scored(text, text, text, 1.0, [Token(text, 1.0, -1.0, -2.0, 1.0, 1.0)])])
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 6
-    cell = _cell(text)
+    cell = _escape_cell(text)
     assert cell[1:-1].count("`") == cell.count("|") == 0
 
 
 # -- credentials ---------------------------------------------------------------------------------------------------
 
 
-def test_credentials_of_the_environment_are_not_written(run1: Path) -> None:
+def test_credentials_in_the_environment_are_not_written_to_files(run1: Path) -> None:
     files = [path for path in run1.rglob("*") if path.is_file()]
     assert any(path.name == "config.yaml" for path in files)
     for path in files:
@@ -219,7 +219,7 @@ def test_credentials_of_the_environment_are_not_written(run1: Path) -> None:
         ["--model.policy.chat_kwargs={hf_token: canary}", "--print_config"],
     ],
 )
-def test_credentials_are_not_taken_as_settings(
+def test_credentials_in_settings_are_refused_and_not_printed(
     flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", f"--trainer.default_root_dir={tmp_path}", *flags]) == 2
@@ -229,7 +229,7 @@ def test_credentials_are_not_taken_as_settings(
     assert not list(tmp_path.rglob("config.yaml"))
 
 
-def test_what_looks_like_a_credential_and_what_does_not() -> None:
+def test_only_credentials_are_refused_and_masked() -> None:
     refuse_credentials({"max_new_tokens": "30", "api_key": None, "token": True, "text": "me@host, see http://host/@x"})
     for settings in ({"loggers": [{"init_args": {"api_token": "x"}}]}, {"a": ["b", "http://me@host"]}):
         with pytest.raises(ConfigError, match="environment"):
@@ -240,7 +240,7 @@ def test_what_looks_like_a_credential_and_what_does_not() -> None:
 # -- servers -------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_is_for_this_machine_unless_asked_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_serving_on_another_host_warns_and_flags_cannot_set_the_host(caplog: pytest.LogCaptureFixture) -> None:
     engine = VllmServerEngine(["http://127.0.0.1:8000"])
     for host in ("127.0.0.1", "localhost", "::1"):
         server_command(Policy(), engine, host, 8000, [])

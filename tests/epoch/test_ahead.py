@@ -1,4 +1,4 @@
-"""Rollouts of the next epoch, drawn while this one trains."""
+"""Rollouts of the next epoch, drawn while the current one trains."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ import pytest
 import torch
 
 from rlrt_lightning import ConfigError, Policy, Rollout, Sampling, StrategySum, TransformersEngine
-from tests.helpers.command_line import command, scalars
-from tests.helpers.epochs import fit
+from tests.helpers.command_line import cli_exit_code, scalars
+from tests.helpers.epochs import fit_and_record
 
 
-class OfItsOwn(TransformersEngine):
-    """Samples with a whole model of its own, so it can do so while the policy trains. Keeps what each round was drawn
-    with; one that is told to fail does so on its way."""
+class OwnModelEngine(TransformersEngine):
+    """Samples with its own copy of the model, so it can draw while the policy trains.
+
+    It records one parameter of each round's weights.
+
+    Args:
+        fails_in_round: The round, from 0, in which it fails after some rollouts.
+    """
 
     beside_training = True
 
@@ -39,7 +44,7 @@ class OfItsOwn(TransformersEngine):
         for group, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             if group and len(self.rounds) - 1 == self.fails_in_round:
                 raise ConfigError("the server is gone")
-            # A list, since what is without gradient here must not be so in the thread that trains.
+            # A list, since gradients must not stay disabled in the training thread while a generator is suspended.
             for rollout in list(super().generate([prompt], n, sampling, [seed])):
                 rollout.group = group
                 yield rollout
@@ -48,15 +53,15 @@ class OfItsOwn(TransformersEngine):
 AHEAD: dict[str, Any] = {"ahead": True, "rescore": True, "prompts_per_epoch": 8, "rollouts_per_prompt": 8}
 
 
-def test_each_epoch_is_drawn_by_the_weights_before_the_last_updates(tmp_path: Path) -> None:
-    engine = OfItsOwn()
-    recorder, _ = fit(tmp_path, StrategySum(), epochs=4, engine=engine, **AHEAD)
-    assert len(engine.rounds) == 4, "nothing is drawn for an epoch that does not come"
+def test_each_epoch_is_drawn_with_the_weights_before_the_last_updates(tmp_path: Path) -> None:
+    engine = OwnModelEngine()
+    recorder, _ = fit_and_record(tmp_path, StrategySum(), epochs=4, engine=engine, **AHEAD)
+    assert len(engine.rounds) == 4, "nothing is drawn after the last epoch"
     first, second, third, fourth = engine.rounds
-    assert torch.equal(first, second), "the first epoch has nothing to be ahead of"
+    assert torch.equal(first, second), "the second epoch is drawn before the first update"
     assert not torch.equal(second, third)
     assert not torch.equal(third, fourth)
-    plain, _ = fit(tmp_path, StrategySum(), epochs=4, engine=OfItsOwn(), **{**AHEAD, "ahead": False})
+    plain, _ = fit_and_record(tmp_path, StrategySum(), epochs=4, engine=OwnModelEngine(), **{**AHEAD, "ahead": False})
     for ahead, now in zip(recorder.epochs, plain.epochs, strict=True):
         assert [p.id for p in ahead.problems] == [p.id for p in now.problems], "the same prompts in the same order"
     (ahead, now) = (recorder.epochs[1], plain.epochs[1])
@@ -64,21 +69,21 @@ def test_each_epoch_is_drawn_by_the_weights_before_the_last_updates(tmp_path: Pa
         max(float((r.logp_policy - r.logp_sampler).abs().max()) for r in epoch.rollouts if r.logp_policy is not None)
         for epoch in (ahead, now)
     ]
-    assert apart[0] > 1e-3, "corrected for older weights"
+    assert apart[0] > 1e-3, "drawn with older weights, and corrected"
     assert apart[1] < 1e-4
 
 
-def test_what_goes_wrong_on_the_way_ends_the_run(tmp_path: Path) -> None:
+def test_an_engine_error_while_drawing_ahead_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the server is gone"):
-        fit(tmp_path, StrategySum(), epochs=3, engine=OfItsOwn(fails_in_round=1), **AHEAD)
+        fit_and_record(tmp_path, StrategySum(), epochs=3, engine=OwnModelEngine(fails_in_round=1), **AHEAD)
 
 
-def test_a_resumed_run_trains_on_what_had_been_drawn_ahead(tmp_path: Path) -> None:
-    flags = ["--data.engine=tests.epoch.test_ahead.OfItsOwn", "--data.ahead=true", "--data.rescore=true"]
+def test_a_resumed_run_trains_on_the_rollouts_drawn_ahead(tmp_path: Path) -> None:
+    flags = ["--data.engine=tests.epoch.test_ahead.OwnModelEngine", "--data.ahead=true", "--data.rescore=true"]
     flags += ["--checkpoint.save_top_k=-1", "--trainer.max_epochs=4"]
-    assert command("fit", tmp_path, *flags) == 0
+    assert cli_exit_code("fit", tmp_path, *flags) == 0
     saved = tmp_path / "rlrt" / "version_0" / "checkpoints" / "epoch-1.ckpt"
-    assert command("fit", tmp_path, *flags, f"--ckpt_path={saved}") == 0
+    assert cli_exit_code("fit", tmp_path, *flags, f"--ckpt_path={saved}") == 0
     whole, resumed = scalars(tmp_path), scalars(tmp_path, 1)
     for tag in ("train/loss", "rollout/reward", "rollout/mismatch_mean", "eval/heldout/avg@8", "train/grad_norm"):
         assert len(resumed[tag]) in (1, 2), tag
@@ -86,12 +91,14 @@ def test_a_resumed_run_trains_on_what_had_been_drawn_ahead(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"engine": TransformersEngine()}, "TransformersEngine cannot draw while the policy trains"),
-        ({"engine": OfItsOwn(), "rescore": False}, "data.rescore=true"),
+        ({"engine": TransformersEngine()}, "TransformersEngine cannot generate while the policy trains"),
+        ({"engine": OwnModelEngine(), "rescore": False}, "data.rescore=true"),
     ],
 )
-def test_what_cannot_be_drawn_ahead_is_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"data.ahead is true, but .*{said}"):
-        fit(tmp_path, StrategySum(), **{**AHEAD, **settings})
+def test_ahead_without_a_suitable_engine_or_rescoring_is_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"data.ahead is true, but .*{message}"):
+        fit_and_record(tmp_path, StrategySum(), **{**AHEAD, **settings})

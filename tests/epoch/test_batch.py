@@ -1,4 +1,4 @@
-"""How an epoch is dealt out: whatever the cut, the gradient is that of the mean over the mini-batch."""
+"""Micro-batches of an epoch: however it is split, the gradient is that of the mean over the mini-batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlrt_lightning.objective import SDPO, SRPO, Credit, clipped_surrogate
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.teacher import Teacher
-from tests.helpers.epochs import distilled, epoch
-from tests.helpers.tiny import policy
+from tests.helpers.epochs import random_epoch_record, with_srpo_credit
+from tests.helpers.tiny import tiny_policy
 
 
-def share(data: EpochRecord, rank: int, ranks: int) -> EpochRecord:
-    """What one of several ranks has of an epoch's groups."""
+def record_of_rank(data: EpochRecord, rank: int, ranks: int) -> EpochRecord:
+    """The part of an epoch's groups that one of several ranks holds."""
     kept = [i for i, r in enumerate(data.rollouts) if r.group % ranks == rank]
     of_rows = {
         name: [value[i] for i in kept] if isinstance(value, list) else value[kept]
@@ -35,7 +35,7 @@ def share(data: EpochRecord, rank: int, ranks: int) -> EpochRecord:
 
 
 def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int) -> torch.Tensor:
-    """What Lightning accumulates: each loss divided by the number of micro-batches."""
+    """The gradient that Lightning accumulates: each loss is divided by the number of micro-batches."""
     made.zero_grad()
     for batch in batches:
         ids, attention, mask = batch.input_ids, batch.attention_mask, batch.response_mask
@@ -45,13 +45,13 @@ def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int
     return torch.cat([p.grad.flatten() for p in made.parameters()])
 
 
-@pytest.mark.parametrize("share", [False, True], ids=["each prompt", "shared prompts"])
+@pytest.mark.parametrize("share", [False, True], ids=["separate prompts", "shared prompts"])
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 20])
-def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(
+def test_any_split_into_micro_batches_gives_the_mini_batch_gradient(
     aggregation: Any, accumulate: int, share: bool
 ) -> None:
-    made, data = policy(), epoch()
+    made, data = tiny_policy(), random_epoch_record()
     cut = list(micro_batches(data, 2, accumulate, aggregation, share_prompts=share))
     if accumulate == 1:
         assert any(batch.shared is not None for batch in cut) == share
@@ -61,7 +61,7 @@ def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(
         numbers = [i for i, r in enumerate(data.rollouts) if r.group // 2 == step]
         made.zero_grad()
         losses, tokens = [], 0
-        for i, r in zip(numbers, rows, strict=True):  # plain: one rollout after the other, those without advantage too
+        for i, r in zip(numbers, rows, strict=True):  # reference: one at a time, those without advantage too
             ids = torch.tensor([r.prompt_ids + r.response_ids])
             logp = made.model(input_ids=ids).logits[0, len(r.prompt_ids) - 1 : -1].log_softmax(-1)
             logp = logp.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
@@ -76,21 +76,21 @@ def test_any_cut_gives_the_gradient_of_the_mean_over_the_mini_batch(
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_rollouts_without_advantage_are_not_trained_on() -> None:
-    data = epoch(prompts=2)
+def test_rollouts_without_advantage_are_left_out_of_training() -> None:
+    data = random_epoch_record(prompts=2)
     first, second = micro_batches(data, 2, 1, "token-mean")
     assert first.share == 0.0
-    assert len(first.input_ids) == 1, "the whole group is equally good: one rollout stands in"
+    assert len(first.input_ids) == 1, "all rewards are equal, so one rollout serves as a placeholder"
     assert not first.advantages.any()
     assert second.advantages.ne(0).any(-1).all()
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
-def test_distillation_has_the_gradient_of_the_plain_formula(aggregation: Any) -> None:
-    """Through chunks, micro-batches and the module's loss, against one rollout after the other."""
-    made = policy()
+def test_distillation_matches_the_gradient_of_the_plain_formula(aggregation: Any) -> None:
+    """Compares chunks, micro-batches and the module's loss with one rollout at a time."""
+    made = tiny_policy()
     made.logits_chunk = 3
-    data = distilled(epoch(), made, k=4)
+    data = with_srpo_credit(random_epoch_record(), k=4)
     module = RLRTModule(made, Teacher(), SRPO(top_k=4), aggregation=aggregation)
     module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
     made.zero_grad()
@@ -120,8 +120,8 @@ def test_distillation_has_the_gradient_of_the_plain_formula(aggregation: Any) ->
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_only_rollouts_with_a_context_count_in_sdpos_mean() -> None:
-    data = distilled(epoch(), policy(), k=4)
+def test_sdpos_mean_counts_only_rollouts_with_a_context() -> None:
+    data = with_srpo_credit(random_epoch_record(), k=4)
     has_context = torch.tensor([s is not None for s in data.teacher])
     data.credit = SDPO()(data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context)
     sizes = mini_batch_sizes(data, 1)
@@ -131,21 +131,21 @@ def test_only_rollouts_with_a_context_count_in_sdpos_mean() -> None:
     assert len(batch.input_ids) == has_context.sum()
 
 
-def test_ranks_share_one_mean() -> None:
-    """Two ranks with groups of their own step as one rank with all."""
-    made, data = policy(), epoch()
+def test_two_ranks_average_to_the_gradient_of_one() -> None:
+    """Two ranks with half of the groups each take the same step as one rank with all."""
+    made, data = tiny_policy(), random_epoch_record()
     whole = gradient(made, list(micro_batches(data, 1, 2, "token-mean")), "token-mean", 2).clone()
     totals = torch.tensor([[data.mask.sum(), len(data.rollouts)]])
     parts = []
     for rank in range(2):
-        cut = micro_batches(share(data, rank, 2), 1, 2, "token-mean", world_size=2, totals=totals)
+        cut = micro_batches(record_of_rank(data, rank, 2), 1, 2, "token-mean", world_size=2, totals=totals)
         parts.append(gradient(made, list(cut), "token-mean", 2).clone())
     torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-3, atol=1e-5)
 
 
-def test_half_precision_does_not_round_what_the_batch_holds() -> None:
-    """Lightning converts every tensor that it finds in a batch under bf16-true; log-probs would be off by 1 %."""
-    (batch,) = micro_batches(epoch(), 1, 1, "token-mean")
+def test_bf16_true_does_not_round_the_tensors_of_a_micro_batch() -> None:
+    """Under bf16-true Lightning converts every tensor that it finds in a batch; log-probs would be off by 1 %."""
+    (batch,) = micro_batches(random_epoch_record(), 1, 1, "token-mean")
     seen = HalfPrecision("bf16-true").convert_input(batch)
     seen = seen.to(torch.device("cpu"))
     assert seen.logp_old.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The data module: what is drawn, in which order, and what happens to faults and to hopeless epochs."""
+"""The data module: the order of problems, verifier faults, and epochs with nothing to learn."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from rlrt_lightning import (
     VllmServerEngine,
 )
 from rlrt_lightning.objective import SDPO, EntropyBonus, Method
-from tests.helpers.epochs import Counted, fit, moved
+from tests.helpers.epochs import RuleTask, fit_and_record, weights_changed
 
 
-def test_every_problem_comes_once_before_any_comes_twice(tmp_path: Path) -> None:
-    recorder, _ = fit(tmp_path, Counted(lambda text: "1" in text), epochs=7)
+def test_every_problem_is_drawn_once_before_any_is_repeated(tmp_path: Path) -> None:
+    recorder, _ = fit_and_record(tmp_path, RuleTask(lambda text: "1" in text), epochs=7)
     drawn = [problem.id for epoch in recorder.epochs for problem in epoch.problems]
     rounds = [drawn[i : i + 7] for i in range(0, 28, 7)]
     assert all(sorted(r) == [f"p{i}" for i in range(7)] for r in rounds)
-    assert len({tuple(r) for r in rounds}) > 1, "each round has an order of its own"
+    assert len({tuple(r) for r in rounds}) > 1, "each round has its own order"
 
 
-def test_only_rollouts_that_the_teacher_can_change_are_scored(tmp_path: Path) -> None:
-    recorder, _ = fit(tmp_path, StrategySum(), epochs=3, prompts_per_epoch=16, rollouts_per_prompt=8)
+def test_the_teacher_scores_only_rollouts_whose_credit_it_can_change(tmp_path: Path) -> None:
+    recorder, _ = fit_and_record(tmp_path, StrategySum(), epochs=3, prompts_per_epoch=16, rollouts_per_prompt=8)
     for epoch in recorder.epochs:
         scored = epoch.has_context
         assert scored.any()
@@ -48,30 +48,30 @@ def test_only_rollouts_that_the_teacher_can_change_are_scored(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("outcome", [True, False])
-def test_an_epoch_in_which_all_are_equally_good_changes_nothing(outcome: bool, tmp_path: Path) -> None:
-    recorder, module = fit(tmp_path, Counted(lambda _: outcome), accumulate=3)
+def test_an_epoch_of_equal_rewards_changes_no_weight(outcome: bool, tmp_path: Path) -> None:
+    recorder, module = fit_and_record(tmp_path, RuleTask(lambda _: outcome), accumulate=3)
     assert recorder.metrics[0][f"groups/all_{'correct' if outcome else 'wrong'}"] == 1
-    assert not moved(module)
+    assert not weights_changed(module)
 
 
-def test_more_micro_batches_than_rollouts(tmp_path: Path) -> None:
-    _, module = fit(
-        tmp_path, Counted(lambda text: len(text) % 2), accumulate=40, prompts_per_epoch=2, rollouts_per_prompt=2
+def test_more_micro_batches_than_rollouts_keep_weights_finite(tmp_path: Path) -> None:
+    _, module = fit_and_record(
+        tmp_path, RuleTask(lambda text: len(text) % 2), accumulate=40, prompts_per_epoch=2, rollouts_per_prompt=2
     )
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
-def test_micro_batches_do_not_change_the_update(tmp_path: Path) -> None:
+def test_the_number_of_micro_batches_does_not_change_the_update(tmp_path: Path) -> None:
     weights = []
     for accumulate in (1, 3):
-        _, module = fit(tmp_path, StrategySum(), accumulate=accumulate, prompts_per_epoch=8, minibatches=2)
-        assert moved(module)
+        _, module = fit_and_record(tmp_path, StrategySum(), accumulate=accumulate, prompts_per_epoch=8, minibatches=2)
+        assert weights_changed(module)
         weights.append([p.detach().clone() for p in module.policy.parameters()])
     for one, three in zip(*weights, strict=True):
         torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
 
 
-def test_a_verifier_that_fails_counts_as_wrong_until_it_fails_too_often(
+def test_verifier_faults_count_as_wrong_until_they_exceed_max_fault_share(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def rule(text: str) -> bool:
@@ -79,35 +79,33 @@ def test_a_verifier_that_fails_counts_as_wrong_until_it_fails_too_often(
             raise KeyError("no such strategy")
         return "1" in text
 
-    recorder, _ = fit(tmp_path, Counted(rule), epochs=3, prompts_per_epoch=6, rollouts_per_prompt=8)
+    recorder, _ = fit_and_record(tmp_path, RuleTask(rule), epochs=3, prompts_per_epoch=6, rollouts_per_prompt=8)
     faulty = [r for epoch in recorder.epochs for r in epoch.rollouts if r.verdict.fault]
     assert faulty
     assert all(r.verdict.reward == 0 and not r.verdict.correct for r in faulty)
     assert "p" in caplog.text
     assert "no such strategy" in caplog.text
     with pytest.raises(ConfigError, match=r"failed on 16 of 16 .* data.max_fault_share .0.5.*no such strategy"):
-        fit(tmp_path, Counted(lambda text: rule("L")))
+        fit_and_record(tmp_path, RuleTask(lambda text: rule("L")))
 
 
-def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path: Path) -> None:
-    task = Counted(lambda text: "1" in text)
-    with pytest.warns(
-        UserWarning, match=r"tokens is 7: 3 of 7 prompts .*problem p2: its prompt has 8 tokens.*left out"
-    ):
-        recorder, _ = fit(tmp_path, task, epochs=4, max_prompt_tokens=7)
+def test_overlong_prompts_are_dropped_and_counted_or_refused(tmp_path: Path) -> None:
+    task = RuleTask(lambda text: "1" in text)
+    with pytest.warns(UserWarning, match=r"tokens is 7: 3 of 7 prompts .*problem p2: its prompt has 8 tokens.*dropped"):
+        recorder, _ = fit_and_record(tmp_path, task, epochs=4, max_prompt_tokens=7)
     assert {p.prompt for epoch in recorder.epochs for p in epoch.problems} == {"a1b2", "a1b2c"}
     assert recorder.metrics[-1]["rollout/overlong_prompts"] > 0
     with pytest.raises(ConfigError, match=r"problem p\d: its prompt has \d+ tokens"):
-        fit(tmp_path, task, max_prompt_tokens=7, overlong_prompts="error")
+        fit_and_record(tmp_path, task, max_prompt_tokens=7, overlong_prompts="error")
     with (
         pytest.warns(UserWarning, match="7 of 7 prompts"),
-        pytest.raises(ConfigError, match="each of 7 prompts in a row was longer"),
+        pytest.raises(ConfigError, match="7 consecutive prompts were longer"),
     ):
-        fit(tmp_path, task, max_prompt_tokens=3)
+        fit_and_record(tmp_path, task, max_prompt_tokens=3)
 
 
-def test_rescoring_replaces_the_samplers_log_probs_by_the_policys(tmp_path: Path) -> None:
-    recorder, _ = fit(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8)
+def test_rescoring_finds_no_mismatch_with_the_transformers_engine(tmp_path: Path) -> None:
+    recorder, _ = fit_and_record(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8)
     stats = recorder.metrics[0]
     assert 0 <= stats["rollout/mismatch_mean"] <= stats["rollout/mismatch_max"] < 1e-4
     assert stats["rollout/mismatch_kl"] == pytest.approx(0, abs=1e-6)
@@ -115,8 +113,8 @@ def test_rescoring_replaces_the_samplers_log_probs_by_the_policys(tmp_path: Path
     torch.testing.assert_close(recorder.epochs[0].importance, recorder.epochs[0].mask.float(), rtol=0, atol=1e-3)
 
 
-class AnotherProgram(TransformersEngine):
-    """Says of every token that it was this much less likely than it was."""
+class BiasedEngine(TransformersEngine):
+    """Reports each log-prob 1.5 nats too low."""
 
     def generate(self, *args: Any) -> Iterator[Rollout]:
         for rollout in super().generate(*args):
@@ -124,8 +122,8 @@ class AnotherProgram(TransformersEngine):
             yield rollout
 
 
-def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) -> None:
-    recorder, _ = fit(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8, engine=AnotherProgram())
+def test_a_biased_sampler_is_corrected_and_its_mismatch_measured(tmp_path: Path) -> None:
+    recorder, _ = fit_and_record(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8, engine=BiasedEngine())
     epoch = recorder.epochs[0]
     rescored = torch.tensor([r.logp_policy is not None for r in epoch.rollouts])
     assert torch.equal(rescored, epoch.advantages != 0)
@@ -137,21 +135,23 @@ def test_a_sampler_that_disagrees_is_corrected_for_and_measured(tmp_path: Path) 
     assert recorder.metrics[0]["time/rescore"] > 0
 
 
-def test_a_task_that_cannot_be_sent_to_the_verifier_is_refused_before_any_rollout(
+def test_a_task_that_cannot_be_pickled_is_refused_before_any_rollout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RolloutDataModule, "draw", None)
     monkeypatch.setattr(RolloutDataModule, "_make_epoch", None)
-    task = Counted(lambda text: True)
+    task = RuleTask(lambda text: True)
     task.isolated = True
-    with pytest.raises(ConfigError, match="the task Counted cannot be pickled"):
-        fit(tmp_path, task)
+    with pytest.raises(ConfigError, match="the task RuleTask cannot be pickled"):
+        fit_and_record(tmp_path, task)
 
 
 @pytest.mark.parametrize("method", [SDPO(), EntropyBonus()], ids=["SDPO", "EntropyBonus"])
-def test_a_sampler_that_disagrees_is_corrected_for_without_an_advantage_too(method: Method, tmp_path: Path) -> None:
-    """Here all rollouts are right, which these methods train on too."""
-    recorder, _ = fit(tmp_path, Counted(lambda text: True), rescore=True, engine=AnotherProgram(), method=method)
+def test_a_biased_sampler_is_corrected_for_rollouts_without_advantage(method: Method, tmp_path: Path) -> None:
+    """Here all rollouts are correct, and these methods still train on them."""
+    recorder, _ = fit_and_record(
+        tmp_path, RuleTask(lambda text: True), rescore=True, engine=BiasedEngine(), method=method
+    )
     epoch = recorder.epochs[0]
     assert not epoch.advantages.any()
     assert epoch.credit.trains.all()
@@ -160,25 +160,25 @@ def test_a_sampler_that_disagrees_is_corrected_for_without_an_advantage_too(meth
 
 @dataclass(frozen=True)
 class Forgetful(EntropyBonus):
-    """A method of a user's own that trains on more than it says."""
+    """A user's method that trains on more rollouts than `may_train` declares."""
 
     def may_train(self, advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
         return advantages != 0
 
 
-def test_a_method_that_trains_on_what_was_not_rescored_is_an_error(tmp_path: Path) -> None:
-    fit(tmp_path, StrategySum(), method=Forgetful())
+def test_a_method_that_trains_on_rollouts_not_rescored_is_refused(tmp_path: Path) -> None:
+    fit_and_record(tmp_path, StrategySum(), method=Forgetful())
     with pytest.raises(ConfigError, match=r"Forgetful trains on rollouts .* override may_train"):
-        fit(tmp_path, StrategySum(), method=Forgetful(), rescore=True)
+        fit_and_record(tmp_path, StrategySum(), method=Forgetful(), rescore=True)
 
 
-def test_no_problems_is_an_error(tmp_path: Path) -> None:
+def test_a_task_without_problems_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no problems to train on"):
-        fit(tmp_path, Counted(bool, size=0))
+        fit_and_record(tmp_path, RuleTask(bool, size=0))
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"rollouts_per_prompt": 1}, "rollouts_per_prompt is 1"),
         ({"prompts_per_epoch": 5}, "prompts_per_epoch"),
@@ -186,24 +186,24 @@ def test_no_problems_is_an_error(tmp_path: Path) -> None:
         ({"sampling": Sampling(temperature=0.0)}, "temperature"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_by_name(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_data_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         RolloutDataModule(**settings)
 
 
-def test_a_benchmark_needs_problems_and_samples(tmp_path: Path) -> None:
-    for benchmark, said in (
+def test_an_evaluation_set_without_problems_or_samples_is_refused(tmp_path: Path) -> None:
+    for benchmark, message in (
         (Benchmark(samples=0), "samples is 0"),
-        (Benchmark(task=Counted(bool, size=0)), "no problems to evaluate on"),
+        (Benchmark(task=RuleTask(bool, size=0)), "no problems to evaluate on"),
     ):
         data = RolloutDataModule(benchmarks={"x": benchmark})
         trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
-        with pytest.raises(ConfigError, match=rf"data.benchmarks.x.*{said}"):
+        with pytest.raises(ConfigError, match=rf"data.benchmarks.x.*{message}"):
             trainer.validate(RLRTModule(Policy(), Teacher()), datamodule=data)
 
 
-def test_log_probs_after_a_cut_need_rescoring(tmp_path: Path) -> None:
+def test_log_probs_of_a_truncated_distribution_need_rescoring(tmp_path: Path) -> None:
     engine = VllmServerEngine(["http://127.0.0.1:9"])
     cut = {"engine": engine, "sampling": Sampling(max_new_tokens=8, top_p=0.9)}
     with pytest.raises(ConfigError, match=r"data\.sampling cuts the distribution.*data\.rescore=true"):
-        fit(tmp_path, StrategySum(), **cut)
+        fit_and_record(tmp_path, StrategySum(), **cut)

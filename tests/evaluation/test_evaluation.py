@@ -1,4 +1,4 @@
-"""Evaluations from the command line: their files, and how a stopped one goes on."""
+"""Evaluations from the command line: their result files, and how an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlrt_lightning.evaluation.results import description, fingerprint, pass_cur
 from rlrt_lightning.evaluation.sets import EvaluationLoader
 from rlrt_lightning.tasks import Problem
 from tests.helpers.command_line import SMALL as SMALL_DATA
-from tests.helpers.command_line import command, scalars
+from tests.helpers.command_line import cli_exit_code, scalars
 from tests.helpers.processes import ROOT, run_cli
 
 SMALL = ("--data.eval_prompts=2", "--data.sampling.max_new_tokens=12")
@@ -34,20 +34,21 @@ def rows(folder: Path, benchmark: str = "heldout") -> list[dict[str, Any]]:
 
 
 def evaluate(folder: Path, *flags: str, name: str = "validate") -> dict[str, list[tuple[int, float]]]:
-    """The figures that an evaluation into `folder/results` logs."""
+    """Runs an evaluation into `folder/results`; the metrics that it logs."""
     runs = len(list((folder / "rlrt").glob("version_*"))) if (folder / "rlrt").exists() else 0
-    assert command(name, folder, f"--evaluation.results={folder / 'results'}", *SMALL, *flags) == 0
+    assert cli_exit_code(name, folder, f"--evaluation.results={folder / 'results'}", *SMALL, *flags) == 0
     return {tag: curve for tag, curve in scalars(folder, runs).items() if tag.startswith("eval/")}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("whole")
     return folder / "results", evaluate(folder)
 
 
-def test_completions_problems_and_curves_are_written(undisturbed: tuple[Path, dict[str, Any]]) -> None:
-    folder, figures = undisturbed
+@pytest.mark.smoke
+def test_an_evaluation_writes_completions_problems_and_curves(uninterrupted: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = uninterrupted
     done = rows(folder)
     assert len(done) == 6 * 8
     table = pyarrow.parquet.read_table(folder / "heldout.parquet").to_pylist()
@@ -60,33 +61,33 @@ def test_completions_problems_and_curves_are_written(undisturbed: tuple[Path, di
     with (folder / "pass_at_k.csv").open() as file:
         curve = [row for row in csv.DictReader(file) if row["benchmark"] == "heldout"]
     assert [int(point["k"]) for point in curve] == [1, 2, 4, 8]
-    assert float(curve[0]["pass"]) == pytest.approx(figures["eval/heldout/avg@8"][0][1])
-    assert float(curve[-1]["pass"]) == pytest.approx(figures["eval/heldout/pass@8"][0][1])
+    assert float(curve[0]["pass"]) == pytest.approx(metrics["eval/heldout/avg@8"][0][1])
+    assert float(curve[-1]["pass"]) == pytest.approx(metrics["eval/heldout/pass@8"][0][1])
     for bound in ("low", "high"):
-        assert float(curve[0][bound]) == pytest.approx(figures[f"eval/heldout/avg@8_{bound}"][0][1])
-        assert float(curve[-1][bound]) == pytest.approx(figures[f"eval/heldout/pass@8_{bound}"][0][1])
+        assert float(curve[0][bound]) == pytest.approx(metrics[f"eval/heldout/avg@8_{bound}"][0][1])
+        assert float(curve[-1][bound]) == pytest.approx(metrics[f"eval/heldout/pass@8_{bound}"][0][1])
 
 
-def test_a_stopped_evaluation_goes_on_where_it_stopped(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_evaluation_draws_only_what_is_missing(
+    uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, figures = undisturbed
+    whole, metrics = uninterrupted
     results = tmp_path / "results"
     results.mkdir()
     (results / "heldout.json").write_text((whole / "heldout.json").read_text())
     lines = (whole / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    # Two problems are done; of the third one completion is, and half of another.
+    # Two problems are complete; the third has one completion and half of another.
     (results / "heldout.jsonl").write_text("".join(lines[:17]) + lines[17][:25], encoding="utf-8")
 
     drawn: list[str] = []
-    roll_out = RolloutDataModule._roll_out
+    original = RolloutDataModule._roll_out
 
     def watch(self: Any, task: Any, questions: Any, *args: Any) -> Any:
         drawn.extend(problem.id for problem in questions.problems)
-        return roll_out(self, task, questions, *args)
+        return original(self, task, questions, *args)
 
     monkeypatch.setattr(RolloutDataModule, "_roll_out", watch)
-    assert evaluate(tmp_path) == figures
+    assert evaluate(tmp_path) == metrics
     order = lambda row: (row["problem"], row["sample"])  # noqa: E731
     assert sorted(rows(results), key=order) == sorted(rows(whole), key=order)
     assert (results / "heldout.parquet").read_bytes() == (whole / "heldout.parquet").read_bytes()
@@ -94,12 +95,12 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(
     assert drawn == heldout[2:] + longer, "only what was missing"
 
     drawn.clear()
-    assert evaluate(tmp_path) == figures
-    assert not drawn, "nothing is missing any more"
+    assert evaluate(tmp_path) == metrics
+    assert not drawn, "nothing was missing"
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flag", "message"),
     [
         ("--data.sampling.temperature=0.5", "sampling"),
         ("--data.benchmarks.heldout.samples=4", "samples"),
@@ -107,31 +108,31 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(
         ("--data.benchmarks.heldout.limit=5", "problems"),
     ],
 )
-def test_results_of_another_evaluation_are_not_mixed_in(
+def test_results_of_different_settings_are_not_mixed(
     flag: str,
-    said: str,
-    undisturbed: tuple[Path, dict[str, Any]],
+    message: str,
+    uninterrupted: tuple[Path, dict[str, Any]],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    folder, _ = undisturbed
-    assert command("validate", tmp_path, f"--evaluation.results={folder}", *SMALL, flag) == 2
+    folder, _ = uninterrupted
+    assert cli_exit_code("validate", tmp_path, f"--evaluation.results={folder}", *SMALL, flag) == 2
     err = capfd.readouterr().err
     assert "evaluation.results" in err
-    assert said in err
+    assert message in err
     assert len(rows(folder)) == 6 * 8
 
 
-def test_other_weights_are_another_evaluation(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_results_of_different_weights_are_not_mixed(
+    uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("fit", tmp_path, "--trainer.max_epochs=1") == 0
-    folder, _ = undisturbed
-    assert command("validate", tmp_path, f"--evaluation.results={folder}", "--ckpt_path=last", *SMALL) == 2
+    assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=1") == 0
+    folder, _ = uninterrupted
+    assert cli_exit_code("validate", tmp_path, f"--evaluation.results={folder}", "--ckpt_path=last", *SMALL) == 2
     assert "weights" in capfd.readouterr().err
 
 
-def test_each_weight_and_each_answer_counts() -> None:
+def test_every_weight_and_every_answer_identifies_an_evaluation() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 64, dtype=torch.bfloat16)
     before = fingerprint(layer)
@@ -147,8 +148,8 @@ def test_each_weight_and_each_answer_counts() -> None:
     assert described("2") == described("2") != described("3")
 
 
-def test_an_evaluation_in_the_runs_own_folder_begins_anew(tmp_path: Path) -> None:
-    """As where a script validates before and after it trains: the weights have changed, and the folder is the same."""
+def test_an_evaluation_in_the_runs_own_folder_starts_over(tmp_path: Path) -> None:
+    """As in a script that validates before and after training: the weights change, and the folder stays the same."""
     benchmarks = {"heldout": Benchmark(samples=2, limit=2)}
     data = RolloutDataModule(sampling=Sampling(max_new_tokens=12), prompts_per_epoch=4, benchmarks=benchmarks)
     module = RLRTModule(Policy(), Teacher())
@@ -163,39 +164,39 @@ def test_an_evaluation_in_the_runs_own_folder_begins_anew(tmp_path: Path) -> Non
     assert [row["completion"] for row in first] != [row["completion"] for row in second]
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results").write_text("a file")
-    assert command("validate", tmp_path, f"--evaluation.results={tmp_path / 'results'}", *SMALL) == 2
+    assert cli_exit_code("validate", tmp_path, f"--evaluation.results={tmp_path / 'results'}", *SMALL) == 2
     assert "error: evaluation.results: cannot write to" in capfd.readouterr().err
 
 
-def test_predict_writes_completions_with_rewards(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    assert command("predict", tmp_path, f"--evaluation.results={tmp_path / 'results'}", *SMALL) == 0
-    assert rows(tmp_path / "results") == rows(undisturbed[0])
+def test_predict_writes_completions_with_rewards(uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    assert cli_exit_code("predict", tmp_path, f"--evaluation.results={tmp_path / 'results'}", *SMALL) == 0
+    assert rows(tmp_path / "results") == rows(uninterrupted[0])
     assert {row["reward"] for row in rows(tmp_path / "results")} == {0.0, 1.0}
 
 
 def test_fit_writes_no_completions(tmp_path: Path) -> None:
-    assert command("fit", tmp_path, "--trainer.max_epochs=1", *SMALL) == 0
+    assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=1", *SMALL) == 0
     assert not list(tmp_path.glob("**/*.jsonl"))
 
 
-def test_curves_to_256(tmp_path: Path) -> None:
+def test_pass_at_k_curves_reach_256_samples_and_never_fall(tmp_path: Path) -> None:
     flags = ("--data.benchmarks={heldout: {samples: 256, limit: 2}}", "--data.sampling.max_new_tokens=12")
-    assert command("validate", tmp_path, f"--evaluation.results={tmp_path / 'results'}", *flags) == 0
+    assert cli_exit_code("validate", tmp_path, f"--evaluation.results={tmp_path / 'results'}", *flags) == 0
     with (tmp_path / "results" / "pass_at_k.csv").open() as file:
         curve = [(int(row["k"]), float(row["pass"])) for row in csv.DictReader(file)]
     assert [k for k, _ in curve] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert all(a <= b for (_, a), (_, b) in pairwise(curve))
 
 
-def test_the_curve_ends_where_the_problem_with_the_fewest_samples_does() -> None:
+def test_the_curve_ends_at_the_fewest_samples_of_any_problem() -> None:
     table = [{"problem": "a", "samples": 6, "correct": 1}, {"problem": "b", "samples": 9, "correct": 9}]
     assert [point["k"] for point in pass_curve(table)] == [1, 2, 4, 6]
     assert pass_curve(table)[0]["pass"] == pytest.approx((1 / 6 + 1) / 2)
 
 
-def test_each_rank_takes_as_many_batches_and_every_problem_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_take_equally_many_batches_and_each_problem_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sets, "world_size", lambda: 4)
     for size in (1, 4, 5, 9, 16):
         problems, taken, counts = StrategySum().problems("heldout")[:size], [], set()
@@ -208,30 +209,33 @@ def test_each_rank_takes_as_many_batches_and_every_problem_is_taken_once(monkeyp
         assert len(counts) == 1
 
 
-def test_two_ranks_find_what_one_finds(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """The 3 problems of `longer` are unevenly many for two ranks: the second takes one batch of one problem."""
-    whole, figures = undisturbed
+def test_two_ranks_give_the_same_results_as_one(uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The 3 problems of `longer` do not divide evenly: the second rank takes one batch of one problem."""
+    whole, metrics = uninterrupted
     flags = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu")
-    words = [f"--config={ROOT / 'configs' / 'rlrt.yaml'}", *SMALL_DATA, *SMALL, *flags]
-    words += [f"--evaluation.results={tmp_path / 'results'}", f"--trainer.logger.save_dir={tmp_path}"]
-    run_cli("validate", *words)
+    args = [f"--config={ROOT / 'configs' / 'rlrt.yaml'}", *SMALL_DATA, *SMALL, *flags]
+    args += [f"--evaluation.results={tmp_path / 'results'}", f"--trainer.logger.save_dir={tmp_path}"]
+    run_cli("validate", *args)
     for name in ("heldout.parquet", "longer.parquet", "pass_at_k.csv"):
         assert (tmp_path / "results" / name).read_bytes() == (whole / name).read_bytes()
     logged = {tag: curve for tag, curve in scalars(tmp_path).items() if tag.startswith("eval/")}
-    assert logged.keys() == figures.keys()
+    assert logged.keys() == metrics.keys()
     for tag, curve in logged.items():
-        assert curve[0][1] == pytest.approx(figures[tag][0][1], rel=1e-5), tag
+        assert curve[0][1] == pytest.approx(metrics[tag][0][1], rel=1e-5), tag
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts of data.* are longer")
-def test_the_papers_benchmarks_are_layers(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files are read where they are, and all six benchmarks of one config are evaluated at once."""
-    monkeypatch.chdir(ROOT)
+def test_the_papers_evaluation_sets_run_from_one_config(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`local.yaml` replaces the evaluation sets of `rlrt.yaml` and reads its files from the folder data/."""
+    (tmp_path / "data").symlink_to(shared / "data")
+    monkeypatch.chdir(tmp_path)
     flags = [f"--data.benchmarks.{name}.limit=1" for name in ("aime24", "aime25", "amc23", "math500")]
     flags += [f"--data.benchmarks.{name}.samples=2" for name in ("aime24", "aime25", "amc23", "math500")]
     flags += ["--data.sampling.max_new_tokens=2", f"--trainer.logger.save_dir={tmp_path}"]
     from rlrt_lightning.__main__ import main
 
-    configs = ["--config=configs/rlrt.yaml", "--config=configs/evaluation/local.yaml"]
+    configs = [f"--config={ROOT / 'configs' / name}.yaml" for name in ("rlrt", "evaluation/local")]
     assert main(["validate", *configs, *flags, "--trainer.enable_progress_bar=false"]) == 0
     assert {"eval/aime24/avg@2", "eval/math500/pass@2"} <= set(scalars(tmp_path))

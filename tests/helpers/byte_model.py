@@ -1,4 +1,4 @@
-"""A tiny random model with a tokenizer whose tokens are bytes and whose habits can be set."""
+"""A tiny random model with a configurable tokenizer whose tokens are bytes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import processors
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from rlrt_lightning import Policy
+from tests.helpers.tiny import END, byte_level_tokenizer
 
-END = "<|endoftext|>"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -24,30 +24,27 @@ def byte_policy(
     folder: Path,
     template: str | None = CHATML,
     special: Sequence[str] = (),
-    adds: str | None = None,
+    single: str | None = None,
     bos: str | None = None,
     positions: int = 512,
     **settings: Any,
 ) -> Policy:
-    """Saves a model in place of what was there, and returns a policy of it.
+    """Saves a model, replacing the folder, and returns a policy that reads it.
 
     Args:
-        folder: Where to.
+        folder: The model's folder.
         template: The chat template.
-        special: Special tokens beside those of the chat template.
-        adds: What the tokenizer makes of plain text `$A`, as in `$A <|endoftext|>`.
+        special: Special tokens besides those of the chat template.
+        single: The tokenizer's template for plain text `$A`, as in `$A <|endoftext|>`.
         bos: The token that begins a text.
-        positions: Of the model.
-        settings: Of the policy.
+        positions: Maximum number of positions of the model.
+        settings: Settings of the policy.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    pieces = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token=END, bos_token=bos)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", *special], special_tokens=True)
-    if adds is not None:
-        named = [(t, tokenizer.convert_tokens_to_ids(t)) for t in (END, bos) if t is not None and t in adds]
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=named)
+    tokenizer = byte_level_tokenizer(["<|im_start|>", "<|im_end|>", *special], bos)
+    if single is not None:
+        named = [(t, tokenizer.convert_tokens_to_ids(t)) for t in (END, bos) if t is not None and t in single]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -69,6 +66,6 @@ def byte_policy(
     return Policy(str(folder), **settings)
 
 
-def written(policy: Policy, ids: Sequence[int]) -> str:
-    """Tokens as text, special ones included."""
+def decoded(policy: Policy, ids: Sequence[int]) -> str:
+    """The text of tokens, including special tokens."""
     return policy.tokenizer.decode(list(ids), skip_special_tokens=False)

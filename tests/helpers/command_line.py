@@ -1,4 +1,4 @@
-"""The command line in this process, and what its runs leave behind."""
+"""Runs the command line in this process, and reads what its runs have written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlrt_lightning.__main__ import main
+from rlrt_lightning.analysis import events
 from rlrt_lightning.cli.commands import RLRTCli
 from tests.helpers.processes import ROOT
 
@@ -21,39 +21,41 @@ SMALL = [
 ]
 
 
-def command(name: str, folder: Path, *flags: str, configs: tuple[str, ...] = ()) -> int:
+def cli_exit_code(name: str, folder: Path, *flags: str, configs: tuple[str, ...] = ()) -> int:
+    """Runs a subcommand with configs/rlrt.yaml, further configs and flags, and returns its exit code."""
     files = ["configs/rlrt.yaml", *configs]
-    words = [f"--config={ROOT / file}" for file in files]
-    return main([name, *words, *SMALL, f"--trainer.logger.save_dir={folder}", *flags])
+    args = [f"--config={ROOT / file}" for file in files]
+    return main([name, *args, *SMALL, f"--trainer.logger.save_dir={folder}", *flags])
 
 
 def scalars(folder: Path, version: int = 0) -> dict[str, list[tuple[int, float]]]:
-    """Every curve of a run, as steps and values."""
-    log = EventAccumulator(str(folder / "rlrt" / f"version_{version}")).Reload()
-    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    """Every logged metric of a run, as pairs of step and value."""
+    return events.scalars(folder / "rlrt" / f"version_{version}")
 
 
-def comparable(curves: dict[str, Any]) -> dict[str, Any]:
+def without_timings(curves: dict[str, Any]) -> dict[str, Any]:
+    """The curves without times and speeds: two equal runs agree in all of them."""
     return {tag: curve for tag, curve in curves.items() if not tag.startswith(("time/", "speed/")) and tag != "epoch"}
 
 
 def weights(folder: Path, version: int = 0) -> dict[str, torch.Tensor]:
+    """The state dict of a run's last checkpoint."""
     path = folder / "rlrt" / f"version_{version}" / "checkpoints" / "last.ckpt"
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def union(folder: Path) -> dict[str, dict[int, float]]:
-    """Every curve over all runs in a folder; where two have the same step they have to agree."""
+def merged_curves(folder: Path) -> dict[str, dict[int, float]]:
+    """The curves of all runs in a folder as one; runs that share a step must agree on its value."""
     curves: dict[str, dict[int, float]] = {}
     for version in range(len(list((folder / "rlrt").iterdir()))):
-        for tag, curve in comparable(scalars(folder, version)).items():
+        for tag, curve in without_timings(scalars(folder, version)).items():
             for step, value in curve:
                 assert curves.setdefault(tag, {}).setdefault(step, value) == value, (tag, step)
     return curves
 
 
-class Settings(RLRTCli):
-    """Stops once the settings are known."""
+class ParsingCli(RLRTCli):
+    """Parses the settings and runs nothing."""
 
     def instantiate_classes(self) -> None: ...
 

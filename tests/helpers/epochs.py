@@ -1,4 +1,4 @@
-"""Runs of an epoch or two in this process, and records of epochs made by hand."""
+"""Short training runs in this process, and random epoch records."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ from rlrt_lightning.policy.padding import pad_rows
 from rlrt_lightning.teacher import TeacherScore
 
 
-class Counted(Task):
-    """A few problems, judged by a rule."""
+class RuleTask(Task):
+    """A few problems whose completions are judged by a function.
+
+    Args:
+        rule: Takes a completion; a true result is correct.
+        size: Number of problems.
+    """
 
     isolated = False
 
@@ -57,7 +62,7 @@ class Recorder(TeacherRefresh):
         self.metrics.append(dict(trainer.datamodule.rollout_metrics))
 
 
-def fit(
+def fit_and_record(
     folder: Path,
     task: Task,
     epochs: int = 1,
@@ -69,6 +74,7 @@ def fit(
     scored_by: Literal["trainer", "engine"] = "trainer",
     **settings: Any,
 ) -> tuple[Recorder, RLRTModule]:
+    """Trains, and returns what was recorded and the trained module; `settings` are those of the data module."""
     settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=30), **settings}
     data = RolloutDataModule(task=task, benchmarks={}, **settings)
     module = RLRTModule(
@@ -95,13 +101,15 @@ def fit(
     return recorder, module
 
 
-def moved(module: RLRTModule) -> bool:
+def weights_changed(module: RLRTModule) -> bool:
+    """Whether training has changed a weight of the embedded policy."""
     start = Policy()
     start.load()
     return any(not torch.equal(a, b) for a, b in zip(start.parameters(), module.policy.parameters(), strict=True))
 
 
-def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochRecord:
+def random_epoch_record(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochRecord:
+    """An epoch of random tokens, log-probs and rewards with RLRT's credit; `k` rollouts for each prompt."""
     g = torch.Generator().manual_seed(seed)
     rollouts = []
     for group in range(prompts):
@@ -144,8 +152,8 @@ def epoch(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochRecord:
     )
 
 
-def distilled(data: EpochRecord, made: Policy, k: int) -> EpochRecord:
-    """SRPO's credit on some rollouts: wrong ones that the teacher, here the policy one token on, has seen."""
+def with_srpo_credit(data: EpochRecord, k: int) -> EpochRecord:
+    """Sets random top-k teacher scores on the wrong rollouts, and SRPO's credit on all."""
     g = torch.Generator().manual_seed(1)
     data.teacher = [
         TeacherScore(
@@ -160,6 +168,6 @@ def distilled(data: EpochRecord, made: Policy, k: int) -> EpochRecord:
     ]
     entropies = pad_rows([s.entropy if s else None for s in data.teacher], data.mask.shape[1])
     has_context = torch.tensor([s is not None for s in data.teacher])
-    figures = data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context
-    data.credit = SRPO()(*figures, teacher_entropy=entropies)
+    signals = data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context
+    data.credit = SRPO()(*signals, teacher_entropy=entropies)
     return data

@@ -1,6 +1,6 @@
-r"""What a careful human grader says of answers: (ground truth, answer in the box), by category.
+r"""The verdicts of a careful human grader: (ground truth, answer in the box), by category.
 
-The verdicts were decided before the grader was asked. Where it disagrees, see `DISAGREEMENTS`.
+They were decided before the automatic grader was run. `DISAGREEMENTS` lists where it differs.
 """
 
 EQUAL: dict[str, list[tuple[str, str]]] = {
@@ -399,12 +399,12 @@ UNEQUAL: dict[str, list[tuple[str, str]]] = {
 }
 
 DISAGREEMENTS: dict[tuple[str, str], str] = {
-    ("\\sin 30^\\circ", "\\frac{1}{2}"): "math-verify drops the degree sign, and takes the sine of 30 radians",
-    ("i^2", "-1"): "math-verify takes i for a variable; ground truths are in lowest terms",
+    ("\\sin 30^\\circ", "\\frac{1}{2}"): "math-verify drops the degree sign and takes the sine of 30 radians",
+    ("i^2", "-1"): "math-verify treats i as a variable; ground truths are in lowest terms",
     ("(1+i)^2", "2i"): "as above",
     ("-i", "\\frac{1}{i}"): "as above",
     ("\\frac{1+i}{2}", "0.5+0.5i"): "as above",
     ("5", "(lambda: 5)()"): "math-verify reads the 5 and drops the rest; nothing is run",
     ("5", "5 == 5"): "math-verify reads an equation, whose right side is 5",
 }
-"""Cases in which the grader says the opposite, each with the reason why it is left so."""
+"""Cases in which the automatic grader gives the opposite verdict, each with the reason for accepting it."""

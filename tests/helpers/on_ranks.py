@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 -m tests.helpers.on_ranks ddp FOLDER RUN...
 
-Each writes what it saw to FOLDER/RUN.pt."""
+Each run writes what it recorded to FOLDER/RUN.pt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.objective import SRPO
 from rlrt_lightning.policy.lora import LoRA
 from rlrt_lightning.policy.model import Policy
-from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
+from rlrt_lightning.policy.sharding import FSDP2Strategy, local, whole
 from rlrt_lightning.rollouts import TransformersEngine
 from rlrt_lightning.tasks import Problem, Verdict
 from rlrt_lightning.teacher import Teacher
@@ -30,10 +30,10 @@ TEMPLATE = "{prompt}<sol>{context}"
 
 
 class Recorder(Callback):
-    """The rollouts of each epoch, the loss, gradients of each step, and the weights at the end."""
+    """The rollouts and metrics of each epoch, the gradients of each step, and the final weights."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Any] = {"gradients": [], "figures": [], "rollouts": [], "teacher": []}
+        self.seen: dict[str, Any] = {"gradients": [], "metrics": [], "rollouts": [], "teacher": []}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         named = pl_module.policy.model.named_parameters()
@@ -41,26 +41,26 @@ class Recorder(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if self.seen["rollouts"]:
-            self._figures(trainer)
+            self._record_metrics(trainer)
         epoch = trainer.datamodule.epoch
         self.seen["rollouts"].append([(r.prompt_ids, r.response_ids) for r in epoch.rollouts])
         self.seen["teacher"].append(
             [(r.response_ids, s.logp) for r, s in zip(epoch.rollouts, epoch.teacher, strict=True) if s is not None]
         )
         self.seen["shape"] = [str(p.shape) for p in pl_module.policy.parameters() if p.requires_grad]
-        self.seen["held"] = sum(getattr(p, "_local_tensor", p).numel() for p in pl_module.parameters())
+        self.seen["held"] = sum(local(p).numel() for p in pl_module.parameters())
 
-    def _figures(self, trainer: Any) -> None:
-        """Those of the epoch before, which the module logs after all callbacks have seen its end."""
-        self.seen["figures"].append({t: float(v) for t, v in trainer.callback_metrics.items()})
+    def _record_metrics(self, trainer: Any) -> None:
+        """Records the previous epoch's metrics, which the module logs after the callbacks' `on_train_epoch_end`."""
+        self.seen["metrics"].append({t: float(v) for t, v in trainer.callback_metrics.items()})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._figures(trainer)
+        self._record_metrics(trainer)
         self.seen["weights"] = {n: whole(p.detach()).clone() for n, p in pl_module.policy.model.named_parameters()}
 
 
 class OnlyEvenSolvable(StrategySum):
-    """Every second problem of the stream has no right answer, so that one of two ranks has nothing to learn from."""
+    """Every second problem has no correct answer, so one of two ranks has nothing to learn from."""
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         verdict = super().verify(problem, completion)
@@ -72,8 +72,12 @@ class Unshuffled(RolloutDataModule):
         return position
 
 
-class Fails(Callback):
-    """On the second rank, in the second epoch."""
+class FailsOnRank1(Callback):
+    """Fails on the second rank in the second epoch.
+
+    Args:
+        how: raises, stopped or killed.
+    """
 
     def __init__(self, how: str) -> None:
         self.how = how
@@ -87,8 +91,8 @@ class Fails(Callback):
             raise ValueError("the disk of the second rank is on fire")
 
 
-class Asked(Callback):
-    """To end, by a signal to the second rank, while it computes with the first micro-batch of the second epoch."""
+class SigtermOnRank1(Callback):
+    """Sends SIGTERM to the second rank during the first micro-batch of the second epoch."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if (trainer.global_rank, trainer.current_epoch, batch_idx) == (1, 1, 0):
@@ -96,7 +100,7 @@ class Asked(Callback):
 
 
 def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any) -> dict[str, Any]:
-    """Trains; what can be changed is read off below."""
+    """Trains, and returns what was recorded; `changes` are the settings that are popped below."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     sharding = changes.pop("sharding", {})
     chosen: Any = {"fsdp2": FSDP2Strategy(**sharding), "one": "auto"}.get(strategy, strategy)
@@ -129,7 +133,7 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
         Policy(lora=lora, gradient_checkpointing=changes.pop("gradient_checkpointing", False)),
         Teacher(TEMPLATE, rest_on_cpu=changes.pop("rest_on_cpu", False)),
         method=changes.pop("method", RLRT()),
-        # With a small eps a weight whose gradient is nothing but rounding would take as large a step as any other.
+        # With a small eps, a weight whose gradient is only rounding error would take as large a step as any other.
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3, weight_decay=0.0),
         warmup_steps=0,
     )
@@ -143,7 +147,7 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
         eval_prompts=2,
     )
     save, resume = changes.pop("save", False), changes.pop("resume", None)
-    assert not changes, f"nobody reads {list(changes)}"
+    assert not changes, f"unknown changes: {list(changes)}"
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     if save:
         trainer.save_checkpoint(folder / f"{name}.ckpt")
@@ -169,10 +173,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "refresh": {"ema_decay": 0.5},
         "sharding": {"save_distributed_checkpoint": False},
     },
-    "stops": {"save": True, "refresh": {"ema_decay": 0.5}, "callbacks": [SafeStop(), Asked()]},
-    "fails": {"callbacks": [Fails("raises")], "epochs": 3},
-    "hangs": {"callbacks": [Fails("stopped")], "epochs": 3},
-    "dies": {"callbacks": [Fails("killed")], "epochs": 3},
+    "stops": {"save": True, "refresh": {"ema_decay": 0.5}, "callbacks": [SafeStop(), SigtermOnRank1()]},
+    "fails": {"callbacks": [FailsOnRank1("raises")], "epochs": 3},
+    "hangs": {"callbacks": [FailsOnRank1("stopped")], "epochs": 3},
+    "dies": {"callbacks": [FailsOnRank1("killed")], "epochs": 3},
 }
 
 

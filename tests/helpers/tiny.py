@@ -1,4 +1,4 @@
-"""Random models of a few architectures, small enough to compare with their own plain forward pass."""
+"""Tiny random models of several architectures, to compare with their own plain forward pass."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlrt_lightning.policy.model import Policy
+
+END = "<|endoftext|>"
+"""The end token of `byte_level_tokenizer`."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 28,
@@ -57,28 +60,28 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
 }
-"""Sliding windows in some layers, learned positions, positions that a long row changes for all, and caches of other
-kinds than keys and values."""
+"""Sliding windows in some layers, learned positions, positions that a long row changes for the whole batch, and caches
+that hold more than keys and values."""
 
 
-def policy(architecture: str = "qwen3", of_model: dict[str, Any] | None = None, **settings: Any) -> Policy:
-    """The embedded tokenizer with a random model.
+def tiny_policy(architecture: str = "qwen3", overrides: dict[str, Any] | None = None, **settings: Any) -> Policy:
+    """A policy with the embedded tokenizer and a random model.
 
     Args:
-        architecture: Its kind.
-        of_model: What its configuration has besides.
-        settings: Of the policy.
+        architecture: Model type, a key of `ARCHITECTURES` or `MORE`.
+        overrides: Further values of the model's config.
+        settings: Settings of the policy.
     """
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        architecture, **{**SMALL, **{**ARCHITECTURES, **MORE}[architecture], **(of_model or {})}
+        architecture, **{**SMALL, **{**ARCHITECTURES, **MORE}[architecture], **(overrides or {})}
     )
     made = Policy(**settings)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="eager" if architecture in ("gemma2", "recurrent_gemma") else "sdpa"
     )
     with torch.no_grad():
-        for p in model.parameters():  # a default initialisation is so flat that nothing could go wrong
+        for p in model.parameters():  # the default initialization is too flat to reveal errors
             if p.dim() > 1:
                 p.normal_(std=0.3)
     made.config = config
@@ -86,19 +89,30 @@ def policy(architecture: str = "qwen3", of_model: dict[str, Any] | None = None, 
     return made
 
 
-def byte_level(folder: Path, special: Sequence[str] = ("<|im_end|>",), rows: int | None = None) -> str:
-    """Writes a random model with a byte-level tokenizer to a folder.
+def byte_level_tokenizer(special: Sequence[str], bos: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes.
 
     Args:
-        folder: The folder.
-        special: Its special tokens besides the end token.
-        rows: Tokens that the model has embeddings for; None: all.
+        special: Special tokens besides the end token `END`.
+        bos: The token that begins a text.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=bos)
     tokenizer.add_tokens(list(special), special_tokens=True)
+    return tokenizer
+
+
+def save_byte_level_model(folder: Path, special: Sequence[str] = ("<|im_end|>",), rows: int | None = None) -> str:
+    """Saves a random model with a byte-level tokenizer, and returns its path.
+
+    Args:
+        folder: The model's folder.
+        special: Special tokens besides the end token.
+        rows: Number of embeddings; None: one for each token.
+    """
+    tokenizer = byte_level_tokenizer(special)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     own = {"vocab_size": rows or len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}

@@ -1,4 +1,4 @@
-"""Ground truths of MATH500, DAPO-Math-17k, AIME and AMC as their data sets spell them."""
+"""Ground truths of MATH500, DAPO-Math-17k, AIME and AMC in the spelling of their data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task whose verifier does whatever the completion tells it to."""
+"""A task whose verifier fails or misbehaves in the way that the completion names."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PROBLEM = Problem("p", "question", answer="a")
 HOARD = []
 
 
-class Unspeakable(Exception):
+class UnprintableError(Exception):
     def __str__(self):
-        sys.exit("not even this")
+        sys.exit("no message")
 
 
 class Unruly(Task):
-    """Does what the completion says."""
+    """Does what the completion names, as in `sleep:60`."""
 
     def __init__(self, name: str = "unruly") -> None:
         self.name = name
@@ -63,7 +63,7 @@ class Unruly(Task):
             Path(argument).write_text(str(child.pid))
             child.wait()
         elif what == "fork":
-            os.fork()  # both come back
+            os.fork()  # both processes return
             return Verdict(1.0, True, answer=argument)
         elif what == "chdir":
             os.chdir("/")
@@ -78,8 +78,8 @@ class Unruly(Task):
             HOARD.append(bytearray(int(argument)))
             return Verdict(1.0, True, answer=str(os.getpid()))
         elif what == "silent":
-            raise Unspeakable
-        elif what == "stop":  # as a thread of C code does that keeps the interpreter to itself
+            raise UnprintableError
+        elif what == "stop":  # like C code that never releases the interpreter
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
         elif what == "recurse":
             return self.verify(problem, completion)

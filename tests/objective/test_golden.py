@@ -1,4 +1,4 @@
-"""The objective against golden values from an independent reference (tests/golden/README.md)."""
+"""The objective, compared with golden values of an independent reference (tests/golden/README.md)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NOT_OFFERED = {
     "reference_kl": lambda: hasattr(objective, "reference_kl"),
     "overlong": lambda: hasattr(objective, "overlong_penalty"),
 }
-"""Kinds of cases that the package has nothing for yet; each says whether that has changed."""
+"""Kinds of cases that the package does not offer yet; each function returns whether it does now."""
 
 
 def method_of(case: dict[str, Any]) -> Any:
@@ -99,8 +99,9 @@ def check_pass_at_k(case: dict[str, Any]) -> None:
 CHECKS = {"credit": check_credit, "divergence": check_divergence, "pass_at_k": check_pass_at_k}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", [c for c in CASES if c["kind"] in CHECKS], ids=lambda c: str(c.get("name", c["kind"])))
-def test_golden_values(case: dict[str, Any]) -> None:
+def test_results_match_the_golden_values(case: dict[str, Any]) -> None:
     CHECKS[case["kind"]](case)
 
 
@@ -110,5 +111,5 @@ def test_every_kind_is_checked_or_known_to_be_missing() -> None:
 
 
 @pytest.mark.parametrize("kind", NOT_OFFERED)
-def test_what_is_not_offered_yet_has_no_golden_check(kind: str) -> None:
-    assert not NOT_OFFERED[kind](), f"{kind} is there now: check it against tests/golden/methods.json"
+def test_kinds_without_a_check_are_not_offered_yet(kind: str) -> None:
+    assert not NOT_OFFERED[kind](), f"{kind} exists now: check it against tests/golden/methods.json"

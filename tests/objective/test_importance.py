@@ -1,4 +1,4 @@
-"""The correction for a sampler that is off weighs all that a token adds to the loss, whatever the method."""
+"""The correction for the sampler's mismatch weights everything that a token adds to the loss, for every method."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from rlrt_lightning.objective import (
 )
 from rlrt_lightning.policy.padding import pad_rows
 from rlrt_lightning.teacher import Teacher
-from tests.helpers.epochs import distilled, epoch
-from tests.helpers.tiny import policy
+from tests.helpers.epochs import random_epoch_record, with_srpo_credit
+from tests.helpers.tiny import tiny_policy
 
 METHODS: list[Method] = [
     GRPO(),
@@ -44,21 +44,21 @@ METHODS: list[Method] = [
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    return policy()
+    return tiny_policy()
 
 
 def batch_of(method: Method, made: Any) -> MicroBatch:
     """One micro-batch with all rollouts of an epoch that have a gradient under the method."""
-    data: EpochRecord = distilled(epoch(), made, k=4)
+    data: EpochRecord = with_srpo_credit(random_epoch_record(), k=4)
     groups = torch.tensor([r.group for r in data.rollouts])
     rewards = method.shape_rewards(data.rewards, groups, [f"a {i} b {i % 2}" for i in range(len(groups))])
     data.advantages = group_advantages(rewards, groups, method.normalize_std)
     has_context = torch.tensor([score is not None for score in data.teacher])
     if method == RLRT():
         has_context = data.rewards > 0
-    figures: list[Tensor] = [data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context]
+    signals: list[Tensor] = [data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context]
     entropy = pad_rows([s.entropy if s else None for s in data.teacher], data.mask.shape[1])
-    data.credit = method(*figures, teacher_entropy=entropy)
+    data.credit = method(*signals, teacher_entropy=entropy)
     (batch,) = micro_batches(data, 1, 1, "token-mean")
     sequences = batch.input_ids, batch.attention_mask, batch.response_mask
     logp, _ = made.log_probs(*sequences, blocks=batch.blocks, shared=batch.shared)
@@ -75,12 +75,12 @@ def gradient(module: RLRTModule, batch: MicroBatch, importance: Tensor) -> Tenso
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
-def test_doubling_a_tokens_importance_doubles_what_it_adds(method: Method, aggregation: Any, made: Any) -> None:
+def test_doubling_a_tokens_importance_doubles_its_gradient(method: Method, aggregation: Any, made: Any) -> None:
     module = RLRTModule(made, Teacher(), method, aggregation=aggregation)
     batch = batch_of(method, made)
     ones = torch.ones_like(batch.importance)
     plain = gradient(module, batch, ones)
-    assert not gradient(module, batch, 0 * ones).any(), "nothing of the loss is left out"
+    assert not gradient(module, batch, 0 * ones).any(), "every term of the loss is weighted"
     acts = batch.advantages != 0
     for part in (batch.distillation, batch.entropy_bonus):
         acts = acts if part is None else acts | (part != 0)
@@ -95,8 +95,8 @@ def test_doubling_a_tokens_importance_doubles_what_it_adds(method: Method, aggre
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
-def test_a_sequences_importance_scales_the_whole_rollout(method: Method, made: Any) -> None:
-    """One rollout alone, whose sampler was off: its gradient is scaled by the product of its tokens' ratios."""
+def test_sequence_importance_scales_the_whole_rollout(method: Method, made: Any) -> None:
+    """The gradient of each rollout is scaled by the product of its tokens' ratios."""
     module = RLRTModule(made, Teacher(), method, importance="sequence")
     batch = batch_of(method, made)
     policys = batch.logp_old
@@ -112,7 +112,7 @@ def test_a_sequences_importance_scales_the_whole_rollout(method: Method, made: A
     torch.testing.assert_close(gradient(module, batch, weights), plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
 
 
-def test_an_importance_of_one_changes_nothing_to_the_bit() -> None:
+def test_an_importance_of_one_is_bit_identical_to_none() -> None:
     g = torch.Generator().manual_seed(0)
     new, old, advantages, gap, weights = torch.randn(5, 4, 9, generator=g)
     mask = torch.rand(4, 9, generator=g) < 0.7
@@ -127,8 +127,8 @@ def test_an_importance_of_one_changes_nothing_to_the_bit() -> None:
         assert torch.equal(one, other)
 
 
-def test_the_correction_and_sdpos_own_ratio_are_two_weights() -> None:
-    """min(P_new / P_old, 2) between two policies, times min(P_trainer / P_sampler, cap) for the sampler."""
+def test_the_sampler_correction_multiplies_with_sdpos_own_ratio() -> None:
+    """min(P_new / P_old, 2) of the policies, times min(P_trainer / P_sampler, cap) for the sampler."""
     old, mask = torch.full((1, 3), -2.0), torch.ones(1, 3)
     new, gap = old + torch.tensor([[1.0, 0.0, -1.0]]), torch.ones(1, 3, requires_grad=True)
     correction = torch.tensor([[2.0, 0.5, 1.5]])
@@ -137,13 +137,13 @@ def test_the_correction_and_sdpos_own_ratio_are_two_weights() -> None:
     torch.testing.assert_close(found * 3, torch.tensor([[2.0, 1.0, torch.e**-1]]) * correction)
 
 
-def test_off_is_off() -> None:
-    batch = batch_of(SRPO(top_k=4), policy())
+def test_importance_off_gives_weights_of_one() -> None:
+    batch = batch_of(SRPO(top_k=4), tiny_policy())
     weights = importance_weights(batch.logp_old, batch.logp_old - 9, batch.response_mask, "off")
     assert torch.equal(weights, batch.response_mask.float())
 
 
-def test_which_rollouts_may_train() -> None:
+def test_may_train_selects_rollouts_by_method_advantage_and_reward() -> None:
     advantages, rewards = torch.tensor([0.0, 1.0, 0.0, -1.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
     for method, expected in (
         (GRPO(), [0, 1, 0, 1]),

@@ -1,4 +1,4 @@
-"""Every method of the paper from the command line, and one of a user's own."""
+"""Every method of the paper from the command line, and methods of users."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 
 from rlrt_lightning import SDPO, ConfigError, Needs, Policy, StrategySum
 from rlrt_lightning.policy.padding import pad_sequences
-from tests.helpers.command_line import command, comparable, scalars, weights
-from tests.helpers.epochs import fit
+from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
+from tests.helpers.epochs import fit_and_record
+from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
-from tests.helpers.tiny import policy
+from tests.helpers.tiny import tiny_policy
 
 SETTINGS = {
     "grpo": "GRPO(normalize_std=False)",
@@ -34,27 +35,27 @@ SETTINGS = {
 }
 
 TEACHERS = {
-    "rlrt": "the weights of the policy that draws the rollouts",
-    "rlrt_all": "the weights of the policy that draws the rollouts",
+    "rlrt": "the weights of the policy that generates the rollouts",
+    "rlrt_all": "the weights of the policy that generates the rollouts",
     "rlsd": "the initial weights",
-    "teacher_predicted": "the weights of the policy that draws the rollouts",
+    "teacher_predicted": "the weights of the policy that generates the rollouts",
     "sdpo": "a moving average of the policy's weights (decay 0.95), updated every epoch",
-    "srpo": "the weights of the policy that draws the rollouts",
+    "srpo": "the weights of the policy that generates the rollouts",
 }
-"""Of the methods that have one."""
+"""The teachers of the methods that have one."""
 
 
 def test_each_method_has_a_config() -> None:
     assert set(SETTINGS) == {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_except(SETTINGS, "rlrt", "srpo"))
 def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     flags = ("--trainer.max_epochs=3", "--data.rollouts_per_prompt=8", "--trainer.enable_checkpointing=false")
-    assert command("fit", tmp_path, *flags, configs=(f"configs/methods/{name}.yaml",)) == 0
+    assert cli_exit_code("fit", tmp_path, *flags, configs=(f"configs/methods/{name}.yaml",)) == 0
     (line,) = [message for message in caplog.messages if message.startswith("method: ")]
-    assert SETTINGS[name] in line, "the effective settings stand in the log"
+    assert SETTINGS[name] in line, "the log shows the effective settings"
     assert line.endswith(f"; the teacher has {TEACHERS[name]}" if name in TEACHERS else ")")
     curves = scalars(tmp_path)
     for tag in ("train/loss", "train/grad_norm"):
@@ -67,19 +68,19 @@ def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, cap
     assert shaped == (name == "diver")
 
 
-def test_the_readmes_own_method_trains(
+def test_the_readmes_example_method_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     (code,) = re.findall(r"(    # my_method\.py\n(?:    .*\n|\n)+)", (ROOT / "README.md").read_text())
     lines = [line.removeprefix("    ") for line in code.rstrip().splitlines()]
-    lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("--"))]
+    lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("python -m"))]
     assert len(lines) < 30
     (tmp_path / "my_method.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     try:
-        assert command("fit", tmp_path, "--trainer.max_epochs=1", "--model.method=my_method.FirstTokens") == 0
+        assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=1", "--model.method=my_method.FirstTokens") == 0
     finally:
         sys.modules.pop("my_method", None)
     assert "FirstTokens(" in caplog.text
@@ -94,10 +95,10 @@ from rlrt_lightning import Credit, DivergenceSettings, Method, Needs, Signals, T
 
 @dataclass(frozen=True)
 class Unsure(Method):
-    \"""GRPO, and the pull of a teacher that is refreshed every two epochs where it is less sure than the others.
+    \"""GRPO, plus distillation where a teacher, refreshed every two epochs, is less sure than on average.
 
     Args:
-        strength: Of the pull.
+        strength: Weight of the distillation.
     \"""
 
     strength: float = 0.1
@@ -120,7 +121,7 @@ NEW_CONFIG = "model: {method: {class_path: new_method.Unsure, init_args: {streng
 
 @pytest.fixture
 def new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the file of a method, and its config."""
+    """A folder with the file of a method and its config."""
     (tmp_path / "new_method.py").write_text(NEW_METHOD)
     (tmp_path / "new_method.yaml").write_text(NEW_CONFIG)
     monkeypatch.syspath_prepend(tmp_path)
@@ -129,46 +130,47 @@ def new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     sys.modules.pop("new_method", None)
 
 
-def test_a_new_method_is_one_file_and_its_config(new_method: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It needs entropies, a divergence and a teacher of its own."""
+def test_a_new_method_needs_only_one_file_and_a_config(new_method: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It needs entropies, a divergence and a teacher with its own weights."""
     caplog.set_level(logging.INFO)
     for strength in ("0.5", "0.25"):
         caplog.clear()
         flags = ["--trainer.max_epochs=2"]
         if strength != "0.5":
             flags += [f"--model.method.strength={strength}"]
-        assert command("fit", new_method, *flags, configs=(str(new_method / "new_method.yaml"),)) == 0
+        assert cli_exit_code("fit", new_method, *flags, configs=(str(new_method / "new_method.yaml"),)) == 0
         assert f"method: Unsure(strength={strength}, normalize_std=True); the teacher has a copy" in caplog.text
-    assert command("fit", new_method, "--trainer.max_epochs=2", "--model.method=new_method.Unsure") == 0
+    assert cli_exit_code("fit", new_method, "--trainer.max_epochs=2", "--model.method=new_method.Unsure") == 0
     one, half, flag = (scalars(new_method, version) for version in range(3))
     for curves in (one, half, flag):
         assert all(value > 0 for _, value in curves["train/divergence"])
     for tag in ("train/divergence", "train/grad_norm"):
-        assert len({curves[tag][-1][1] for curves in (one, half, flag)}) == 3, "the strength counts"
-    teacher, policy_ = (parts(weights(new_method), whose) for whose in ("teacher", "policy"))
+        assert len({curves[tag][-1][1] for curves in (one, half, flag)}) == 3, "the strength has an effect"
+    teacher, policy_ = (model_weights(weights(new_method), owner) for owner in ("teacher", "policy"))
     assert all(torch.equal(teacher[name], policy_[name]) for name in policy_), "refreshed after two epochs"
 
 
-# -- whose weights the teacher has ---------------------------------------------------------------------------------
+# -- the weights of the teacher ------------------------------------------------------------------------------------
 
 
-def parts(state: dict[str, torch.Tensor], whose: str) -> dict[str, torch.Tensor]:
-    prefix = f"{whose}.model."
+def model_weights(state: dict[str, torch.Tensor], owner: str) -> dict[str, torch.Tensor]:
+    """The weights of the policy or the teacher in a module's state dict."""
+    prefix = f"{owner}.model."
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def start() -> dict[str, torch.Tensor]:
+def initial_weights() -> dict[str, torch.Tensor]:
     made = Policy()
     made.load()
     return made.model.state_dict()
 
 
-def followed(folder: Path, decay: float) -> dict[str, torch.Tensor]:
-    """The moving average over the policies that a run saved after each epoch."""
-    average = start()
+def average_of_policies(folder: Path, decay: float) -> dict[str, torch.Tensor]:
+    """The moving average of the policies that a run has saved after each epoch."""
+    average = initial_weights()
     for epoch in range(3):
         path = folder / "rlrt" / "version_0" / "checkpoints" / f"epoch-{epoch}.ckpt"
-        policy_ = parts(torch.load(path, weights_only=True)["state_dict"], "policy")
+        policy_ = model_weights(torch.load(path, weights_only=True)["state_dict"], "policy")
         average = {name: decay * average[name] + (1 - decay) * policy_[name] for name in average}
     return average
 
@@ -176,82 +178,82 @@ def followed(folder: Path, decay: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("flags", "decay"),
     [
-        (["--model.method=SDPO"], 0.95),
+        pytest.param(["--model.method=SDPO"], 0.95, marks=pytest.mark.slow),
         (["--model.method=SDPO", "--teacher_refresh.ema_decay=0.5"], 0.5),
-        (["--model.method=SDPO", "--teacher_refresh.every_n_epochs=1"], None),
+        pytest.param(["--model.method=SDPO", "--teacher_refresh.every_n_epochs=1"], None, marks=pytest.mark.slow),
         (["--model.method=SDPO", "--teacher_refresh.ema_decay=0"], None),
         (["--model.method=RLSD"], 1.0),
-        (["--model.method=RLSD", "--model.method.gated=true"], None),
-        (["--model.method=RLSD", "--teacher_refresh.ema_decay=0.9"], 0.9),
-        (["--model.method=RLRT"], None),
-        (["--model.method=RLRT", "--teacher_refresh.every_n_epochs=null"], 1.0),
+        pytest.param(["--model.method=RLSD", "--model.method.gated=true"], None, marks=pytest.mark.slow),
+        pytest.param(["--model.method=RLSD", "--teacher_refresh.ema_decay=0.9"], 0.9, marks=pytest.mark.slow),
+        pytest.param(["--model.method=RLRT"], None, marks=pytest.mark.slow),
+        pytest.param(["--model.method=RLRT", "--teacher_refresh.every_n_epochs=null"], 1.0, marks=pytest.mark.slow),
         (["--model.method=RLSD", "--model.method=GRPO"], None),
     ],
     ids=str,
 )
-def test_a_method_named_by_a_flag_brings_its_teacher(flags: list[str], decay: float | None, tmp_path: Path) -> None:
-    """Unless teacher_refresh is given. A decay of 1: never refreshed; None: no copy."""
+def test_a_method_chosen_by_flag_uses_its_own_teacher(flags: list[str], decay: float | None, tmp_path: Path) -> None:
+    """Unless teacher_refresh is set. A decay of 1: never refreshed; None: no copy."""
     keep = ["--checkpoint.save_top_k=-1", "--trainer.max_epochs=3"]
-    assert command("fit", tmp_path, *keep, *flags) == 0
-    teacher = parts(weights(tmp_path), "teacher")
+    assert cli_exit_code("fit", tmp_path, *keep, *flags) == 0
+    teacher = model_weights(weights(tmp_path), "teacher")
     if decay is None:
         assert not teacher
         return
-    for name, value in followed(tmp_path, decay).items():
+    for name, value in average_of_policies(tmp_path, decay).items():
         torch.testing.assert_close(teacher[name], value, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", ["SDPO", "RLSD"])
-def test_a_resumed_run_has_the_methods_teacher(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", slow_except(["SDPO", "RLSD"], "SDPO"))
+def test_a_resumed_run_keeps_the_methods_teacher(method: str, tmp_path: Path) -> None:
     flags = [f"--model.method={method}"]
-    assert command("fit", tmp_path / "whole", *flags, "--trainer.max_epochs=3") == 0
-    assert command("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
-    assert command("fit", tmp_path, *flags, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    assert cli_exit_code("fit", tmp_path / "whole", *flags, "--trainer.max_epochs=3") == 0
+    assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
+    assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path, 1)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    teacher, policy_ = parts(resumed, "teacher"), parts(resumed, "policy")
+    teacher, policy_ = model_weights(resumed, "teacher"), model_weights(resumed, "policy")
     assert any(not torch.equal(teacher[name], policy_[name]) for name in policy_)
 
 
-def test_another_methods_teacher_is_no_continuation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("fit", tmp_path, "--model.method=SDPO", "--trainer.max_epochs=1") == 0
-    assert command("fit", tmp_path, "--model.method=RLRT", "--trainer.max_epochs=2", "--ckpt_path=last") == 2
+def test_resuming_with_another_methods_teacher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_exit_code("fit", tmp_path, "--model.method=SDPO", "--trainer.max_epochs=1") == 0
+    assert cli_exit_code("fit", tmp_path, "--model.method=RLRT", "--trainer.max_epochs=2", "--ckpt_path=last") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "model.method was SDPO and is RLRT; teacher_refresh.ema_decay was 0.95 and is 0.0; set them" in line
+    assert "model.method was SDPO and is RLRT; teacher_refresh.ema_decay was 0.95 and is 0.0; restore them" in line
 
 
-def test_an_engine_does_not_score_for_a_teacher_with_weights_of_its_own(
+def test_an_engine_cannot_score_for_a_teacher_with_its_own_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = ["--data.engine=VllmServerEngine", "--data.engine.urls=[http://127.0.0.1:9]"]
     asked = ["--model.method=RLSD", "--model.teacher.scored_by=engine"]
-    assert command("fit", tmp_path, *server, *asked) == 2
-    assert "but the teacher has the initial weights: set teacher_refresh.every_n_epochs=1" in capsys.readouterr().err
+    assert cli_exit_code("fit", tmp_path, *server, *asked) == 2
+    assert "but the teacher has the initial weights; set teacher_refresh.every_n_epochs=1" in capsys.readouterr().err
 
 
-def test_a_divergence_over_the_whole_vocabulary(tmp_path: Path) -> None:
-    """28 tokens: comparing them all, or 100 at most, is the same."""
+def test_top_k_above_the_vocabulary_size_equals_the_full_divergence(tmp_path: Path) -> None:
+    """With 28 tokens, comparing all of them or at most 100 is the same."""
     for top_k in ("null", "100"):
         flags = ["--model.method=SDPO", f"--model.method.top_k={top_k}", "--trainer.max_epochs=1"]
-        assert command("fit", tmp_path, *flags) == 0
-    one, other = (comparable(scalars(tmp_path, version)) for version in range(2))
+        assert cli_exit_code("fit", tmp_path, *flags) == 0
+    one, other = (without_timings(scalars(tmp_path, version)) for version in range(2))
     assert one == other
 
 
 @dataclass(frozen=True)
-class Askless(SDPO):
-    """Asks for no tokens to compare."""
+class SDPOWithoutTokens(SDPO):
+    """Requests no tokens to compare."""
 
     needs = Needs()
 
 
 def test_a_divergence_without_tokens_to_compare_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="asks for no tokens to compare: set top_k in its needs"):
-        fit(tmp_path, StrategySum(), method=Askless(), prompts_per_epoch=8)
+    with pytest.raises(ConfigError, match="requests no tokens to compare; set top_k in its needs"):
+        fit_and_record(tmp_path, StrategySum(), method=SDPOWithoutTokens(), prompts_per_epoch=8)
 
 
-# -- and besides ---------------------------------------------------------------------------------------------------
+# -- other checks --------------------------------------------------------------------------------------------------
 
 
 def test_a_context_that_no_problem_has_is_refused_before_the_run(
@@ -261,12 +263,12 @@ def test_a_context_that_no_problem_has_is_refused_before_the_run(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = [f"--data.task.{split}={tmp_path / 'rows.jsonl'}" for split in ("train", "heldout")]
     flags = ("--data.task=DatasetTask", *data, "--data.task.answer=answer", "--model.method.context=solution")
-    assert command("fit", tmp_path, *flags) == 2
+    assert cli_exit_code("fit", tmp_path, *flags) == 2
     assert "model.method.context is solution, but none of the first 8" in capsys.readouterr().err
 
 
-def test_the_logits_of_the_whole_batch_are_never_there_at_once() -> None:
-    made = policy()
+def test_from_logits_never_holds_the_whole_batch() -> None:
+    made = tiny_policy()
     made.logits_chunk = 4
     sequences = [([2, 3], [4, 5, 6, 7, 8]), ([2], [9, 10, 11, 12])]
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""The objective by the properties that it has to have (test_golden.py has its values)."""
+"""Required properties of the objective (test_golden.py checks its values)."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Batch:
     def credit(self, method: Any, **changes: Any) -> Any:
         v = {**vars(self), **changes}
         a = group_advantages(v["rewards"], v["groups"], method.normalize_std)
-        figures = a, v["rewards"], v["logp_student"], v["logp_teacher"], v["mask"], v["has_context"]
-        return method(*figures, teacher_entropy=v["teacher_entropy"])
+        signals = a, v["rewards"], v["logp_student"], v["logp_teacher"], v["mask"], v["has_context"]
+        return method(*signals, teacher_entropy=v["teacher_entropy"])
 
 
 seeds = st.integers(0, 2**31)
@@ -85,7 +85,7 @@ def test_without_context_the_weight_is_one(method: Any, seed: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=seeds)
 @batches
-def test_padding_changes_nothing(method: Any, seed: int) -> None:
+def test_padding_does_not_change_the_credit(method: Any, seed: int) -> None:
     batch = Batch(seed)
     junk = torch.full((12, 3), torch.nan, dtype=torch.float64)
     wide = batch.credit(
@@ -105,7 +105,7 @@ def test_padding_changes_nothing(method: Any, seed: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=seeds)
 @batches
-def test_order_of_rollouts_changes_nothing(method: Any, seed: int) -> None:
+def test_the_order_of_rollouts_does_not_change_the_credit(method: Any, seed: int) -> None:
     batch = Batch(seed)
     p = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
     shuffled = batch.credit(method, **{k: v[p] for k, v in vars(batch).items()})
@@ -117,7 +117,7 @@ def test_order_of_rollouts_changes_nothing(method: Any, seed: int) -> None:
 @pytest.mark.parametrize("method", WEIGHTED)
 @given(seed=seeds)
 @batches
-def test_perturbation_is_bounded_and_keeps_the_sign(method: Any, seed: int) -> None:
+def test_the_perturbation_is_bounded_and_keeps_the_sign(method: Any, seed: int) -> None:
     batch = Batch(seed)
     a = group_advantages(batch.rewards, batch.groups)[:, None] * batch.mask
     out = batch.credit(method).advantages
@@ -127,8 +127,8 @@ def test_perturbation_is_bounded_and_keeps_the_sign(method: Any, seed: int) -> N
 
 @given(seed=seeds)
 @batches
-def test_the_teacher_is_asked_for_just_the_rollouts_that_it_changes(seed: int) -> None:
-    """Leaving out the context of all others gives the same credit."""
+def test_uses_teacher_selects_the_rollouts_whose_credit_the_teacher_changes(seed: int) -> None:
+    """Dropping the context of all other rollouts gives the same credit."""
     batch = Batch(seed)
     for method in METHODS:
         a = group_advantages(batch.rewards, batch.groups, method.normalize_std)
@@ -139,7 +139,8 @@ def test_the_teacher_is_asked_for_just_the_rollouts_that_it_changes(seed: int) -
             assert torch.equal(asked.distillation, all_.distillation)
 
 
-def test_rlrt_credits_what_the_teacher_did_not_expect_and_rlsd_the_opposite() -> None:
+@pytest.mark.smoke
+def test_rlrt_upweights_tokens_unlikely_for_the_teacher_and_rlsd_downweights_them() -> None:
     rewards, groups = torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.long)
     student, teacher = torch.full((2, 2), -1.0), torch.tensor([[-2.0, -0.5]]).expand(2, 2)
     args = (group_advantages(rewards, groups), rewards, student, teacher, torch.ones(2, 2), torch.ones(2))
@@ -149,12 +150,12 @@ def test_rlrt_credits_what_the_teacher_did_not_expect_and_rlsd_the_opposite() ->
     assert torch.equal(rlrt.weights[1], torch.ones(2)), "a wrong rollout keeps plain GRPO credit"
 
 
-def test_rlrt_all_is_rlrt_where_every_rollout_is_correct_or_has_no_context() -> None:
+def test_rlrt_all_equals_rlrt_if_no_wrong_rollout_has_a_context() -> None:
     batch = Batch(3)
     correct = batch.rewards == 1
     for has_context, rewards in (
         (batch.has_context & correct, batch.rewards),
-        (batch.has_context, 0.5 + 0.5 * batch.rewards),  # partial credit: all succeed, and still differ
+        (batch.has_context, 0.5 + 0.5 * batch.rewards),  # partial credit: all succeed, with different rewards
     ):
         gated, all_ = (batch.credit(m, has_context=has_context, rewards=rewards) for m in (RLRT(), RLRT(gated=False)))
         assert torch.equal(gated.advantages, all_.advantages)
@@ -169,7 +170,7 @@ def test_teacher_predicted_is_rlrt_with_the_inverse_weight() -> None:
     )
 
 
-def test_sdpo_pulls_every_rollout_with_a_context_and_nothing_else_counts() -> None:
+def test_sdpo_distills_every_rollout_with_a_context_and_no_other() -> None:
     batch = Batch(5)
     credit = batch.credit(SDPO())
     assert not credit.advantages.any()
@@ -194,7 +195,7 @@ def test_srpo_routes_by_reward_and_shares_one_denominator() -> None:
     assert torch.equal(batch.credit(SRPO(beta=0.0)).distillation, tokens.double())
 
     old, new = batch.logp_student, batch.logp_student - 0.1
-    gap = batch.teacher_entropy  # stands for some divergence
+    gap = batch.teacher_entropy  # in place of a divergence
     loss = clipped_surrogate(new, old, credit.advantages, batch.mask).loss
     loss = loss + distillation_loss(gap, new, old, credit.distillation, batch.mask)
     ratio, a = (new - old).exp(), credit.advantages
@@ -224,7 +225,7 @@ def test_importance_weights_are_truncated_ratios_that_scale_the_surrogate() -> N
     assert importance_weights(policy_, sampler, mask, "sequence", cap=1.5).max() == 1.5
 
 
-def test_the_entropy_bonus_trains_on_groups_without_advantage_too() -> None:
+def test_the_entropy_bonus_also_trains_groups_without_advantage() -> None:
     batch = Batch(7)
     same = torch.ones_like(batch.rewards)
     assert not batch.credit(GRPO(), rewards=same).trains.any()
@@ -237,21 +238,21 @@ def test_the_entropy_bonus_trains_on_groups_without_advantage_too() -> None:
 TEXTS = ["the sum of two is $4$", "the sum of two is $4$", "add one more: $x=4$ so $4$", "no idea at all, sorry"]
 
 
-def test_diver_pays_correct_rollouts_for_being_unlike_their_siblings() -> None:
+def test_diver_rewards_correct_rollouts_for_differing_from_their_siblings() -> None:
     rewards, groups = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.long)
     for method in (DIVER(scale=0.5), DIVER(scale=0.5, diversity="formulas")):
         gain = method.shape_rewards(rewards, groups, TEXTS) - rewards
-        assert gain[3] == 0, "a wrong rollout is left alone, however unlike the others"
+        assert gain[3] == 0, "a wrong rollout gains nothing, however different it is"
         assert gain[0] == gain[1] < gain[2] <= 0.5
     assert (DIVER(scale=0.5, diversity="formulas").shape_rewards(rewards, groups, TEXTS) - rewards)[2] == 0.25
     capped = DIVER(scale=0.5, cap=0.2).shape_rewards(rewards, groups, TEXTS) - rewards
     torch.testing.assert_close(capped.max(), torch.tensor(0.1))
 
 
-def test_diver_compares_within_the_group_only_and_stops_after_its_steps() -> None:
+def test_diver_compares_only_within_groups_and_ends_after_its_steps() -> None:
     rewards, groups = torch.ones(4), torch.tensor([0, 1, 0, 1])
     alone = DIVER().shape_rewards(rewards, torch.arange(4), TEXTS)
-    assert torch.equal(alone, rewards), "without siblings there is nothing to be unlike"
+    assert torch.equal(alone, rewards), "without siblings there is nothing to differ from"
     pairs = DIVER().shape_rewards(rewards, groups, ["same words here now", "a b c", "same words here now", "d e f"])
     torch.testing.assert_close(pairs, torch.tensor([1.0, 1.1, 1.0, 1.1]))
     method = DIVER(steps=10)
@@ -261,7 +262,7 @@ def test_diver_compares_within_the_group_only_and_stops_after_its_steps() -> Non
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("top_k", [None, 3, 7])
-def test_divergence_is_never_negative_and_its_gradient_is_right(alpha: float, top_k: int | None) -> None:
+def test_divergence_is_non_negative_and_its_gradient_correct(alpha: float, top_k: int | None) -> None:
     g = torch.Generator().manual_seed(0)
     student, teacher = (2 * torch.randn(5, 7, generator=g, dtype=torch.float64) for _ in range(2))
     assert (divergence(student, teacher, alpha, top_k) > 0).all()
@@ -270,7 +271,7 @@ def test_divergence_is_never_negative_and_its_gradient_is_right(alpha: float, to
     assert torch.autograd.gradcheck(lambda s: divergence(s, teacher, alpha, top_k), student)
 
 
-def test_divergence_where_one_side_is_certain_is_finite_in_float32() -> None:
+def test_divergence_of_a_near_one_hot_distribution_is_finite_in_float32() -> None:
     sure = torch.tensor([[200.0, 0.0, 0.0, 0.0]], requires_grad=True)
     for alpha in (0.0, 0.5, 1.0):
         out = divergence(sure, torch.zeros(1, 4), alpha, top_k=2)
@@ -289,7 +290,7 @@ def test_equal_rewards_have_advantage_exactly_zero() -> None:
     assert not group_advantages(rewards, groups).any()
 
 
-def test_surrogate_ignores_what_is_masked_and_has_no_gradient_there() -> None:
+def test_masked_tokens_add_no_loss_and_no_gradient() -> None:
     logp = torch.tensor([[-1.0, torch.nan]], requires_grad=True)
     out = clipped_surrogate(logp, torch.tensor([[-1.0, -2.0]]), torch.tensor([[1.0, 5.0]]), torch.tensor([[1, 0]]))
     out.loss.backward()
@@ -320,18 +321,18 @@ def test_settings_out_of_range_are_refused_by_name(method: Any, bad: dict[str, A
         (DIVER, {"tokenize": "nonsense"}),
     ],
 )
-def test_settings_of_the_other_methods_are_refused_by_name(method: Any, bad: dict[str, Any]) -> None:
+def test_invalid_settings_of_other_methods_are_refused_by_name(method: Any, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{method.__name__}.{next(iter(bad))}"):
         method(**bad)
 
 
 @pytest.mark.parametrize("bad", [(4, 2, 5), (4, 5, 2), (4, 2, 0)])
-def test_pass_at_k_refuses_nonsense(bad: tuple[int, int, int]) -> None:
+def test_pass_at_k_refuses_impossible_counts(bad: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"pass@|correct"):
         pass_at_k(*bad)
 
 
-def test_what_a_method_makes_of_signals_is_what_it_makes_of_the_tensors() -> None:
+def test_credit_of_signals_equals_the_call_with_tensors() -> None:
     batch = Batch(8)
     for method in METHODS:
         a = group_advantages(batch.rewards, batch.groups, method.normalize_std)
@@ -344,8 +345,8 @@ def test_what_a_method_makes_of_signals_is_what_it_makes_of_the_tensors() -> Non
             assert value.dtype in (torch.float64, torch.bool), name
 
 
-def test_srpos_weights_have_a_mean_of_1_over_the_tokens_of_all_ranks() -> None:
-    """Two ranks with half of the rollouts each."""
+def test_srpos_weights_are_normalized_over_the_tokens_of_all_ranks() -> None:
+    """With a mean of 1, on two ranks with half of the rollouts each."""
     batch, sums = Batch(9), []
     whole = batch.credit(SRPO()).distillation
     a = group_advantages(batch.rewards, batch.groups, False)
@@ -362,7 +363,7 @@ def test_srpos_weights_have_a_mean_of_1_over_the_tokens_of_all_ranks() -> None:
         torch.testing.assert_close(part(half, lambda values: sum(sums)), whole[half])
 
 
-def test_what_a_method_needs_and_does_not_get_is_an_error() -> None:
+def test_missing_or_misspelt_signals_are_errors() -> None:
     with pytest.raises(ValueError, match="SRPO needs teacher_entropy"):
         Batch(10).credit(SRPO(), teacher_entropy=None)
     ones = torch.ones(2, 3)
@@ -372,7 +373,7 @@ def test_what_a_method_needs_and_does_not_get_is_an_error() -> None:
         Credit(ones, ones, ones, distillation=ones)
 
 
-def test_methods_say_what_they_need() -> None:
+def test_methods_declare_their_needs() -> None:
     for method in (GRPO(), EntropyBonus(), DIVER(), RLRT(), RLRT(gated=False), RLSD(gated=True, context="sibling")):
         assert method.needs == Needs(entropy=False, top_k=0, teacher=TeacherWeights(every_n_epochs=1, ema_decay=0.0))
     assert RLSD().needs == Needs(teacher=TeacherWeights(every_n_epochs=None))
@@ -386,6 +387,6 @@ def test_a_teacher_is_refreshed_after_every_n_epochs() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"every_n_epochs": 0}, {"ema_decay": 1.0}, {"every_n_epochs": None, "ema_decay": 0.5}])
-def test_teachers_that_make_no_sense_are_refused_by_name(bad: dict[str, Any]) -> None:
+def test_invalid_teacher_weights_are_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{list(bad)[-1]} is"):
         TeacherWeights(**bad)

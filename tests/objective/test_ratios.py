@@ -1,4 +1,4 @@
-"""Log-probs that are far apart: what one token does to a loss, its gradient and the weights of Eq. 6."""
+"""Extreme log-probs: the effect of one token on a loss, its gradient and the weights of Eq. 6."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def log_probs(seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def surrogate(new: Tensor, old: Tensor, sign: float, **settings: Any) -> tuple[Tensor, Tensor]:
-    """The loss of random advantages, that of the first token with a sign, and the gradient."""
+    """The loss and its gradient for random advantages; the advantage of the first token is `sign`."""
     new = new.clone().requires_grad_()
     advantages = torch.randn(N, T, generator=torch.Generator().manual_seed(2)).to(new)
     advantages[0, 0] = sign
@@ -53,7 +53,7 @@ def surrogate(new: Tensor, old: Tensor, sign: float, **settings: Any) -> tuple[T
 @pytest.mark.parametrize(
     "settings", [{}, {"dual_clip": 3.0}, {"aggregation": "seq-mean-token-mean"}], ids=["plain", "dual", "by sequence"]
 )
-def test_one_token_leaves_the_loss_finite_and_the_other_gradients_alone(
+def test_an_extreme_token_keeps_the_loss_finite_and_other_gradients_unchanged(
     settings: dict[str, Any], dtype: torch.dtype, sign: float
 ) -> None:
     _, expected = surrogate(log_probs(0, dtype), log_probs(1, dtype), sign, **settings)
@@ -76,13 +76,13 @@ def test_both_log_probs_of_a_token_may_be_minus_infinity() -> None:
     assert gradient.isfinite().all()
 
 
-def test_not_a_number_is_not_hidden() -> None:
+def test_a_nan_log_prob_makes_the_loss_nan() -> None:
     new = log_probs(0, torch.float32)
     new[0, 0] = math.nan
-    assert surrogate(new, new, 1.0)[0].isnan(), "the guards have to see it"
+    assert surrogate(new, new, 1.0)[0].isnan(), "the guards must see it"
 
 
-def test_nothing_changes_within_the_bound() -> None:
+def test_ratios_within_the_bound_are_exact() -> None:
     near = torch.linspace(-LOG_RATIO_BOUND, LOG_RATIO_BOUND, 101, dtype=torch.float64)
     zero, mask = torch.zeros_like(near), torch.ones_like(near)
     assert torch.equal(bounded_ratio(log_ratio(near, zero, mask)), near.exp())
@@ -92,7 +92,7 @@ def test_nothing_changes_within_the_bound() -> None:
 
 @pytest.mark.parametrize("far", FAR)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_importance_weights_and_estimates_of_the_kl_are_finite(dtype: torch.dtype, far: float) -> None:
+def test_importance_weights_and_kl_estimates_are_finite(dtype: torch.dtype, far: float) -> None:
     policy, sampler, mask = log_probs(0, dtype), log_probs(1, dtype), torch.ones(N, T)
     for changed in (policy, sampler):
         before = changed[0, 0].clone()
@@ -104,19 +104,19 @@ def test_importance_weights_and_estimates_of_the_kl_are_finite(dtype: torch.dtyp
         difference = log_ratio(policy, sampler, mask)
         assert kl_estimate(difference).isfinite().all()
         assert (kl_estimate(difference) >= 0).all()
-        figures = mismatch(difference.flatten(), torch.zeros(N * T))
-        assert all(math.isfinite(value) for value in figures.values())
+        metrics = mismatch(difference.flatten(), torch.zeros(N * T))
+        assert all(math.isfinite(value) for value in metrics.values())
         changed[0, 0] = before
 
 
-def test_a_sequences_importance_is_the_product_also_where_its_tokens_are_far_off() -> None:
+def test_sequence_importance_is_the_product_even_of_extreme_tokens() -> None:
     policy, sampler = torch.tensor([[-30.0, -1.0]]), torch.tensor([[-1.0, -30.5]])
     weights = importance_weights(policy, sampler, torch.ones(1, 2), "sequence")
     torch.testing.assert_close(weights, torch.full((1, 2), math.exp(0.5)))
 
 
 @pytest.mark.parametrize("far", FAR)
-def test_distillation_is_capped_at_a_far_token_and_the_others_keep_their_gradient(far: float) -> None:
+def test_distillation_caps_an_extreme_token_and_keeps_other_gradients(far: float) -> None:
     new, mask = log_probs(0, torch.float32), torch.ones(N, T)
 
     def gradient(old: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def test_distillation_is_capped_at_a_far_token_and_the_others_keep_their_gradien
 @pytest.mark.parametrize("method", [RLRT(gated=False), RLSD(), RLRT(), RLSD(gated=True), GRPO(), SDPO()])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_and_credit_are_finite_and_bounded(dtype: torch.dtype, method: Any) -> None:
-    """(P_S / P_T)^sign(A) and its inverse, on good and bad rollouts."""
+    """(P_S / P_T)^sign(A) and its inverse, on correct and wrong rollouts."""
     rewards, context, mask = torch.tensor([1.0, 0, 1, 0]), torch.ones(N), torch.ones(N, T)
     advantages = torch.tensor([1.5, -1.5, 0.5, -0.5])
     expected = method(advantages, rewards, log_probs(0, dtype), log_probs(1, dtype), mask, context)
@@ -164,12 +164,12 @@ def test_the_asymmetry_itself_is_not_bounded() -> None:
     assert inverse.weights.item() == pytest.approx(math.exp(-20))
 
 
-def test_a_mean_over_many_half_precision_tokens_counts_them_all() -> None:
+def test_a_mean_over_many_bf16_tokens_is_exact() -> None:
     values = torch.ones(4, 1001, dtype=torch.bfloat16)
     for aggregation in ("token-mean", "seq-mean-token-mean"):
         assert token_mean(values, torch.ones(4, 1001), aggregation) == 1
 
 
-def test_dynamic_weights_that_all_underflow_are_no_nan() -> None:
+def test_dynamic_weights_that_all_underflow_are_finite() -> None:
     weights = dynamic_weights(torch.full((2, 50), 9.0), torch.ones(2, 50), beta=100.0)
     assert weights.isfinite().all()

@@ -1,4 +1,4 @@
-"""Which log-probs D_t is made of, from the sampler to the picture."""
+"""The log-probs that D_t is computed from, from the sampler to the picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlrt_lightning import ConfigError, Policy, Sampling, StrategySum, Transform
 from rlrt_lightning.callbacks import ReversedSignalLogger
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.policy.padding import pad_rows
-from tests.helpers.epochs import fit
+from tests.helpers.epochs import fit_and_record
 
 NUMBERS = re.compile(r"D (\S+)   log P_S (\S+)   log P_T (\S+) ")
 
@@ -33,36 +33,36 @@ class ScoringEngine(TransformersEngine):
         return own.score(sequences, temperature)
 
 
-def drawn(folder: Path, scored_by: Literal["trainer", "engine"], **settings: Any) -> tuple[EpochRecord, str]:
-    """An epoch, and the page that shows it."""
+def run_epoch(folder: Path, scored_by: Literal["trainer", "engine"], **settings: Any) -> tuple[EpochRecord, str]:
+    """Trains one epoch; its record, and the page that shows it."""
     settings = {"prompts_per_epoch": 16, "rollouts_per_prompt": 8, "rescore": True, **settings}
     picture = ReversedSignalLogger(picture_every_n_epochs=1)
-    recorder, _ = fit(
+    recorder, _ = fit_and_record(
         folder, StrategySum(), engine=ScoringEngine(), scored_by=scored_by, callbacks=[picture], **settings
     )
     return recorder.epochs[0], (folder / "signal" / "epoch-0.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("scored_by", ["trainer", "engine"])
-def test_both_sides_of_the_asymmetry_come_from_the_same_arithmetic(
+def test_both_terms_of_the_asymmetry_come_from_the_same_scorer(
     scored_by: Literal["trainer", "engine"], tmp_path: Path
 ) -> None:
-    epoch, _ = drawn(tmp_path, scored_by)
+    epoch, _ = run_epoch(tmp_path, scored_by)
     scored = epoch.mask & epoch.has_context[:, None]
     assert scored.sum() > 50
     sampler = pad_rows([r.logp_sampler for r in epoch.rollouts])
     policy = pad_rows([r.logp_policy for r in epoch.rollouts], sampler.shape[1])
-    assert (sampler - policy)[scored].abs().max() > 1e-3, "or the test could not tell them apart"
-    assert torch.equal(epoch.logp_old[scored], policy[scored]), "the surrogate starts from the trainer's"
+    assert (sampler - policy)[scored].abs().max() > 1e-3, "the two must differ for this test"
+    assert torch.equal(epoch.logp_old[scored], policy[scored]), "the surrogate uses the trainer's log-probs"
     assert torch.equal(epoch.logp_student[scored], (sampler if scored_by == "engine" else policy)[scored])
     assert torch.equal(epoch.credit.asymmetry[scored], (epoch.logp_student - epoch.logp_teacher)[scored])
 
 
 @pytest.mark.parametrize("scored_by", ["trainer", "engine"])
-def test_the_numbers_in_the_picture_subtract_to_its_asymmetry(
+def test_the_log_probs_in_the_picture_subtract_to_its_asymmetry(
     scored_by: Literal["trainer", "engine"], tmp_path: Path
 ) -> None:
-    epoch, page = drawn(tmp_path, scored_by)
+    epoch, page = run_epoch(tmp_path, scored_by)
     shown = NUMBERS.findall(page)
     assert len(shown) > 20
     for asymmetry, student, teacher in shown:
@@ -72,9 +72,9 @@ def test_the_numbers_in_the_picture_subtract_to_its_asymmetry(
         assert (scored - float(asymmetry)).abs().min() < 2e-4
 
 
-def test_rescoring_leaves_the_samplers_log_probs_as_they_were_drawn(tmp_path: Path) -> None:
-    plain, _ = drawn(tmp_path / "plain", "engine", rescore=False)
-    rescored, _ = drawn(tmp_path / "rescored", "engine")
+def test_rescoring_leaves_the_samplers_log_probs_unchanged(tmp_path: Path) -> None:
+    plain, _ = run_epoch(tmp_path / "plain", "engine", rescore=False)
+    rescored, _ = run_epoch(tmp_path / "rescored", "engine")
     assert all(r.logp_policy is None for r in plain.rollouts)
     for a, b in zip(plain.rollouts, rescored.rollouts, strict=True):
         assert a.response_ids == b.response_ids
@@ -83,12 +83,12 @@ def test_rescoring_leaves_the_samplers_log_probs_as_they_were_drawn(tmp_path: Pa
     assert torch.equal(plain.logp_old, plain.logp_student)
 
 
-class AfterTheCut(ScoringEngine):
+class LogpAfterTruncation(ScoringEngine):
     cuts_before_logp = True
 
 
-def test_an_engine_whose_log_probs_are_cut_cannot_score_for_the_teacher(tmp_path: Path) -> None:
-    """Its log-probs of the student would be those after the cut, and those of the teacher before it."""
-    parts: dict[str, Any] = {"engine": AfterTheCut(), "scored_by": "engine", "rescore": True}
+def test_an_engine_with_truncated_log_probs_cannot_score_for_the_teacher(tmp_path: Path) -> None:
+    """Its log-probs would be of the truncated distribution for the student, and of the full one for the teacher."""
+    parts: dict[str, Any] = {"engine": LogpAfterTruncation(), "scored_by": "engine", "rescore": True}
     with pytest.raises(ConfigError, match=r"model\.teacher\.scored_by is engine, but data\.sampling cuts"):
-        fit(tmp_path, StrategySum(), sampling=Sampling(max_new_tokens=8, top_p=0.9), **parts)
+        fit_and_record(tmp_path, StrategySum(), sampling=Sampling(max_new_tokens=8, top_p=0.9), **parts)

@@ -1,4 +1,4 @@
-"""Log-probs and entropies against autograd's own."""
+"""Gradients of log-probs and entropies."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from rlrt_lightning.policy.log_probs import log_probs_at, token_log_probs
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     torch.manual_seed(0)
     logits = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
-    tokens = torch.randint(0, 11, (5, 3))  # a token may be asked for twice
+    tokens = torch.randint(0, 11, (5, 3))  # a token may occur twice
     assert torch.autograd.gradcheck(lambda z: log_probs_at(z, tokens), (logits,))
     assert torch.autograd.gradcheck(lambda z: log_probs_at(z, tokens)[0], (logits,))
     assert torch.autograd.gradcheck(lambda z: log_probs_at(z, tokens)[1], (logits,))
 
 
-def test_a_token_that_cannot_be_adds_nothing() -> None:
+def test_a_token_of_probability_zero_contributes_nothing() -> None:
     logits = torch.tensor([[0.0, -math.inf, 1.0]], requires_grad=True)
     logp, entropy = token_log_probs(logits, torch.tensor([2]))
     (logp + entropy).sum().backward()

@@ -1,4 +1,4 @@
-"""Sequences of different lengths: the best cut, little padding, and nothing that depends on either."""
+"""Batches of sequences of different lengths: optimal splits, little padding, and results that depend on neither."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrt_lightning.policy.padding import WASTE, balance, batches, blocks, pad_sequences, share_prompts
-from tests.helpers.tiny import ARCHITECTURES, policy
+from rlrt_lightning.policy.padding import MAX_PADDING, balance, batches, blocks, pad_sequences, share_prompts
+from tests.helpers.tiny import ARCHITECTURES, tiny_policy
 
 
 @given(st.lists(st.integers(1, 50), max_size=9), st.integers(1, 4))
 @settings(max_examples=100)
-def test_balance_finds_the_best_cut_of_the_sorted_lengths(lengths: list[int], parts: int) -> None:
+def test_balance_finds_the_optimal_partition_of_the_sorted_lengths(lengths: list[int], parts: int) -> None:
     dealt = balance(lengths, parts)
     assert len(dealt) == parts
     assert sorted(i for part in dealt for i in part) == list(range(len(lengths)))
@@ -30,7 +30,7 @@ def test_balance_finds_the_best_cut_of_the_sorted_lengths(lengths: list[int], pa
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))
 @settings(max_examples=100)
-def test_blocks_hold_all_rows_and_little_padding(lengths: list[int]) -> None:
+def test_blocks_cover_all_rows_with_little_padding(lengths: list[int]) -> None:
     ranked = sorted(lengths, reverse=True)
     cut = blocks(ranked)
     assert sum(rows for rows, _ in cut) == len(ranked)
@@ -38,12 +38,12 @@ def test_blocks_hold_all_rows_and_little_padding(lengths: list[int]) -> None:
     for rows, width in cut:
         assert ranked[start] == width
         start += rows
-    assert sum(lengths) >= (1 - WASTE) * sum(rows * width for rows, width in cut)
+    assert sum(lengths) >= (1 - MAX_PADDING) * sum(rows * width for rows, width in cut)
 
 
 @given(st.lists(st.integers(1, 50), min_size=4, max_size=20), st.integers(1, 4))
 @settings(max_examples=50)
-def test_as_many_blocks_as_are_asked_for(lengths: list[int], count: int) -> None:
+def test_blocks_returns_the_requested_number_of_blocks(lengths: list[int], count: int) -> None:
     cut = blocks(sorted(lengths, reverse=True), count)
     assert len(cut) == count
     assert all(rows > 0 for rows, _ in cut)
@@ -51,7 +51,7 @@ def test_as_many_blocks_as_are_asked_for(lengths: list[int], count: int) -> None
 
 @given(st.lists(st.integers(0, 300), max_size=40), st.integers(1, 1000))
 @settings(max_examples=100)
-def test_batches_hold_each_sequence_once_within_the_limit(lengths: list[int], most: int) -> None:
+def test_batches_contain_each_sequence_once_within_the_limit(lengths: list[int], most: int) -> None:
     dealt = list(batches(lengths, most))
     assert sorted(i for part in dealt for i in part) == list(range(len(lengths)))
     assert all(len(part) == 1 or len(part) * max(lengths[i] for i in part) <= most for part in dealt)
@@ -59,7 +59,7 @@ def test_batches_hold_each_sequence_once_within_the_limit(lengths: list[int], mo
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_blocks_change_no_log_prob_and_no_gradient(architecture: str) -> None:
-    made = policy(architecture, logits_chunk=3)
+    made = tiny_policy(architecture, logits_chunk=3)
     made.model.eval()
     sequences = [
         ([5, 6, 7, 2, 9, 4], [8, 9, 11, 3, 5, 1]),
@@ -80,8 +80,8 @@ def test_blocks_change_no_log_prob_and_no_gradient(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_prompts_that_are_read_once_change_no_log_prob_and_no_gradient(architecture: str) -> None:
-    made = policy(architecture, logits_chunk=3)
+def test_shared_prompts_change_no_log_prob_and_no_gradient(architecture: str) -> None:
+    made = tiny_policy(architecture, logits_chunk=3)
     made.model.eval()
     prompts = [[5, 6, 7, 2, 9, 4, 8, 3], [4, 5, 7]]
     sequences = [
@@ -105,8 +105,8 @@ def test_prompts_that_are_read_once_change_no_log_prob_and_no_gradient(architect
 
 @pytest.mark.parametrize("score_tokens", [1, 30, 4096])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_responses_that_share_a_prompt_are_scored_as_each_by_itself(architecture: str, score_tokens: int) -> None:
-    made = policy(architecture, score_tokens=score_tokens)
+def test_responses_that_share_a_prompt_score_the_same_as_alone(architecture: str, score_tokens: int) -> None:
+    made = tiny_policy(architecture, score_tokens=score_tokens)
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(2, 28, (n,), generator=generator).tolist()  # noqa: E731
     prompts = [draw(n) for n in (9, 14, 3)]

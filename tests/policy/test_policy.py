@@ -1,4 +1,4 @@
-"""Token log-probs: the model's own, in chunks, whatever the architecture does after its head."""
+"""Token log-probs, computed in chunks, match the model's own for any processing after the architecture's head."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning import ConfigError, LoRA, Policy
+from rlrt_lightning.policy.lora import TeacherAdapters
 from rlrt_lightning.policy.padding import pad_sequences
-from tests.helpers.tiny import ARCHITECTURES, policy
+from tests.helpers.tiny import ARCHITECTURES, tiny_policy
 
 SEQUENCES = [([5, 6, 7], [8, 9, 1]), ([4], [10, 11, 12, 13, 1]), ([5, 9, 3, 2, 7, 8], [20])]
 
 
-def plain(model: torch.nn.Module, temperature: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probs and entropies from whole logits, a sequence at a time."""
+def plain_log_probs(model: torch.nn.Module, temperature: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probs and entropies from the full logits, one sequence at a time."""
     logps, entropies = [], []
     for prompt, response in SEQUENCES:
         ids = torch.tensor([prompt + response])
@@ -27,15 +28,15 @@ def plain(model: torch.nn.Module, temperature: float) -> tuple[list[Tensor], lis
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_log_probs_entropy_and_gradients_are_those_of_the_plain_forward(architecture: str) -> None:
-    made = policy(architecture, logits_chunk=2)
+def test_log_probs_entropy_and_gradients_match_the_plain_forward_pass(architecture: str) -> None:
+    made = tiny_policy(architecture, logits_chunk=2)
     made.model.eval()
     logp, entropy = made.log_probs(*pad_sequences(SEQUENCES), temperature=0.7)
     (logp.sum() + 0.3 * entropy.sum()).backward()
     ours = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
     made.model.zero_grad()
 
-    expected, expected_entropy = plain(made.model, 0.7)
+    expected, expected_entropy = plain_log_probs(made.model, 0.7)
     (torch.cat(expected).sum() + 0.3 * torch.cat(expected_entropy).sum()).backward()
     for row, (prompt, response) in enumerate(SEQUENCES):
         where = slice(len(prompt), len(prompt) + len(response))
@@ -48,32 +49,32 @@ def test_log_probs_entropy_and_gradients_are_those_of_the_plain_forward(architec
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_head_is_known_for_the_common_architectures(architecture: str) -> None:
-    assert policy(architecture)._head_is_known
+def test_the_head_is_applied_in_chunks_for_common_architectures(architecture: str) -> None:
+    assert tiny_policy(architecture)._applies_head
 
 
-def test_an_unknown_head_falls_back_to_the_whole_forward(caplog: pytest.LogCaptureFixture) -> None:
-    made = policy()
+def test_an_unknown_head_falls_back_to_the_models_forward(caplog: pytest.LogCaptureFixture) -> None:
+    made = tiny_policy()
     head = made.model.forward
 
     def odd(*args: object, **kwargs: object) -> object:
         out = head(*args, **kwargs)
-        out.logits = out.logits * 0.5  # no setting of the configuration tells
+        out.logits = out.logits * 0.5  # not visible in the model's config
         return out
 
     made.model.forward = odd
     made.adopt(made.model)
     assert "more memory" in caplog.text
     scores = made.score(SEQUENCES)
-    expected, _ = plain(made.model.eval(), 1.0)
+    expected, _ = plain_log_probs(made.model.eval(), 1.0)
     for got, want in zip(scores, expected, strict=True):
         torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 1000])
-def test_scores_do_not_depend_on_the_batch(tokens: int) -> None:
-    made = policy(score_tokens=tokens)
-    expected, _ = plain(made.model.eval(), 1.0)
+def test_scores_do_not_depend_on_the_batch_size(tokens: int) -> None:
+    made = tiny_policy(score_tokens=tokens)
+    expected, _ = plain_log_probs(made.model.eval(), 1.0)
     for got, want in zip(made.score(SEQUENCES), expected, strict=True):
         torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
 
@@ -89,7 +90,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_go_through_the_chat_template_unless_told_otherwise() -> None:
+def test_prompts_use_the_chat_template_unless_chat_is_false() -> None:
     assert Policy().decode(Policy().encode_prompt("a4b5")) == "a4b5"
     special = Policy().tokenizer.convert_ids_to_tokens(Policy().encode_prompt("a4b5"))
     assert special == ["<q>", *"a4b5", "<ans>"]
@@ -99,7 +100,7 @@ def test_prompts_go_through_the_chat_template_unless_told_otherwise() -> None:
     assert "".join(tokens) == "<q>a1<ans>D#1<eos><q>a1<ans>"
 
 
-def test_what_is_wrong_with_a_model_is_said_before_weights_are_read(tmp_path: Path) -> None:
+def test_an_invalid_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.policy.path: no model can be read at '.*nowhere'"):
         _ = Policy(path=str(tmp_path / "nowhere")).config
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
@@ -112,7 +113,7 @@ def test_what_is_wrong_with_a_model_is_said_before_weights_are_read(tmp_path: Pa
         Policy(logits_chunk=0)
 
 
-def test_a_template_that_is_not_there_is_missed_at_once(tmp_path: Path) -> None:
+def test_a_missing_chat_template_is_refused_at_once(tmp_path: Path) -> None:
     source = Policy()
     source.tokenizer.chat_template = None
     source.tokenizer.save_pretrained(tmp_path)
@@ -122,7 +123,7 @@ def test_a_template_that_is_not_there_is_missed_at_once(tmp_path: Path) -> None:
     assert Policy(path=str(tmp_path)).encode_prompt("a4") == Policy(chat=False).encode_prompt("a4")
 
 
-def test_adapters_alone_are_trained_and_merge_into_an_ordinary_model(tmp_path: Path) -> None:
+def test_only_adapters_are_trained_and_they_merge_into_a_plain_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     made, plain = Policy(lora=LoRA(rank=4)), Policy()
@@ -132,7 +133,7 @@ def test_adapters_alone_are_trained_and_merge_into_an_ordinary_model(tmp_path: P
     assert trained
     assert all("lora_" in name for name in trained)
     for got, want in zip(made.score(SEQUENCES), plain.score(SEQUENCES), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)  # adapters begin as nothing
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)  # new adapters have no effect
     with torch.no_grad():
         for name, p in made.model.named_parameters():
             if "lora_B" in name:
@@ -145,6 +146,23 @@ def test_adapters_alone_are_trained_and_merge_into_an_ordinary_model(tmp_path: P
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
-def test_adapters_for_layers_that_are_not_there_are_refused() -> None:
+def test_a_teacher_without_adapters_scores_exactly_as_the_initial_model() -> None:
+    made, plain = Policy(lora=LoRA(rank=4)), Policy()
+    made.load()
+    plain.load()
+    for p in made.model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05)
+    trained, requires = made.score(SEQUENCES), [p.requires_grad for p in made.model.parameters()]
+    with TeacherAdapters(made.model, off=True).applied_to(made.model):
+        assert [p.requires_grad for p in made.model.parameters()] == requires
+        for got, want, other in zip(made.score(SEQUENCES), plain.score(SEQUENCES), trained, strict=True):
+            assert torch.equal(got, want)
+            assert not torch.equal(got, other)
+    for got, want in zip(made.score(SEQUENCES), trained, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_adapters_for_missing_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.policy\.lora: .*nothing_like_it"):
         Policy(lora=LoRA(targets=["nothing_like_it"])).load()

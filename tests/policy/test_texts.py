@@ -1,4 +1,4 @@
-"""What the model and its teacher really read, and what is read of their responses."""
+"""The exact text that the model and its teacher read, and the text of their responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlrt_lightning import (
     RLRT,
@@ -25,13 +24,14 @@ from rlrt_lightning import (
     Teacher,
     Verdict,
 )
+from rlrt_lightning.analysis.events import event_log
 from rlrt_lightning.callbacks import PromptPreview
 from rlrt_lightning.epoch.prompts import PromptReader
 from rlrt_lightning.policy.chat import template_variables
 from rlrt_lightning.policy.texts import MARK, without_thinking
-from tests.helpers.byte_model import CHATML, END, byte_policy, written
-from tests.helpers.command_line import command
-from tests.helpers.epochs import Counted, fit
+from tests.helpers.byte_model import CHATML, END, byte_policy, decoded
+from tests.helpers.command_line import cli_exit_code
+from tests.helpers.epochs import RuleTask, fit_and_record
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 OPENS_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
@@ -51,17 +51,17 @@ def ids_of(policy: Policy, text: str) -> list[int]:
 @pytest.mark.parametrize("template", [CHATML, OPENS_THINKING, None])
 def test_tags_that_are_special_tokens_stay_in_the_text(template: str | None, tmp_path: Path) -> None:
     policy = byte_policy(tmp_path, template, TAGS)
-    said = "<think>9</think>So <answer>é4</answer>"
-    assert policy.decode(ids_of(policy, said + END)) == said
+    text = "<think>9</think>So <answer>é4</answer>"
+    assert policy.decode(ids_of(policy, text + END)) == text
     reward = ExactMatch(r"<answer>(.*?)</answer>")
-    assert reward(Problem("p", "", "é4"), policy.decode(ids_of(policy, said))).correct
+    assert reward(Problem("p", "", "é4"), policy.decode(ids_of(policy, text))).correct
 
 
-def test_end_padding_and_chat_tokens_are_no_text(tmp_path: Path) -> None:
+def test_end_padding_and_chat_tokens_are_not_part_of_the_text(tmp_path: Path) -> None:
     policy = byte_policy(tmp_path, special=["<pad>", "<s>", "</s>"], bos="<s>")
     policy.tokenizer.pad_token = "<pad>"
-    said = "<s>4<|im_end|>\n<|im_start|>user\n<pad>x" + END
-    assert policy.decode(ids_of(policy, said)) == "4\nuser\nx"
+    text = "<s>4<|im_end|>\n<|im_start|>user\n<pad>x" + END
+    assert policy.decode(ids_of(policy, text)) == "4\nuser\nx"
     roles = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}<|end|>{% endfor %}<|assistant|>"
     policy = byte_policy(tmp_path, roles, special=["<|user|>", "<|assistant|>", "<|end|>", "<|note|>"])
     assert policy.decode(ids_of(policy, "4<|end|><|user|>5<|assistant|><|note|>")) == "45<|note|>"
@@ -90,28 +90,28 @@ def test_end_padding_and_chat_tokens_are_no_text(tmp_path: Path) -> None:
         ("a</think>", ""),
     ],
 )
-def test_only_what_is_inside_the_tags_goes(text: str, left: str) -> None:
+def test_only_the_text_inside_think_tags_is_removed(text: str, left: str) -> None:
     assert without_thinking(text) == left
 
 
-def test_thinking_that_the_prompt_has_opened(tmp_path: Path) -> None:
+def test_thinking_opened_by_the_prompt_is_removed(tmp_path: Path) -> None:
     assert without_thinking("never closed", inside=True) == ""
     assert without_thinking("<think>a</think>b", inside=True) == "b"
     policy, teacher = byte_policy(tmp_path, OPENS_THINKING, TAGS), Teacher()
     assert teacher.prompt(policy, PROBLEM, "never closed") == ([], True)
-    assert "never closed" in written(policy, teacher.prompt(policy, PROBLEM, "never closed", "solution")[0])
-    shown = written(policy, teacher.prompt(policy, PROBLEM, "hm</think>\n4")[0])
+    assert "never closed" in decoded(policy, teacher.prompt(policy, PROBLEM, "never closed", "solution")[0])
+    shown = decoded(policy, teacher.prompt(policy, PROBLEM, "hm</think>\n4")[0])
     assert "correct solution to this problem:\n\n4\n\nNow" in shown
     assert teacher.prompt(policy, Problem("p", "Think in <think> and </think>"), "4") == ([], True)
     assert Teacher(strip_think=False).prompt(policy, PROBLEM, "never closed")[0]
 
 
-def test_feedback_may_speak_of_the_tags(tmp_path: Path) -> None:
-    said, policy = "wrong: nothing after </think>", byte_policy(tmp_path)
-    assert said in written(policy, Teacher().prompt(policy, PROBLEM, said, "feedback")[0])
+def test_feedback_that_mentions_think_tags_is_kept(tmp_path: Path) -> None:
+    feedback, policy = "wrong: nothing after </think>", byte_policy(tmp_path)
+    assert feedback in decoded(policy, Teacher().prompt(policy, PROBLEM, feedback, "feedback")[0])
 
 
-def test_a_context_of_thinking_alone_is_none_and_counted(tmp_path: Path) -> None:
+def test_a_context_of_only_thinking_is_dropped_and_counted(tmp_path: Path) -> None:
     policy = byte_policy(tmp_path, special=TAGS)
     policy.load()
     rollouts = [rollout(policy, k, text) for k, text in enumerate(("<think>4</think>", "<think>4", "no"))]
@@ -120,10 +120,10 @@ def test_a_context_of_thinking_alone_is_none_and_counted(tmp_path: Path) -> None
     assert Teacher().score(policy, [PROBLEM], rollouts, contexts) == ([None] * 3, 3)
 
 
-def test_a_run_of_rollouts_that_only_think_is_plain_grpo(tmp_path: Path) -> None:
+def test_rollouts_that_only_think_train_like_plain_grpo(tmp_path: Path) -> None:
     policy = Policy()
     policy.__dict__["decode"] = lambda ids: "<think>" + Policy.decode(policy, ids)
-    recorder, _ = fit(tmp_path, Counted(lambda text: len(text) % 2), policy=policy, prompts_per_epoch=8)
+    recorder, _ = fit_and_record(tmp_path, RuleTask(lambda text: len(text) % 2), policy=policy, prompts_per_epoch=8)
     epoch = recorder.epochs[0]
     assert epoch.rewards.std() > 0
     assert not epoch.has_context.any()
@@ -131,41 +131,41 @@ def test_a_run_of_rollouts_that_only_think_is_plain_grpo(tmp_path: Path) -> None
     assert recorder.metrics[0]["signal/context_truncated"] > 0
 
 
-# -- the ends of prompts -------------------------------------------------------------------------------------------
+# -- ends of prompts -----------------------------------------------------------------------------------------------
 
 
-def test_prompts_do_not_end_in_what_a_tokenizer_adds_to_plain_text(tmp_path: Path) -> None:
-    policy = byte_policy(tmp_path, None, adds=f"$A {END}")
-    assert written(policy, policy.encode_prompt("2+2?")) == "2+2?"
-    assert written(policy, Teacher("{prompt} {context}").prompt(policy, PROBLEM, f"4{END}")[0]) == "2+2? 4"
-    assert written(policy, policy.encode_prompt([{"role": "user", "content": "a"}])) == "a"
+def test_prompts_do_not_end_with_tokens_that_the_tokenizer_appends(tmp_path: Path) -> None:
+    policy = byte_policy(tmp_path, None, single=f"$A {END}")
+    assert decoded(policy, policy.encode_prompt("2+2?")) == "2+2?"
+    assert decoded(policy, Teacher("{prompt} {context}").prompt(policy, PROBLEM, f"4{END}")[0]) == "2+2? 4"
+    assert decoded(policy, policy.encode_prompt([{"role": "user", "content": "a"}])) == "a"
     with pytest.raises(ConfigError, match="has no tokens"):
         PromptReader(policy, "drop").tokens(Problem("p", ""))
-    begun = byte_policy(tmp_path, None, ["<s>"], adds=f"<s> <s> $A {END}", bos="<s>")
-    assert written(begun, begun.encode_prompt("a")) == "<s>a", "what begins a text stays, once"
+    begun = byte_policy(tmp_path, None, ["<s>"], single=f"<s> <s> $A {END}", bos="<s>")
+    assert decoded(begun, begun.encode_prompt("a")) == "<s>a", "the token that begins a text stays, once"
 
 
-def test_a_text_begins_once(tmp_path: Path) -> None:
-    policy = byte_policy(tmp_path, "{{ bos_token }}" + CHATML, ["<s>"], adds="<s> $A", bos="<s>")
-    assert written(policy, policy.encode_prompt("a")).count("<s>") == 1
-    policy = byte_policy(tmp_path, None, ["<s>"], adds="<s> $A", bos="<s>")
-    assert written(policy, policy.encode_prompt("<s>a")) == "<s>a"
+def test_prompts_have_only_one_bos_token(tmp_path: Path) -> None:
+    policy = byte_policy(tmp_path, "{{ bos_token }}" + CHATML, ["<s>"], single="<s> $A", bos="<s>")
+    assert decoded(policy, policy.encode_prompt("a")).count("<s>") == 1
+    policy = byte_policy(tmp_path, None, ["<s>"], single="<s> $A", bos="<s>")
+    assert decoded(policy, policy.encode_prompt("<s>a")) == "<s>a"
 
 
 # -- chat templates ------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_no_template_reads_are_refused(tmp_path: Path) -> None:
+def test_template_settings_without_a_chat_template_are_refused(tmp_path: Path) -> None:
     for settings in ({"system_prompt": "Be brief."}, {"system_prompt": ""}, {"chat_kwargs": {"enable_thinking": True}}):
         name = next(iter(settings))
-        with pytest.raises(ConfigError, match=f"model.policy.{name} is for a chat template, and model.policy.chat is"):
+        with pytest.raises(ConfigError, match=f"model.policy.{name} requires a chat template, but model.policy.chat"):
             Policy(chat=False, **settings)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=f"model.policy.{name} is set, but the tokenizer of .* has no chat templ"):
             _ = byte_policy(tmp_path, None, **settings).tokenizer
 
 
 @pytest.mark.parametrize("name", ["enable_thinkin", "tokenize", "add_generation_prompt", "messages", "ns", "loop"])
-def test_chat_kwargs_are_variables_of_the_template(name: str, tmp_path: Path) -> None:
+def test_chat_kwargs_must_be_variables_of_the_template(name: str, tmp_path: Path) -> None:
     reads = (
         "{% set ns = namespace(a=bos_token) %}"
         "{% if date is not defined %}{% set date = strftime_now('%Y') %}{% endif %}"
@@ -173,54 +173,56 @@ def test_chat_kwargs_are_variables_of_the_template(name: str, tmp_path: Path) ->
     )
     kwargs = {"enable_thinking": True, "date": "today"}
     policy = byte_policy(tmp_path, reads, chat_kwargs=kwargs)
-    assert written(policy, policy.encode_prompt("a")).startswith("todayhm<|im_start|>user")
-    said = rf"model\.policy\.chat_kwargs sets {name}, which is no variable .* it reads date, enable_thinking$"
-    with pytest.raises(ConfigError, match=said):
+    assert decoded(policy, policy.encode_prompt("a")).startswith("todayhm<|im_start|>user")
+    message = rf"model\.policy\.chat_kwargs sets {name}, which the chat .* its variables: date, enable_thinking$"
+    with pytest.raises(ConfigError, match=message):
         _ = byte_policy(tmp_path, reads, chat_kwargs={name: True, **kwargs}).tokenizer
-    with pytest.raises(ConfigError, match="it reads none"):
+    with pytest.raises(ConfigError, match="its variables: none"):
         _ = Policy(chat_kwargs={"enable_thinking": True}).tokenizer
 
 
-def test_a_template_that_cannot_be_read_is_a_line() -> None:
-    with pytest.raises(ConfigError, match="the chat template cannot be read"):
+def test_an_invalid_chat_template_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the chat template cannot be parsed"):
         template_variables("{% for %}")
 
 
 @pytest.mark.parametrize(
-    ("template", "said"), [(NO_SYSTEM, "leaves out the system's message"), (REFUSES, "no system role")]
+    ("template", "message"), [(NO_SYSTEM, "ignores the system message"), (REFUSES, "no system role")]
 )
-def test_a_template_without_a_system_role(template: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"model\.policy\.system_prompt: .*{said}"):
+def test_system_messages_are_refused_by_a_template_without_that_role(
+    template: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.policy\.system_prompt: .*{message}"):
         _ = byte_policy(tmp_path, template, system_prompt="Be brief.").tokenizer
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
-    with pytest.raises(ConfigError, match=r"leaves out the message of the role system|no system role"):
+    with pytest.raises(ConfigError, match=r"ignores the message with the role system|no system role"):
         byte_policy(tmp_path, template).encode_prompt(conversation)
 
 
-def test_what_a_template_leaves_out_is_missed(tmp_path: Path) -> None:
+def test_a_template_that_drops_a_message_is_refused(tmp_path: Path) -> None:
     turns = [("user", "a"), ("assistant", "<think>hm</think>b"), ("user", " c\n")]
     conversation = [{"role": role, "content": text} for role, text in turns]
     silent = CHATML.replace("for m in messages", "for m in messages if m.role != 'assistant'")
-    with pytest.raises(ConfigError, match="leaves out the message of the role assistant"):
+    with pytest.raises(ConfigError, match="ignores the message with the role assistant"):
         byte_policy(tmp_path, silent).encode_prompt(conversation)
-    with pytest.raises(ConfigError, match="leaves out the message of the role user"):
+    with pytest.raises(ConfigError, match="ignores the message with the role user"):
         byte_policy(tmp_path, LAST_ONLY).encode_prompt(conversation)
     own_way = CHATML.replace("{{ m.content }}", "{{ m.content.replace('a', '1').split('</think>')[-1] | trim }}")
     shown = byte_policy(tmp_path, own_way)
-    assert "user\n1<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>" in written(
+    assert "user\n1<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>" in decoded(
         shown, shown.encode_prompt(conversation)
     )
 
 
-def test_system_messages_come_once(tmp_path: Path) -> None:
+def test_a_second_system_message_is_refused_or_warned_of(tmp_path: Path) -> None:
     asked: Any = [{"role": "system", "content": "A"}, {"role": "user", "content": "a"}]
     policy = byte_policy(tmp_path, system_prompt="Be brief.")
-    assert written(policy, policy.encode_prompt("a")).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert decoded(policy, policy.encode_prompt("a")).startswith("<|im_start|>system\nBe brief.<|im_end|>")
     with pytest.raises(ConfigError, match=r"problem p: .*model\.policy\.system_prompt is set, and the prompt has"):
         PromptReader(policy, "drop").tokens(Problem("p", asked))
     only_last = CHATML.replace("{{ m.content }}", "{{ m.content if loop.index > 1 }}")
     with (
-        pytest.raises(ConfigError, match="leaves out the message of the role system"),
+        pytest.raises(ConfigError, match="ignores the message with the role system"),
         pytest.warns(UserWarning, match="several system messages"),
     ):
         byte_policy(tmp_path, only_last).encode_prompt([asked[0], *asked])
@@ -239,7 +241,7 @@ def test_unknown_roles_are_refused_unless_the_template_names_them(tmp_path: Path
 
 
 def rollout(policy: Policy, index: int, text: str, tokens: int | None = None) -> Rollout:
-    """A response of so many tokens, which say the text or whatever."""
+    """A rollout with a text, padded with letters to a number of tokens."""
     ids = ids_of(policy, text)
     ids = [*ids, *[65] * ((tokens or 0) - len(ids))]
     return Rollout(0, index, policy.encode_prompt(PROBLEM.prompt), ids, torch.zeros(len(ids)), False, text)
@@ -249,12 +251,12 @@ LONG = "BEGIN " + "so é🙂 " * 200 + r"END \boxed{4}"
 
 
 @pytest.mark.parametrize("room", range(180, 220))
-def test_a_context_loses_its_middle_between_characters_and_keeps_its_end(room: int, tmp_path: Path) -> None:
+def test_a_long_context_loses_its_middle_between_characters_and_keeps_its_end(room: int, tmp_path: Path) -> None:
     policy = byte_policy(tmp_path)
     ids, cut = Teacher().prompt(policy, PROBLEM, LONG, room=room)
     assert cut
     assert room - 16 < len(ids) <= room
-    text = written(policy, ids)
+    text = decoded(policy, ids)
     assert "BEGIN" in text
     assert MARK in text
     assert r"END \boxed{4}" + "\n\nNow solve" in text
@@ -265,14 +267,14 @@ def test_a_context_loses_its_middle_between_characters_and_keeps_its_end(room: i
     assert 0 <= empty + room - 100 - len(capped) < 16
 
 
-def test_no_useful_room_is_no_context(tmp_path: Path) -> None:
+def test_a_context_without_enough_room_is_dropped(tmp_path: Path) -> None:
     policy = byte_policy(tmp_path)
     assert Teacher().prompt(policy, PROBLEM, LONG, room=0) == ([], True)
     assert Teacher().prompt(policy, PROBLEM, LONG, room=-5) == ([], True)
     assert Teacher(max_context_tokens=4).prompt(policy, PROBLEM, LONG) == ([], True)
 
 
-def test_each_pair_has_the_room_that_its_response_leaves(tmp_path: Path) -> None:
+def test_each_context_gets_the_room_that_its_response_leaves(tmp_path: Path) -> None:
     policy = byte_policy(tmp_path, positions=512)
     policy.load()
     rollouts = [rollout(policy, 0, "x" * 200), *(rollout(policy, k, "no", n) for k, n in enumerate((10, 250, 420), 1))]
@@ -291,33 +293,36 @@ def test_each_pair_has_the_room_that_its_response_leaves(tmp_path: Path) -> None
     assert whole > short
     assert 500 < short + of_long <= 512
     engine = Teacher(scored_by="engine")
-    assert engine.room(policy, rollouts[0]) == 512 - 200 - 1, "vLLM draws a token more"
+    assert engine.room(policy, rollouts[0]) == 512 - 200 - 1, "vLLM draws one more token"
 
 
-def chosen(policy: Policy, rollouts: list[Rollout], solved: list[int], seed: int, **settings: Any) -> list[str | None]:
+def context_initials(
+    policy: Policy, rollouts: list[Rollout], solved: list[int], seed: int, **settings: Any
+) -> list[str | None]:
+    """The first letter of each rollout's context."""
     success = torch.tensor([i in solved for i in range(len(rollouts))])
     texts = Teacher(**settings).contexts("sibling", [PROBLEM], rollouts, success, seed, policy=policy)
     return [None if text is None else text[:1] for text in texts]
 
 
-def test_a_sibling_that_fits_is_preferred_and_serves_as_many_as_it_can(tmp_path: Path) -> None:
+def test_a_sibling_that_fits_is_preferred_and_shown_to_most_rollouts(tmp_path: Path) -> None:
     policy = byte_policy(tmp_path, positions=512)
     texts = [("a" * 300, None), ("b" * 40, None), ("c" * 60, None), ("no", 200), ("no", 250), ("no", 5)]
     rollouts = [rollout(policy, k, *text) for k, text in enumerate(texts)]
     for seed in range(8):
-        first = chosen(policy, rollouts, [0, 1, 2], seed)
+        first = context_initials(policy, rollouts, [0, 1, 2], seed)
         assert set(first) == {"b", "c"}, "a fits only some of them"
-        assert max(map(first.count, ("b", "c"))) == 5, "one serves all but itself"
-        assert chosen(policy, rollouts[::-1], [3, 4, 5], seed)[::-1] == first, "in whatever order they finished"
-        assert set(chosen(policy, rollouts, [0, 1], seed, max_context_tokens=100)) == {"a", "b"}
-        # with nothing better, what has to be truncated
-        assert chosen(policy, rollouts, [0], seed) == [None, "a", "a", "a", "a", "a"]
+        assert max(map(first.count, ("b", "c"))) == 5, "one is shown to all but itself"
+        assert context_initials(policy, rollouts[::-1], [3, 4, 5], seed)[::-1] == first, "in any order of completion"
+        assert set(context_initials(policy, rollouts, [0, 1], seed, max_context_tokens=100)) == {"a", "b"}
+        # without a sibling that fits, one that has to be truncated
+        assert context_initials(policy, rollouts, [0], seed) == [None, "a", "a", "a", "a", "a"]
     thinking = [rollout(policy, 0, "<think>4</think>"), rollout(policy, 1, "so 4"), rollout(policy, 2, "no")]
     for seed in range(8):
-        assert chosen(policy, thinking, [0, 1], seed) == ["s", "<", "s"]
+        assert context_initials(policy, thinking, [0, 1], seed) == ["s", "<", "s"]
 
 
-def test_where_all_fit_the_seed_alone_chooses(tmp_path: Path) -> None:
+def test_where_all_siblings_fit_only_the_seed_chooses(tmp_path: Path) -> None:
     policy = byte_policy(tmp_path, positions=4096)
     rollouts = [rollout(policy, k, f"{k}" * (k + 1)) for k in range(6)]
     success = torch.ones(6, dtype=torch.bool)
@@ -330,7 +335,7 @@ def test_where_all_fit_the_seed_alone_chooses(tmp_path: Path) -> None:
     assert len(seen) > 3
 
 
-def test_the_verifiers_own_failure_is_no_feedback() -> None:
+def test_a_verifier_fault_is_not_shown_as_feedback() -> None:
     rollouts = [rollout(Policy(), k, "D#1") for k in range(3)]
     rollouts[0].verdict = Verdict(0.0, False, message="the verifier exceeded its time limit of 5 s", fault=True)
     rollouts[1].verdict = Verdict(0.0, False, message="wrong: the answer is 4")
@@ -341,21 +346,21 @@ def test_the_verifiers_own_failure_is_no_feedback() -> None:
     ]
 
 
-# -- shown at the start --------------------------------------------------------------------------------------------
+# -- preview at the start ------------------------------------------------------------------------------------------
 
 
 def texts_of(folder: Path) -> dict[str, str]:
     (events,) = folder.rglob("events.out.tfevents.*")
-    log = EventAccumulator(str(events), size_guidance={"tensors": 0}).Reload()
+    log = event_log(events.parent, "tensors")
     return {
         tag.removesuffix("/text_summary"): log.Tensors(tag)[0].tensor_proto.string_val[0].decode()
         for tag in log.Tags()["tensors"]
     }
 
 
-def test_a_run_shows_what_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_logs_example_prompts_of_student_and_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert command("fit", tmp_path / "fit", "--trainer.max_epochs=1") == 0
+    assert cli_exit_code("fit", tmp_path / "fit", "--trainer.max_epochs=1") == 0
     texts = texts_of(tmp_path / "fit")
     student, teacher = texts["prompts/student"].strip(), texts["prompts/teacher"].strip()
     assert student.startswith("<q>a")
@@ -365,10 +370,10 @@ def test_a_run_shows_what_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert teacher in caplog.text
     assert "WARNING" not in caplog.text
     caplog.clear()
-    assert command("validate", tmp_path / "validate") == 0
+    assert cli_exit_code("validate", tmp_path / "validate") == 0
     texts = texts_of(tmp_path / "validate")
     assert texts["prompts/student"].strip() in caplog.text
-    assert "prompts/teacher" not in texts, "nothing is read by it"
+    assert "prompts/teacher" not in texts, "an evaluation has no teacher"
 
 
 def preview(folder: Path, policy: Policy, caplog: pytest.LogCaptureFixture, **parts: Any) -> str:
@@ -392,29 +397,29 @@ def preview(folder: Path, policy: Policy, caplog: pytest.LogCaptureFixture, **pa
     return caplog.text
 
 
-def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_preview_warns_of_likely_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy = byte_policy(tmp_path, CHATML.partition("{% if add")[0].replace("<|im_end|>", END), ["<think>", "</think>"])
-    said = preview(tmp_path, policy, caplog, stop=["<|im_end|>", "4"], teacher={"template": "{prompt}<|sol|>{context}"})
-    assert "<|im_start|>user\n    2+2?<|sol|>(a correct response)<|endoftext|>" in said
-    assert "the prompt of the student ends in the end token '<|endoftext|>'" in said
-    assert "the prompt of the teacher has '<|sol|>', which is no token of this tokenizer but 7" in said
-    assert "the stop string '<|im_end|>' has the special token '<|im_end|>'" in said
-    assert "<think> is a special token" in said
+    log = preview(tmp_path, policy, caplog, stop=["<|im_end|>", "4"], teacher={"template": "{prompt}<|sol|>{context}"})
+    assert "<|im_start|>user\n    2+2?<|sol|>(a correct response)<|endoftext|>" in log
+    assert "the student prompt ends in the end token '<|endoftext|>'" in log
+    assert "the teacher prompt has '<|sol|>', which this tokenizer splits into 7 tokens" in log
+    assert "the stop string '<|im_end|>' has the special token '<|im_end|>'" in log
+    assert "<think> is a special token" in log
 
 
-def test_a_tag_that_ends_responses_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_preview_warns_of_a_tag_that_ends_responses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy = byte_policy(tmp_path, special=["<answer>", "</answer>"])
     policy.end_tokens.append(policy.tokenizer.convert_tokens_to_ids("</answer>"))
-    assert "responses end at '</answer>', which the texts" in preview(tmp_path, policy, caplog)
+    assert "'</answer>' ends responses, and completions omit it" in preview(tmp_path, policy, caplog)
 
 
-def test_nothing_is_said_of_an_ordinary_model_and_long_prompts_are_truncated(
+def test_the_preview_warns_of_nothing_in_an_ordinary_model_and_is_truncated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = byte_policy(tmp_path, positions=20_000)
     long = Problem("p", "x" * 9_000, solution="<think>only this</think>")
-    said = preview(tmp_path, policy, caplog, problem=long, teacher={"max_context_tokens": None})
-    assert "WARNING" not in said
-    assert MARK in said
-    assert len(said) < 2 * 4_500
-    assert "(a correct response)" in said
+    log = preview(tmp_path, policy, caplog, problem=long, teacher={"max_context_tokens": None})
+    assert "WARNING" not in log
+    assert MARK in log
+    assert len(log) < 2 * 4_500
+    assert "(a correct response)" in log

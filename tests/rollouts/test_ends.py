@@ -1,4 +1,4 @@
-"""What ends a response: stop strings, special tokens, the model's positions; and tokens that the model lacks."""
+"""What ends a response: stop strings, special tokens, the model's positions; and tokens without embeddings."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from rlrt_lightning import (
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.callbacks import Evaluation
 from rlrt_lightning.rollouts.base import Rollout, Stops, room
-from tests.helpers.epochs import Counted, fit
-from tests.helpers.sampling import draw, logits_alone
-from tests.helpers.tiny import byte_level, policy
+from tests.helpers.epochs import RuleTask, fit_and_record
+from tests.helpers.sampling import draw_rollouts, unbatched_logits
+from tests.helpers.tiny import save_byte_level_model, tiny_policy
 
 TEXT = "héllo ≠ 日本語<|im_end|>\n🙂END"
 
 
 @pytest.fixture(scope="module")
 def bytes_policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    made = Policy(path=byte_level(tmp_path_factory.mktemp("bytes")))
+    made = Policy(path=save_byte_level_model(tmp_path_factory.mktemp("bytes")))
     made.load()
     return made
 
 
 def say(made: Policy, text: str | Sequence[int], **sampling: Any) -> Rollout:
-    """The rollout of a model that can say nothing but one text, again and again."""
+    """A rollout of a model that can only generate one text, over and over."""
     ids = made.tokenizer(text)["input_ids"] if isinstance(text, str) else list(text)
     forward, spoken = made.model.lm_head.forward, itertools.count()
 
@@ -53,14 +53,16 @@ def say(made: Policy, text: str | Sequence[int], **sampling: Any) -> Rollout:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made.model.lm_head, "forward", head)
-        (rollout,) = draw(made, [made.encode_prompt("END? ")], 1, Sampling(**{"max_new_tokens": 80, **sampling}))
+        (rollout,) = draw_rollouts(
+            made, [made.encode_prompt("END? ")], 1, Sampling(**{"max_new_tokens": 80, **sampling})
+        )
     return rollout
 
 
 # -- stop strings --------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_string_that_is_a_special_token_ends_as_an_end_token_does(bytes_policy: Policy) -> None:
+def test_a_stop_string_that_is_a_special_token_works_as_an_end_token(bytes_policy: Policy) -> None:
     rollout = say(bytes_policy, TEXT, stop=["<|im_end|>"])
     assert bytes_policy.decode(rollout.response_ids, keep_special=True) == "héllo ≠ 日本語<|im_end|>"
     assert rollout.text == bytes_policy.decode(rollout.response_ids)
@@ -72,7 +74,7 @@ def test_a_stop_string_that_is_a_special_token_ends_as_an_end_token_does(bytes_p
 @pytest.mark.parametrize(
     ("stop", "end"),
     [
-        ("END", "🙂END"),  # one token for each byte
+        ("END", "🙂END"),  # one token per byte
         ("日本", "日本"),
         ("≠", "≠"),
         ("🙂", "🙂"),
@@ -82,15 +84,13 @@ def test_a_stop_string_that_is_a_special_token_ends_as_an_end_token_does(bytes_p
         (" ", "héllo "),
     ],
 )
-def test_stop_strings_of_many_tokens_end_with_the_token_that_completes_them(
-    bytes_policy: Policy, stop: str, end: str
-) -> None:
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(bytes_policy: Policy, stop: str, end: str) -> None:
     rollout = say(bytes_policy, TEXT, stop=[stop])
     assert bytes_policy.decode(rollout.response_ids, keep_special=True) == TEXT[: TEXT.index(end) + len(end)]
     assert not rollout.truncated
 
 
-def test_the_earliest_of_several_stop_strings_counts(bytes_policy: Policy) -> None:
+def test_the_earliest_of_several_stop_strings_ends_the_response(bytes_policy: Policy) -> None:
     for stop in (["END", "日本", "<|im_end|>"], ["<|im_end|>", "日本語", "日本", "END"]):
         assert say(bytes_policy, TEXT, stop=stop).text == "héllo ≠ 日本"
 
@@ -102,26 +102,26 @@ def test_a_stop_string_does_not_begin_in_the_prompt(bytes_policy: Policy) -> Non
 
 
 def test_a_stop_string_is_found_across_tokens_without_text(bytes_policy: Policy) -> None:
-    """Embeddings that only pad, here one, can be drawn and have no text."""
-    made = policy("qwen3", {"vocab_size": 40})
+    """Embeddings that only pad the vocabulary, here token 39, can be drawn and have no text."""
+    made = tiny_policy("qwen3", {"vocab_size": 40})
     one, two = made.tokenizer.convert_tokens_to_ids(["1", "2"])
     rollout = say(made, [one, *[39] * 60, two], stop=["12"])
     assert len(rollout.response_ids) == 62
     assert rollout.text == "12"
 
 
-def test_a_special_token_spelt_out_is_text(bytes_policy: Policy) -> None:
+def test_a_special_token_spelt_out_in_letters_does_not_stop(bytes_policy: Policy) -> None:
     ids = [i for letter in "<|im_end|>a" for i in bytes_policy.tokenizer(letter)["input_ids"]]
     assert say(bytes_policy, ids, stop=["<|im_end|>"], max_new_tokens=20).truncated
 
 
 @pytest.mark.parametrize("stop", [[""], ["a", ""], ["\ufffd"], "a", [5]])
-def test_stop_strings_that_mean_nothing_are_refused(stop: Any) -> None:
+def test_invalid_stop_strings_are_refused(stop: Any) -> None:
     with pytest.raises(ConfigError, match=r"sampling\.stop "):
         Sampling(stop=stop)
 
 
-def test_a_stop_string_without_tokens_is_refused_before_the_run(tmp_path: Path, capfd: Any) -> None:
+def test_a_stop_string_that_can_never_occur_is_refused_before_the_run(tmp_path: Path, capfd: Any) -> None:
     flags = ["--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"]
     for flag, named in (
         ("--data.sampling.stop=[END]", "data.sampling.stop: 'END' can never end"),
@@ -136,14 +136,14 @@ def test_a_stop_string_without_tokens_is_refused_before_the_run(tmp_path: Path, 
 # -- positions -----------------------------------------------------------------------------------------------------
 
 
-def test_each_row_has_the_room_that_its_own_prompt_leaves() -> None:
-    made = policy("qwen3", {"max_position_embeddings": 256})
+def test_each_row_gets_the_positions_that_its_prompt_leaves() -> None:
+    made = tiny_policy("qwen3", {"max_position_embeddings": 256})
     made.end_tokens = [1]
     prompts, sampling = [[5] * 255, [8, 16, 8], [6] * 256, [7] * 300, [5] * 200], Sampling(max_new_tokens=64)
     assert [room(made, prompt, sampling) for prompt in prompts] == [1, 64, 0, 0, 56]
-    together = draw(made, prompts, 3, sampling)
+    together = draw_rollouts(made, prompts, 3, sampling)
     for rollout in together:
-        (alone,) = [r for r in draw(made, [rollout.prompt_ids], 3, sampling) if r.index == rollout.index]
+        (alone,) = [r for r in draw_rollouts(made, [rollout.prompt_ids], 3, sampling) if r.index == rollout.index]
         assert rollout.response_ids == alone.response_ids
         most = room(made, rollout.prompt_ids, sampling)
         assert len(rollout.response_ids) <= most
@@ -152,20 +152,20 @@ def test_each_row_has_the_room_that_its_own_prompt_leaves() -> None:
     assert all(r.response_ids == [] and r.truncated and not len(r.logp_sampler) for r in together if r.group in (2, 3))
 
 
-def test_a_long_row_does_not_change_the_positions_of_others() -> None:
-    """Longrope changes the frequencies of a whole batch where one of its rows is longer than 16."""
-    made = policy("phi3")
+def test_a_long_row_does_not_change_the_positions_of_other_rows() -> None:
+    """Longrope changes the frequencies of a whole batch if one of its rows is longer than 16."""
+    made = tiny_policy("phi3")
     assert made.max_positions == 16
-    rollouts = draw(made, [[5, 6, 7], [6] * 15, [7] * 30], 3, Sampling(max_new_tokens=25))
+    rollouts = draw_rollouts(made, [[5, 6, 7], [6] * 15, [7] * 30], 3, Sampling(max_new_tokens=25))
     for rollout in rollouts[:6]:
         targets = torch.tensor([rollout.response_ids]).T
-        expected = logits_alone(made, rollout).log_softmax(-1).gather(-1, targets)[:, 0]
+        expected = unbatched_logits(made, rollout).log_softmax(-1).gather(-1, targets)[:, 0]
         torch.testing.assert_close(rollout.logp_sampler, expected, rtol=0, atol=1e-4)
     assert [len(r.response_ids) for r in rollouts[3:]] == [1, 1, 1, 0, 0, 0]
 
 
-class Lengths(Counted):
-    """Questions beside some that leave little room, or none, in the 128 positions of the embedded model."""
+class Lengths(RuleTask):
+    """Short prompts, and some that leave few or none of the 128 positions of the embedded model."""
 
     def problems(self, split: str) -> Sequence[Problem]:
         sizes = [4, 124, 6, 125, 8, 60, 126, 4, 200, 6, 8]
@@ -173,7 +173,7 @@ class Lengths(Counted):
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts of data.* are longer")
-def test_evaluations_do_not_depend_on_batches(tmp_path: Path) -> None:
+def test_evaluation_results_do_not_depend_on_batch_sizes(tmp_path: Path) -> None:
     def evaluate(eval_prompts: int, max_rows: int) -> list[Any]:
         data = RolloutDataModule(
             Lengths(lambda text: "1" in text),
@@ -198,29 +198,29 @@ def test_evaluations_do_not_depend_on_batches(tmp_path: Path) -> None:
         assert evaluate(eval_prompts, max_rows) == reference
 
 
-# -- tokens that the model lacks -----------------------------------------------------------------------------------
+# -- tokens without embeddings -------------------------------------------------------------------------------------
 
 
-def texts(*prompts: str) -> Counted:
-    class Texts(Counted):
+def task_of(*prompts: str) -> RuleTask:
+    class Prompts(RuleTask):
         def problems(self, split: str) -> Sequence[Problem]:
             return [Problem(f"p{i}", prompt, "6") for i, prompt in enumerate(prompts)]
 
-    return Texts(lambda text: "1" in text)
+    return Prompts(lambda text: "1" in text)
 
 
 @pytest.mark.parametrize("where", ["prompt", "later prompt", "teacher", "stop", "end", "benchmark"])
-def test_tokens_without_embedding_are_refused_before_rollouts(
+def test_tokens_without_embeddings_are_refused_before_rollouts(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     special = ("<new>", "<other>") if where != "end" else ()
-    made = Policy(path=byte_level(tmp_path / "model", special, rows=257 if where != "end" else 256))
+    made = Policy(path=save_byte_level_model(tmp_path / "model", special, rows=257 if where != "end" else 256))
     monkeypatch.setattr(RolloutDataModule, "_roll_out", lambda *_: pytest.fail("rollouts are drawn"))
     prompts = {"prompt": ["<new>1", "2"], "later prompt": [*"12345678", "a <new>"]}.get(where, ["1", "2"])
     module = RLRTModule(made, Teacher("{prompt}<new>{context}" if where == "teacher" else None))
-    benchmarks = {"x": Benchmark(texts("1", "<new>"))} if where == "benchmark" else {}
+    benchmarks = {"x": Benchmark(task_of("1", "<new>"))} if where == "benchmark" else {}
     data = RolloutDataModule(
-        texts(*prompts),
+        task_of(*prompts),
         sampling=Sampling(max_new_tokens=4, stop=["<new>"] if where == "stop" else []),
         benchmarks=benchmarks,
         prompts_per_epoch=2,
@@ -229,24 +229,24 @@ def test_tokens_without_embedding_are_refused_before_rollouts(
         max_epochs=1, reload_dataloaders_every_n_epochs=1, logger=False, default_root_dir=tmp_path, barebones=False
     )
     beyond = "256 (<|endoftext|>)" if where == "end" else "257 (<new>)"
-    words = rf"model\.policy\.path: the model at .* below {beyond[:3]}, .* beyond them: {re.escape(beyond)}; resize"
-    with pytest.raises(ConfigError, match=words) as error:
+    message = rf"model\.policy\.path: the model at .* below {beyond[:3]}, .* beyond them: {re.escape(beyond)}; resize"
+    with pytest.raises(ConfigError, match=message) as error:
         trainer.fit(module, datamodule=data)
     assert "\n" not in str(error.value)
 
 
-def test_tokens_without_embedding_that_nobody_uses_do_no_harm(tmp_path: Path) -> None:
-    made = Policy(path=byte_level(tmp_path / "model", ("<new>",), rows=257))
+def test_unused_tokens_without_embeddings_are_accepted(tmp_path: Path) -> None:
+    made = Policy(path=save_byte_level_model(tmp_path / "model", ("<new>",), rows=257))
     assert made.lacks_embeddings
-    recorder, _ = fit(tmp_path, texts("1", "2", "3", "4"), policy=made, method=GRPO(), epochs=1)
+    recorder, _ = fit_and_record(tmp_path, task_of("1", "2", "3", "4"), policy=made, method=GRPO(), epochs=1)
     assert len(recorder.epochs[0].rollouts) == 16
 
 
-def test_embeddings_that_no_token_has_are_drawn_and_have_no_text(tmp_path: Path) -> None:
-    made = Policy(path=byte_level(tmp_path / "model", rows=384))
+def test_embeddings_without_tokens_can_be_drawn_and_have_no_text(tmp_path: Path) -> None:
+    made = Policy(path=save_byte_level_model(tmp_path / "model", rows=384))
     assert not made.lacks_embeddings
     made.load()
-    rollouts = draw(made, [made.encode_prompt("1+1")], 8, Sampling(max_new_tokens=40))
+    rollouts = draw_rollouts(made, [made.encode_prompt("1+1")], 8, Sampling(max_new_tokens=40))
     ids = [i for r in rollouts for i in r.response_ids]
     assert any(i >= 258 for i in ids)
     for rollout in rollouts:
@@ -254,7 +254,7 @@ def test_embeddings_that_no_token_has_are_drawn_and_have_no_text(tmp_path: Path)
     made.score([(r.prompt_ids, r.response_ids) for r in rollouts])
 
 
-def test_ids_beyond_the_vocabulary_decode_with_tokenizers_in_python_too() -> None:
+def test_python_tokenizers_skip_ids_beyond_the_vocabulary() -> None:
     from transformers import ByT5Tokenizer
 
     made = Policy()

@@ -1,4 +1,4 @@
-"""What the engines share, without any of them: what ends a response, and which answers count."""
+"""What the vLLM engines share, tested without vLLM: requests, the prefix cache, and outdated weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlrt_lightning.rollouts.vllm_server import _Server, server_command
 from rlrt_lightning.runtime.precision import half_precision
 
 
-def test_vllm_is_asked_for_the_stops_the_room_and_nothing_of_its_own() -> None:
+def test_a_vllm_request_sets_stops_and_room_and_no_defaults_of_the_model() -> None:
     policy, sampling = Policy(), Sampling(stop=["<sol>", "#", "D<sol>"])
     asked = request(sampling, Stops.of(policy, sampling), 7, 0, 0)
     assert asked["stop_token_ids"] == [1, policy.tokenizer.convert_tokens_to_ids("<sol>")]
@@ -30,8 +30,8 @@ def test_vllm_is_asked_for_the_stops_the_room_and_nothing_of_its_own() -> None:
     assert asked["repetition_penalty"] == 1.0
 
 
-def test_a_temperature_that_vllm_does_not_take_is_refused_before_anything_is_drawn() -> None:
-    engine = Cached(16)
+def test_a_temperature_above_vllms_limit_is_refused_before_drawing() -> None:
+    engine = CachedEngine(16)
     engine._policy, engine._awake = Policy(), True
     with pytest.raises(ConfigError, match=r"sampling\.temperature is 2\.5; vLLM takes at most 2"):
         next(engine.generate([[3]], 1, Sampling(temperature=2.5), [0]))
@@ -58,9 +58,11 @@ def test_vllm_has_the_type_that_the_trainer_computes_in(precision: str, half: An
     assert VllmServerEngine(["http://127.0.0.1:8000"], dtype="float16").dtype_for(Policy()) == "float16"
 
 
-class Cached(VllmColocateEngine):
-    """Its log-probs are checksums of what they depend on, and its prefix cache holds whole blocks of all that was
-    read: there is no log-prob after a token that was found."""
+class CachedEngine(VllmColocateEngine):
+    """Its log-probs are checksums of the tokens that they depend on.
+
+    Its prefix cache holds whole blocks of everything read; there is no log-prob after a cached token.
+    """
 
     def __init__(self, block: int) -> None:
         self.block = block
@@ -87,16 +89,16 @@ def checksums(prompt: list[int], response: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 16])
-def test_log_probs_after_tokens_from_the_prefix_cache_are_those_of_a_sibling(block: int) -> None:
-    """With siblings that are the same, that begin alike, that are empty or the beginning of another, and with prompts
-    that go on where another ends."""
+def test_log_probs_after_cached_tokens_are_taken_from_a_sibling(block: int) -> None:
+    """With siblings that are equal, share a beginning, are empty or a prefix of another, and with prompts that continue
+    another prompt."""
     g = random.Random(block)
     for _ in range(50):
         prompts = [[g.randrange(2) for _ in range(g.randrange(1, 9))] for _ in range(3)]
         responses = [[g.randrange(2) for _ in range(g.randrange(9))] for _ in range(6)]
         sequences = [(g.choice(prompts), g.choice(responses)) for _ in range(25)]
-        engine = Cached(block)
-        for _ in range(2):  # the cache knows the second round from the first
+        engine = CachedEngine(block)
+        for _ in range(2):  # the second round is cached
             for got, sequence in zip(engine.score(sequences), sequences, strict=True):
                 assert torch.equal(got, checksums(*sequence))
 
@@ -114,21 +116,19 @@ def test_parts_of_long_sequences_lose_no_position_to_the_cache() -> None:
 
 
 @pytest.mark.parametrize("length", [160, 170, 175])
-def test_a_prompt_is_read_once_for_siblings_that_begin_alike(length: int) -> None:
-    """As "To solve this problem, we" does. A prompt that ends with a block is read again for each other beginning."""
+def test_a_prompt_is_read_once_for_siblings_with_a_common_beginning(length: int) -> None:
+    """Such as "To solve this problem, we". A prompt that ends with a block is read again for each further beginning."""
     g = random.Random(0)
     prompt = [g.randrange(100) for _ in range(length)]
     beginnings = [[g.randrange(100) for _ in range(30)] for _ in range(2)]
     sequences = [(prompt, beginnings[i % 2] + [g.randrange(100) for _ in range(20)]) for i in range(8)]
-    engine = Cached(16)
+    engine = CachedEngine(16)
     engine.score(sequences)
     assert engine.read < (3 if length % 16 == 0 else 2) * length + 8 * 50
 
 
-def test_an_answer_that_old_weights_have_begun_is_asked_for_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another worker gives a server that was started again its weights while this request is under way."""
+def test_a_completion_begun_by_old_weights_is_requested_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker loads the weights into a restarted server during this request."""
     server = _Server("http://127.0.0.1:9", 1.0, 1.0, 1)
     server.target = "7", tmp_path
     version, answers = "", ["begun by old weights", "by new ones"]

@@ -1,4 +1,4 @@
-"""The transformers engine: it samples what the policy says, and says what it sampled."""
+"""The transformers engine: it samples from the policy, and returns the log-probs of its samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlrt_lightning import (
     VllmServerEngine,
 )
 from rlrt_lightning.rollouts.transformers import sample
-from tests.helpers.tiny import ARCHITECTURES, policy
+from tests.helpers.tiny import ARCHITECTURES, tiny_policy
 
 PROMPTS = [[5, 6, 7, 8, 9], [4], [10, 11, 12], [20, 21, 22, 23, 24, 25, 26]]
 
@@ -32,42 +32,43 @@ def embedded() -> Policy:
     return made
 
 
-def roll_out(made: Policy, prompts: list[list[int]], n: int, sampling: Sampling, **engine: Any) -> list[Rollout]:
-    made_by = TransformersEngine(**engine)
-    made_by.sync(made)
-    drawn = made_by.generate(prompts, n, sampling, seeds=[sum(p) for p in prompts])
+def draw_rollouts(made: Policy, prompts: list[list[int]], n: int, sampling: Sampling, **engine: Any) -> list[Rollout]:
+    sampler = TransformersEngine(**engine)
+    sampler.sync(made)
+    drawn = sampler.generate(prompts, n, sampling, seeds=[sum(p) for p in prompts])
     return sorted(drawn, key=lambda r: (r.group, r.index))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_are_the_policys(architecture: str, temperature: float) -> None:
-    made = policy(architecture)
-    rollouts = roll_out(made, PROMPTS, 3, Sampling(max_new_tokens=20, temperature=temperature))
+def test_sampler_log_probs_equal_the_policys_scores(architecture: str, temperature: float) -> None:
+    made = tiny_policy(architecture)
+    rollouts = draw_rollouts(made, PROMPTS, 3, Sampling(max_new_tokens=20, temperature=temperature))
     assert len(rollouts) == 12
-    assert len({len(r.response_ids) for r in rollouts}) > 1, "rows have to leave the batch at different times"
+    assert len({len(r.response_ids) for r in rollouts}) > 1, "rows must leave the batch at different times"
     scores = made.score([(r.prompt_ids, r.response_ids) for r in rollouts], temperature)
     for rollout, score in zip(rollouts, scores, strict=True):
         torch.testing.assert_close(rollout.logp_sampler, score, rtol=0, atol=1e-4)
 
 
-def test_a_rollout_depends_on_its_prompt_and_seed_alone() -> None:
-    made, sampling = policy(), Sampling(max_new_tokens=12)
-    reference = roll_out(made, PROMPTS, 4, sampling)
-    backwards = roll_out(made, PROMPTS[::-1], 4, sampling)
+@pytest.mark.smoke
+def test_a_rollout_depends_only_on_its_prompt_and_seed() -> None:
+    made, sampling = tiny_policy(), Sampling(max_new_tokens=12)
+    reference = draw_rollouts(made, PROMPTS, 4, sampling)
+    backwards = draw_rollouts(made, PROMPTS[::-1], 4, sampling)
     for rows in (1, 4, 9):
-        small = roll_out(made, PROMPTS, 4, sampling, max_rows=rows)
+        small = draw_rollouts(made, PROMPTS, 4, sampling, max_rows=rows)
         assert [r.response_ids for r in small] == [r.response_ids for r in reference]
     by_prompt = {(tuple(r.prompt_ids), r.index): r.response_ids for r in backwards}
     assert by_prompt == {(tuple(r.prompt_ids), r.index): r.response_ids for r in reference}
     assert len({tuple(r.response_ids) for r in reference[:4]}) > 1, "siblings differ"
 
 
-def test_sampling_is_distributed_as_transformers_generate(embedded: Policy) -> None:
-    """Chi-square over whole responses to one prompt, 3,000 of each side, at a false-alarm rate of 1e-4."""
+def test_samples_are_distributed_like_those_of_transformers_generate(embedded: Policy) -> None:
+    """Chi-square test of whole responses to one prompt, 3,000 of each side, with a false-positive rate of 1e-4."""
     sampling = Sampling(max_new_tokens=6, temperature=1.3, top_k=12, top_p=0.97, min_p=0.005)
     prompt = embedded.encode_prompt("a4b5c7d1")
-    ours = Counter(tuple(r.response_ids) for r in roll_out(embedded, [prompt], 3000, sampling, max_rows=3000))
+    ours = Counter(tuple(r.response_ids) for r in draw_rollouts(embedded, [prompt], 3000, sampling, max_rows=3000))
     torch.manual_seed(0)
     with embedded.evaluating() as model:
         ids = model.generate(
@@ -102,17 +103,19 @@ def test_sampling_is_distributed_as_transformers_generate(embedded: Policy) -> N
         ({"top_k": 9, "top_p": 0.7, "min_p": 0.1}, [TopKLogitsWarper(9), TopPLogitsWarper(0.7), MinPLogitsWarper(0.1)]),
     ],
 )
-def test_cuts_keep_just_the_tokens_that_transformers_keeps(settings: dict[str, Any], warper: list[Any]) -> None:
+def test_top_k_top_p_and_min_p_keep_the_same_tokens_as_transformers(
+    settings: dict[str, Any], warper: list[Any]
+) -> None:
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(3)) * 2
     grid = (torch.arange(20000) + 0.5) / 20000
     tokens, logp, _ = sample(logits.expand(20000, -1), grid, Sampling(**settings))
     expected = LogitsProcessorList(warper)(torch.zeros(1, 1, dtype=torch.long), logits.clone()).softmax(-1)[0]
     frequency = torch.bincount(tokens, minlength=30) / 20000
     torch.testing.assert_close(frequency, expected, rtol=0, atol=2e-4)
-    assert torch.equal(logp, logits.log_softmax(-1)[0][tokens]), "log-probs are those before the cuts"
+    assert torch.equal(logp, logits.log_softmax(-1)[0][tokens]), "log-probs are of the full distribution"
 
 
-def test_the_largest_random_number_draws_a_token_that_is_possible() -> None:
+def test_the_largest_random_number_draws_a_possible_token() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]])
     tokens, _, entropy = sample(logits, torch.tensor([1 - 2**-24]), Sampling())
     assert tokens.item() == 1
@@ -121,14 +124,14 @@ def test_the_largest_random_number_draws_a_token_that_is_possible() -> None:
 
 def test_temperature_zero_takes_the_likeliest_token(embedded: Policy) -> None:
     prompt = embedded.encode_prompt("a4b5c7d1")
-    (rollout,) = roll_out(embedded, [prompt], 1, Sampling(max_new_tokens=8, temperature=0.0))
+    (rollout,) = draw_rollouts(embedded, [prompt], 1, Sampling(max_new_tokens=8, temperature=0.0))
     with embedded.evaluating() as model:
         expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
     assert rollout.response_ids == expected.tolist()
 
 
-def test_truncation_and_end_tokens_are_told_apart(embedded: Policy) -> None:
-    rollouts = roll_out(embedded, [embedded.encode_prompt("a4b5c7d1")], 200, Sampling(max_new_tokens=4))
+def test_truncated_and_ended_responses_are_distinguished(embedded: Policy) -> None:
+    rollouts = draw_rollouts(embedded, [embedded.encode_prompt("a4b5c7d1")], 200, Sampling(max_new_tokens=4))
     for rollout in rollouts:
         assert rollout.truncated == (rollout.response_ids[-1] != 1)
         assert 1 not in rollout.response_ids[:-1]
@@ -137,7 +140,7 @@ def test_truncation_and_end_tokens_are_told_apart(embedded: Policy) -> None:
 
 
 def test_stop_strings_end_a_response_and_stay_in_it(embedded: Policy) -> None:
-    rollouts = roll_out(
+    rollouts = draw_rollouts(
         embedded, [embedded.encode_prompt("a4b5c7d1")], 60, Sampling(max_new_tokens=30, stop=["#1", "L"])
     )
     ended = [r for r in rollouts if "#1" in r.text or "L" in r.text]
@@ -147,15 +150,15 @@ def test_stop_strings_end_a_response_and_stay_in_it(embedded: Policy) -> None:
         assert not rollout.truncated
 
 
-def test_responses_end_where_the_models_positions_do() -> None:
-    made = policy("qwen3")
+def test_responses_end_at_the_models_last_position() -> None:
+    made = tiny_policy("qwen3")
     made.config.max_position_embeddings = 10
-    for rollout in roll_out(made, [[5] * 8], 8, Sampling(max_new_tokens=50)):
+    for rollout in draw_rollouts(made, [[5] * 8], 8, Sampling(max_new_tokens=50)):
         assert len(rollout.response_ids) <= 2
 
 
 def test_a_copy_in_another_dtype_follows_the_policy() -> None:
-    made = policy()
+    made = tiny_policy()
     engine = TransformersEngine(dtype="bfloat16")
     engine.sync(made)
     with torch.no_grad():
@@ -177,14 +180,14 @@ def test_sampling_settings_out_of_range_are_refused_by_name(bad: dict[str, Any])
         Sampling(**bad)
 
 
-def test_vllm_that_is_not_installed_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_engine_without_vllm_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"VllmColocateEngine needs vLLM.*pip install 'rlrt-lightning\[vllm\]'"):
         VllmColocateEngine()
 
 
 @pytest.mark.parametrize(
-    ("engine", "settings", "said"),
+    ("engine", "settings", "message"),
     [
         (VllmColocateEngine, {"memory": 1.5}, "data.engine.memory is 1.5"),
         (VllmColocateEngine, {"tensor_parallel": 0}, "data.engine.tensor_parallel is 0"),
@@ -195,6 +198,8 @@ def test_vllm_that_is_not_installed_is_one_clear_line(monkeypatch: pytest.Monkey
         (VllmServerEngine, {"urls": ["http://a"], "check_rollouts": 0}, "data.engine.check_rollouts is 0"),
     ],
 )
-def test_settings_of_vllm_engines_are_refused_by_name(engine: Any, settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_settings_of_vllm_engines_are_refused_by_name(
+    engine: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         engine(**settings)

@@ -1,4 +1,4 @@
-"""The transformers engine beside a sampler that reads the whole sequence again for each token of each rollout alone."""
+"""The transformers engine, compared with sampling each rollout alone and without a cache."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rlrt_lightning import ConfigError, Policy, Rollout, Sampling, TransformersE
 from rlrt_lightning.rollouts.cache import growing_cache
 from rlrt_lightning.rollouts.transformers import NOISE_BLOCK, sample
 from rlrt_lightning.runtime.seeding import generator
-from tests.helpers.sampling import draw, logits_alone
-from tests.helpers.tiny import policy
+from tests.helpers.sampling import draw_rollouts, unbatched_logits
+from tests.helpers.tiny import tiny_policy
 
 ROLLOUTS = 350
-"""Of each architecture: 2,100 in all."""
+"""For each architecture: 2,100 in total."""
 
-LETTERS = range(6, 28)  # the tokens of the embedded tokenizer that are not special
+LETTERS = range(6, 28)  # the tokens of the embedded tokenizer that are not special tokens
 POSITIONS = 96
 
 
 class Case:
-    """Prompts, settings and end tokens, drawn at random."""
+    """Random prompts, settings and end tokens."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(seed)
@@ -53,7 +53,7 @@ def ended(made: Policy, ids: list[int], sampling: Sampling) -> bool:
 
 
 def check(made: Policy, case: Case, rollout: Rollout) -> None:
-    """Compares a rollout with the one that is drawn without neighbours and without a cache."""
+    """Compares a rollout with the one that is drawn alone and without a cache."""
     sampling, length = case.sampling, len(rollout.response_ids)
     room = min(sampling.max_new_tokens, POSITIONS - len(rollout.prompt_ids))
     assert rollout.text == made.decode(rollout.response_ids)
@@ -62,27 +62,27 @@ def check(made: Policy, case: Case, rollout: Rollout) -> None:
         return
     stream = generator(1000 * len(rollout.prompt_ids) + sum(rollout.prompt_ids), "sampling", rollout.index)
     noise = torch.cat([torch.rand(NOISE_BLOCK, generator=stream) for _ in range(2)])[:length]
-    tokens, logp, entropy = sample(logits_alone(made, rollout), noise, sampling)
+    tokens, logp, entropy = sample(unbatched_logits(made, rollout), noise, sampling)
     assert rollout.response_ids == tokens.tolist()
     assert rollout.entropy is not None
     torch.testing.assert_close(rollout.logp_sampler, logp, rtol=0, atol=1e-4)
     torch.testing.assert_close(rollout.entropy, entropy, rtol=0, atol=1e-4)
     over = [ended(made, rollout.response_ids[: t + 1], sampling) for t in range(length)]
-    assert not any(over[:-1]), "it ends at the first end"
+    assert not any(over[:-1]), "a response must stop at the first end"
     assert rollout.truncated == (not over[-1])
     assert over[-1] or length == room
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2", "mistral", "qwen2", "gpt2"])
-def test_each_rollout_is_the_one_that_is_drawn_without_neighbours(architecture: str) -> None:
-    made = policy(architecture, {"max_position_embeddings": POSITIONS})
-    if architecture != "gemma2":  # whose attention has no softmax in float64
-        made.model.double()  # a token that changes with the last bits of float32 would differ from machine to machine
+def test_each_rollout_equals_the_one_drawn_alone(architecture: str) -> None:
+    made = tiny_policy(architecture, {"max_position_embeddings": POSITIONS})
+    if architecture != "gemma2":  # its attention has no softmax in float64
+        made.model.double()  # in float32 a token could depend on the last bits, which differ between machines
     drawn, first, seed = 0, 0, 0
     while drawn < ROLLOUTS:
         case, seed = Case(seed), seed + 1
         made.end_tokens = case.ends
-        rollouts = draw(made, case.prompts, case.n, case.sampling, case.max_rows)
+        rollouts = draw_rollouts(made, case.prompts, case.n, case.sampling, case.max_rows)
         assert len(rollouts) == len(case.prompts) * case.n
         for rollout in rollouts:
             check(made, case, rollout)
@@ -92,29 +92,31 @@ def test_each_rollout_is_the_one_that_is_drawn_without_neighbours(architecture: 
             torch.testing.assert_close(rollout.logp_sampler, score, rtol=0, atol=1e-4)
         drawn += len(rollouts)
         first += sum(len(r.response_ids) == 1 and not r.truncated for r in rollouts)
-    assert first > ROLLOUTS / 20, "many have to end at their first token"
+    assert first > ROLLOUTS / 20, "many must end at their first token"
 
 
-def test_survivors_keep_their_own_keys_where_as_many_as_there_were_prompts() -> None:
-    """Row counts do not tell whose keys a cache holds: here they are the same before the rows are repeated and after
-    most of them have ended."""
-    made = policy()
+def test_surviving_rows_keep_their_keys_when_as_many_as_the_prompts() -> None:
+    """The number of rows does not identify the rows of a cache: here it is the same before the rows are repeated and
+    after most of them have ended."""
+    made = tiny_policy()
     made.end_tokens = list(range(1, 28, 2))
     as_many = 0
     for seed in range(40):
         prompts = [[6 + (seed + i) % 22] * (1 + 4 * i) for i in range(3)]
-        rollouts = draw(made, prompts, 2, Sampling(max_new_tokens=6))
+        rollouts = draw_rollouts(made, prompts, 2, Sampling(max_new_tokens=6))
         as_many += sum(len(r.response_ids) > 1 for r in rollouts) == 3
         for rollout in rollouts:
-            expected = logits_alone(made, rollout).log_softmax(-1).gather(-1, torch.tensor([rollout.response_ids]).T)
+            expected = (
+                unbatched_logits(made, rollout).log_softmax(-1).gather(-1, torch.tensor([rollout.response_ids]).T)
+            )
             torch.testing.assert_close(rollout.logp_sampler, expected[:, 0], rtol=0, atol=1e-4)
     assert as_many >= 3
 
 
 @pytest.mark.parametrize("change", ["reorder", "select", "repeat", "crop", "reset"])
-def test_a_growing_cache_holds_what_transformers_own_holds(change: str) -> None:
-    """After each way that a layer's rows or tokens can change, with as many rows as before."""
-    config = policy().config
+def test_a_growing_cache_equals_transformers_dynamic_cache(change: str) -> None:
+    """After each operation on a layer's rows or tokens, with as many rows as before."""
+    config = tiny_policy().config
     caches: list[Any] = [growing_cache(config, 16), DynamicCache(config=config)]
     new = [torch.randn(2, 2, size, 8, generator=torch.Generator().manual_seed(size)) for size in (4, 1, 2)]
     for cache in caches:
@@ -132,49 +134,51 @@ def test_a_growing_cache_holds_what_transformers_own_holds(change: str) -> None:
         else:
             cache.layers[0].reset()
     ours, theirs = (cache.update(new[2], -new[2], 0) for cache in caches)
-    if change == "reset":  # older releases zero the cache in place of emptying it
+    if change == "reset":  # older releases zero the cache instead of emptying it
         ours, theirs = ([kv[:, :, -2:] for kv in both] for both in (ours, theirs))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("architecture", ["lfm2", "jamba"])
-def test_hybrids_are_sampled_and_scored_as_sequences_of_their_own(architecture: str) -> None:
-    """Jamba begins its states anew where several tokens follow a cached prompt, so that its prompts are not shared."""
-    made = policy(architecture, score_tokens=40)  # several batches continue the same cache
+def test_hybrid_models_sample_and_score_each_sequence_independently(architecture: str) -> None:
+    """Jamba resets its states where several tokens follow a cached prompt, so its prompts are not shared."""
+    made = tiny_policy(architecture, score_tokens=40)  # several batches continue the same cache
     linear = any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=made.config).layers)
     assert made.decodes_rows == linear
-    if not linear:  # older releases of transformers have caches of another kind for these
+    if not linear:  # older releases of transformers have a different cache for these
         with pytest.raises(ConfigError, match="TransformersEngine cannot sample from"):
             TransformersEngine().sync(made)
         return
     prompts = [[5, 6, 7, 8, 9], [4], [10, 11, 12], [20, 21, 22, 23, 24, 25, 26]]
     made.end_tokens = [1, 8, 12, 16]
-    rollouts = draw(made, prompts, 4, Sampling(max_new_tokens=12), max_rows=9)
+    rollouts = draw_rollouts(made, prompts, 4, Sampling(max_new_tokens=12), max_rows=9)
     scores = made.score([(r.prompt_ids, r.response_ids) for r in rollouts])
     assert not made.shares_prompts, "its cache leaves nothing for the backward pass"
     for rollout, score in zip(rollouts, scores, strict=True):
-        expected = logits_alone(made, rollout).log_softmax(-1).gather(-1, torch.tensor([rollout.response_ids]).T)[:, 0]
+        expected = (
+            unbatched_logits(made, rollout).log_softmax(-1).gather(-1, torch.tensor([rollout.response_ids]).T)[:, 0]
+        )
         torch.testing.assert_close(rollout.logp_sampler, expected, rtol=0, atol=1e-3)
         torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
 
 
-def test_an_architecture_that_reads_padding_is_refused_before_rollouts() -> None:
-    made = policy("recurrent_gemma")
+def test_an_architecture_that_reads_padding_can_score_but_not_sample() -> None:
+    made = tiny_policy("recurrent_gemma")
     with pytest.raises(ConfigError, match="cannot sample from RecurrentGemmaForCausalLM"):
         TransformersEngine().sync(made)
     sequences = [([5, 6, 7], [8, 9, 1]), ([5, 6, 7], [8, 9, 4]), ([4], [10, 11, 12])]
     for (prompt, response), score in zip(sequences, made.score(sequences), strict=True):
         alone = Rollout(0, 0, prompt, response, torch.zeros(0), False, "")
-        expected = logits_alone(made, alone).log_softmax(-1).gather(-1, torch.tensor([response]).T)[:, 0]
+        expected = unbatched_logits(made, alone).log_softmax(-1).gather(-1, torch.tensor([response]).T)[:, 0]
         torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
 
 
-def test_no_more_rows_are_decoded_at_once_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, seen = policy(), []
+def test_at_most_max_rows_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = tiny_policy(), []
     forward = made.model.forward
     monkeypatch.setattr(
         made.model, "forward", lambda **inputs: seen.append(len(inputs["input_ids"])) or forward(**inputs)
     )
-    draw(made, [[5, 6], [7]], 9, Sampling(max_new_tokens=4), max_rows=4)
+    draw_rollouts(made, [[5, 6], [7]], 9, Sampling(max_new_tokens=4), max_rows=4)
     assert max(seen) == 4

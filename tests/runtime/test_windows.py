@@ -1,7 +1,7 @@
-"""What Windows lacks is not needed: signals, process groups, folders that can be opened, modules of POSIX alone.
+"""No run needs what Windows lacks: POSIX signals, process groups, opening folders, modules that only POSIX has.
 
-Windows itself is stood in for by a process from which these are taken, once the libraries (which know their systems)
-are loaded.
+In place of Windows, the test removes these from a process after it has imported the libraries, which adapt to the
+system themselves.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.processes import ROOT
 
-WITHOUT = """
+SCRIPT = """
 import multiprocessing, os, signal, sys
 
 KEPT = {"SIGINT", "SIGTERM", "SIGABRT", "SIGFPE", "SIGILL", "SIGSEGV", "SIG_DFL", "SIG_IGN", "SIG_BLOCK", "SIG_SETMASK"}
 
 
-def take_away():
+def remove_posix_features():
     import lightning.pytorch.cli, math_verify, torch._dynamo, torch.distributed.checkpoint, torch.utils.tensorboard
     import rich.console, transformers.models.qwen3.modeling_qwen3
     from lightning.pytorch.trainer.connectors import signal_connector
@@ -33,18 +35,18 @@ def take_away():
         delattr(signal, name)
     signal.valid_signals = lambda: {signal.SIGINT, signal.SIGTERM, signal.SIGABRT}
     multiprocessing.get_all_start_methods = lambda: ["spawn"]
-    opens = os.open
+    original_open = os.open
 
     def open_(path, *args, **kwargs):
         if not isinstance(path, int) and os.path.isdir(path):
             raise PermissionError(13, "Permission denied", path)
-        return opens(path, *args, **kwargs)
+        return original_open(path, *args, **kwargs)
 
     os.open = open_
 
 
 if __name__ == "__main__":
-    take_away()
+    remove_posix_features()
     from rlrt_lightning.__main__ import main
 
     resumed = ["fit", "--trainer.max_epochs=2", "--ckpt_path=last"]
@@ -53,12 +55,13 @@ if __name__ == "__main__":
 """
 
 
-def test_training_resuming_and_evaluating_work_without_what_windows_lacks(tmp_path: Path) -> None:
-    (tmp_path / "without.py").write_text(WITHOUT)
+@pytest.mark.slow
+def test_training_resuming_and_evaluating_work_without_posix_features(tmp_path: Path) -> None:
+    (tmp_path / "without.py").write_text(SCRIPT)
     flags = ["--data.benchmarks.heldout.limit=4", "--data.benchmarks.longer.limit=2", "--data.prompts_per_epoch=4"]
     flags += [f"--config={ROOT / 'configs' / 'rlrt.yaml'}", f"--trainer.logger.save_dir={tmp_path}"]
-    words = [sys.executable, str(tmp_path / "without.py"), *flags, "--trainer.enable_progress_bar=false"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    args = [sys.executable, str(tmp_path / "without.py"), *flags, "--trainer.enable_progress_bar=false"]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "rlrt" / "version_1" / "checkpoints" / "last.ckpt").exists()
     assert (tmp_path / "rlrt" / "version_2" / "evaluation" / "heldout.parquet").exists()

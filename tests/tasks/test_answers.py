@@ -1,4 +1,4 @@
-r"""What the spelling of an answer means: white space, mixed numbers, symbols, empty answers, numbers of any type."""
+r"""How spellings of answers are read: white space, mixed numbers, symbols, empty answers, numbers of any type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def right(gold, completion, reward=None):
 
 
 def boxed(gold, answers, reward=None):
-    """Those of the answers that are right in a box."""
+    """The answers that are judged correct in a box."""
     return [answer for answer in answers if right(gold, rf"Hence $\boxed{{{answer}}}$.", reward)]
 
 
@@ -32,7 +32,7 @@ SPELLINGS = [
         [r"1 2", r"1\,2", r"1\ 2", "1~2", r"1\quad 2", "1\u00a02", "1\u20092", r"1\;2", "1\n2", "1'2"],
     ),
     ("12", [], [r"1{,}2", r"\text{1 2}", "$1 2$", "1 2.", r"1\text{ }2", r"1\hspace{1pt}2", r"1\mbox{ }2", r"1{\,}2"]),
-    ("3", ["3", "3.0"], ["1 2", "3 0", "3 1/2", "2 1", r"1\,2"]),  # side by side is no sum
+    ("3", ["3", "3.0"], ["1 2", "3 0", "3 1/2", "2 1", r"1\,2"]),  # adjacent numbers are not a sum
     ("10", [], ["5 5", "1 0", "2 5"]),
     ("2", [], ["3 1/2", "1 1"]),
     ("31/2", ["31/2", r"\frac{31}{2}", "15.5", "15 1/2"], ["3 1/2", r"3\frac12", "3½", "3 ½", r"3\ 1/2"]),
@@ -131,7 +131,7 @@ SPELLINGS = [
     ("-5", ["−5", "–5", "－5"], ["5"]),
     (r"50\%", ["50％", "50%", "50", "0.5"], ["5"]),
     (r"\alpha", ["α"], ["β"]),
-    # -- numbers of other types than text
+    # -- numbers that are not text
     (
         1e-05,
         ["0.00001", "1e-05", "1e-5", "1E-5", "10^{-5}", r"1\times10^{-5}", "1×10⁻⁵", "1/100000"],
@@ -141,7 +141,7 @@ SPELLINGS = [
     (1e-07, ["0.0000001", "10^{-7}"], ["0", "0.0", "2e-07", "0.0000002", "10^{-8}"]),
     (".0000672", ["0.0000672", r"6.72\times10^{-5}"], ["0.0000674", "0.00007"]),
     (1e22, ["10^{22}", "1e22", "1e+22", "1" + "0" * 22], ["1e21", "10^{21}"]),
-    ("2e-3", ["2e-3", "-3+2e"], ["2e+3"]),  # here e is Euler's, or not
+    ("2e-3", ["2e-3", "-3+2e"], ["2e+3"]),  # here e is either an exponent or Euler's number
     (42.0, ["42", "42.0", r"\frac{84}{2}"], ["420", "4.20"]),
     (-0.0, ["0"], ["1"]),
     (0.30000000000000004, ["0.3"], ["0.31"]),
@@ -172,13 +172,13 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize(("gold", "same", "different"), SPELLINGS)
-def test_spellings(gold, same, different):
+def test_equal_spellings_are_correct_and_different_ones_wrong(gold, same, different):
     assert boxed(gold, same) == same
     assert boxed(gold, different) == []
 
 
 @pytest.mark.parametrize("gold", [None, "", " ", ".", "$$", [], [None, ""], float("nan"), {"target": 5}, b"5", [["5"]]])
-def test_what_is_no_ground_truth_is_a_fault_of_its_row(gold):
+def test_an_unusable_ground_truth_is_a_fault(gold):
     for reward in (MathReward(), ExactMatch()):
         verdict = reward(Problem("p", "question", gold), r"\boxed{.}")
         assert not verdict.correct
@@ -205,11 +205,11 @@ def test_what_is_no_ground_truth_is_a_fault_of_its_row(gold):
         (["5", None], "The answer is None.", False),
     ],
 )
-def test_spellings_outside_a_box(gold, completion, correct):
+def test_answers_outside_a_box_are_read_the_same(gold, completion, correct):
     assert right(gold, completion) == correct
 
 
-OWN = [
+BOX_FORMATS = [
     r"\boxed{{{0}}}",
     r"so \boxed{{ {0} }}, done in 3 steps",
     r"\boxed{{${0}$}}",
@@ -223,16 +223,16 @@ OWN = [
 ]
 
 
-def test_real_ground_truths_are_right_in_a_box_of_their_own():
+def test_real_ground_truths_match_themselves_in_any_box_format():
     assert len(set(TRUTHS)) >= 60
     for gold in TRUTHS:
-        for form in OWN:
+        for form in BOX_FORMATS:
             assert right(gold, form.format(gold)), (gold, form)
         tight = gold.replace(" ", "").replace(r"\frac", r"\dfrac")
         assert right(gold, rf"\boxed{{{tight}}}"), tight
 
 
-def test_real_ground_truths_are_wrong_changed_or_exchanged():
+def test_changed_or_swapped_real_ground_truths_are_wrong():
     for gold, other in zip(TRUTHS, [*TRUTHS[1:], TRUTHS[0]], strict=True):
         wrong = [f"{gold}+1", f"1+{gold}", f"{gold} 7", other, rf"\neq {gold}", "", ".", "None"]
         assert boxed(gold, wrong) == [], gold
@@ -263,13 +263,13 @@ def test_real_ground_truths_are_wrong_changed_or_exchanged():
         ({"ground_truth": "a"}, ["a"], ["ground_truth"]),
     ],
 )
-def test_exact_match_of_numbers_and_of_several_answers(gold, same, different):
+def test_exact_match_compares_numbers_by_value_and_takes_any_of_several(gold, same, different):
     assert [answer for answer in [*same, *different] if right(gold, answer, ExactMatch())] == same
 
 
-def test_a_ground_truth_in_words():
+def test_ground_truths_become_readable_text():
     assert truths(["4", "", None, 5.0, True]) == ["4", Decimal(5), True]
-    for value, words in [
+    for value, text in [
         (["5", "7"], "5 or 7"),
         (["5", None], "5"),
         ([5.0, 1e-05], "5 or 0.00001"),
@@ -281,10 +281,10 @@ def test_a_ground_truth_in_words():
         (None, None),
         (["", None], None),
     ]:
-        assert Problem("p", "question", value).answer_text == readable(value) == words
+        assert Problem("p", "question", value).answer_text == readable(value) == text
 
 
-def test_one_spelling_is_the_spelling_of_itself():
+def test_canonical_spelling_is_idempotent():
     for gold, same, different in SPELLINGS:
         for text in [gold, *same, *different]:
             if isinstance(text, str):
@@ -292,7 +292,7 @@ def test_one_spelling_is_the_spelling_of_itself():
                 assert normalized(canonical(text)) == canonical(text)
 
 
-def test_an_answer_far_longer_than_the_ground_truth_is_wrong_at_once():
+def test_an_answer_far_longer_than_the_ground_truth_is_wrong():
     assert not right("5", r"\boxed{" + "5" * 1_000_000 + "}")
     long = "word " * 5_000
     assert right(long, rf"\boxed{{{long}}}")

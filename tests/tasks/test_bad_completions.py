@@ -11,7 +11,7 @@ from rlrt_lightning.tasks.verifier import Verifier
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
-def test_no_completion_is_run_counts_as_right_or_stops_the_verifier():
+def test_adversarial_completions_run_no_code_and_are_never_judged_correct():
     trap = bad_completions.Trap()
     judges = bad_completions.tasks()
     cases = list(bad_completions.cases(60, seed=1, canary=str(trap.file), port=trap.port))
@@ -21,10 +21,10 @@ def test_no_completion_is_run_counts_as_right_or_stops_the_verifier():
         futures = [verifiers[case.task].submit(case.problem, case.completion) for case in cases]
         verdicts = [future.result(timeout=120) for future in futures]
     for case, verdict in zip(cases, verdicts, strict=True):
-        assert verdict.correct == case.right or verdict.fault, case  # a busy machine may be too slow for a right one
+        assert verdict.correct == case.right or verdict.fault, case  # on a busy machine a correct one may time out
         assert not (verdict.correct and not case.right), case
     assert sum(verdict.correct for verdict in verdicts) >= 1
-    assert not trap.sprung()
+    assert not trap.triggered()
     trap.close()
     faults = {verdict.message for verdict in verdicts if verdict.fault}
     assert all("time limit of 0.5 s" in fault or fault.startswith("MemoryError") for fault in faults), faults

@@ -1,4 +1,4 @@
-"""Thousands of faulty rows: a count by cause and the first of them at the start, never a stack trace."""
+"""Faulty rows are reported at the start by cause, with counts and the first rows, and never as a stack trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import DatasetTask, ExactMatch, Problem
 from rlrt_lightning.tasks.base import Task
-from tests.helpers.epochs import fit
+from tests.helpers.epochs import fit_and_record
 
 NO_PROMPT = "no prompt in prompt"
 NO_ANSWER = "no answer in answer"
@@ -32,7 +32,7 @@ USER = {"role": "user", "content": "1+1?"}
 
 
 def flaws(i):
-    """Rows that are wrong in one way each: changes to a good row, with the cause that is to be named."""
+    """Changes to a good row that break it in one way each, with the cause to be named."""
     return [
         *[({"prompt": p}, NO_PROMPT) for p in (None, "", " \n", [], {}, [{"role": "user", "content": ""}])],
         *[
@@ -98,8 +98,8 @@ def faulty(count, seed=0):
 COLUMNS = {"prompt": "prompt", "answer": "answer", "id": "id", "reward": ExactMatch()}
 
 
-def account(path, bad_rows, **settings):
-    """What is said of a file, and the problems."""
+def report_of(path, bad_rows, **settings):
+    """The error or warning about a file, and its problems."""
     task = DatasetTask(train=str(path), bad_rows=bad_rows, **{**COLUMNS, **settings})
     if bad_rows == "error":
         with pytest.raises(ConfigError) as error:
@@ -120,7 +120,7 @@ def test_two_thousand_faulty_rows_are_counted_by_cause(tmp_path, bad_rows):
     causes = Counter(cause for _, cause in lines if cause)
     assert sum(causes.values()) > 2_000
     assert len(causes) >= 17
-    text, problems = account(path, bad_rows)
+    text, problems = report_of(path, bad_rows)
     assert f"{sum(causes.values())} of {len(lines)} rows" in text
     for cause, count in causes.items():
         first = [i for i, (_, c) in enumerate(lines, 1) if c == cause][:5]
@@ -134,7 +134,7 @@ def test_two_thousand_faulty_rows_are_counted_by_cause(tmp_path, bad_rows):
         assert [problem.id for problem in problems] == names
 
 
-def test_what_is_wrong_is_shown(tmp_path):
+def test_the_report_shows_the_faulty_values(tmp_path):
     path = tmp_path / "faulty.jsonl"
     rows = [
         {"answer": "2"},
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_shown(tmp_path):
         {"answer": "2", "prompt": "1"},
     ]
     path.write_text("".join(json.dumps({"id": i % 3, **row}) + "\n" for i, row in enumerate(rows)) + '{"a": \n')
-    text, _ = account(path, "error")
+    text, _ = report_of(path, "error")
     for part in (
         "row 1: no prompt in prompt (null)",
         "row 2: no answer in answer (null)",
@@ -151,12 +151,12 @@ def test_what_is_wrong_is_shown(tmp_path):
         "row 5: not JSON (Expecting value at column 6)",
     ):
         assert part in text
-    text, _ = account(path, "error", prompt="answer")
+    text, _ = report_of(path, "error", prompt="answer")
     assert "no name in id" not in text
     assert "row 4: the same id as an earlier row ('0' of row 1)" in text
 
 
-def test_csv_with_bytes_that_are_not_utf8_and_cells_too_many(tmp_path):
+def test_csv_rows_with_invalid_utf8_or_extra_cells_are_skipped(tmp_path):
     path = tmp_path / "a.csv"
     lines = [
         b"prompt,answer,id",
@@ -169,7 +169,7 @@ def test_csv_with_bytes_that_are_not_utf8_and_cells_too_many(tmp_path):
     ]
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     before = csv.field_size_limit()
-    text, problems = account(path, "skip")
+    text, problems = report_of(path, "skip")
     assert csv.field_size_limit() == before
     assert [problem.id for problem in problems] == ["a", "f"]
     assert "row 2: prompt holds bytes that are not UTF-8, or half of a surrogate pair ('caf\\udce9')" in text
@@ -178,7 +178,7 @@ def test_csv_with_bytes_that_are_not_utf8_and_cells_too_many(tmp_path):
     assert "row 5: no prompt in prompt ('')" in text
 
 
-def test_parquet_with_columns_of_other_types(tmp_path):
+def test_parquet_columns_of_unsupported_types_are_reported(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -194,28 +194,28 @@ def test_parquet_with_columns_of_other_types(tmp_path):
         }
     )
 
-    def said(*columns, **settings):
+    def error_of(*columns, **settings):
         path = tmp_path / "a.parquet"
         pyarrow.parquet.write_table(table.select(columns), path)
-        return account(path, "error", id=None, **settings)[0]
+        return report_of(path, "error", id=None, **settings)[0]
 
-    assert "the answer in day is neither text nor a number but date (4 rows" in said("prompt", "day", answer="day")
-    assert "the answer in bytes is neither text nor a number but bytes (4 rows, such as b'1+1?')" in said(
+    assert "the answer in day is neither text nor a number but date (4 rows" in error_of("prompt", "day", answer="day")
+    assert "the answer in bytes is neither text nor a number but bytes (4 rows, such as b'1+1?')" in error_of(
         "prompt", "bytes", answer="bytes"
     )
-    assert "list of messages but bytes" in said("bytes", "price", prompt="bytes", answer="price")
-    assert "no usable row: rows 1, 2, 3, 4: no answer in empty (4 rows, such as null)" in said(
+    assert "list of messages but bytes" in error_of("bytes", "price", prompt="bytes", answer="price")
+    assert "no usable row: rows 1, 2, 3, 4: no answer in empty (4 rows, such as null)" in error_of(
         "prompt", "empty", answer="empty"
     )
-    assert "1 of 4 rows cannot be used: row 2: a value that cannot be converted to Python" in said(
+    assert "1 of 4 rows cannot be used: row 2: a value that cannot be converted to Python" in error_of(
         "prompt", "price", "far", answer="price"
     )
-    assert "1 of 4 rows cannot be used: row 2: text that is not UTF-8 (b'caf\\xe9')" in said(
+    assert "1 of 4 rows cannot be used: row 2: text that is not UTF-8 (b'caf\\xe9')" in error_of(
         "prompt", "latin", answer="latin"
     )
 
 
-def test_damaged_files_are_one_line(tmp_path):
+def test_damaged_files_raise_only_config_errors(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -235,12 +235,12 @@ def test_damaged_files_are_one_line(tmp_path):
                 damaged[rng.randrange(len(damaged))] = rng.randrange(256)
             path = tmp_path / f"damaged{ending}"
             path.write_bytes(bytes(damaged))
-            with warnings.catch_warnings(), suppress(ConfigError):  # and no other
+            with warnings.catch_warnings(), suppress(ConfigError):  # and no other error
                 warnings.simplefilter("ignore")
                 assert DatasetTask(train=str(path), bad_rows="skip", **COLUMNS).problems("train")
 
 
-def test_a_huge_prompt_is_counted_and_never_made_tokens(tmp_path):
+def test_a_huge_prompt_is_counted_without_being_tokenized(tmp_path):
     path = tmp_path / "a.jsonl"
     prompts = ["a1b2"] * 5 + ["a1" * 15_000_000, "a1" * 100]
     path.write_text("".join(json.dumps({"prompt": p, "answer": "2", "id": i}) + "\n" for i, p in enumerate(prompts)))
@@ -248,24 +248,24 @@ def test_a_huge_prompt_is_counted_and_never_made_tokens(tmp_path):
     with pytest.warns(
         UserWarning, match=r"is 60: 2 of 7 prompts of data.task are longer \(problem 5: .*problem 6: its pr"
     ):
-        recorder, _ = fit(tmp_path, task, epochs=2, max_prompt_tokens=60)
+        recorder, _ = fit_and_record(tmp_path, task, epochs=2, max_prompt_tokens=60)
     assert {p.prompt for epoch in recorder.epochs for p in epoch.problems} == {"a1b2"}
 
 
 @pytest.mark.parametrize("action", ["drop", "error"])
-def test_what_is_too_long_for_the_model_is_counted_in_benchmarks(tmp_path, action):
+def test_overlong_evaluation_prompts_are_counted_or_refused(tmp_path, action):
     path = tmp_path / "a.jsonl"
     prompts = ["a1b2c3d0", "a1" * 65, "a1b2c3d1"]
     path.write_text("".join(json.dumps({"prompt": p, "answer": "2", "id": i}) + "\n" for i, p in enumerate(prompts)))
     benchmark = Benchmark(DatasetTask(heldout=str(path), **COLUMNS), samples=2, sampling=Sampling(max_new_tokens=4))
     data = RolloutDataModule(benchmarks={"x": benchmark}, overlong_prompts=action)
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
-    words = r"the longest prompt of the model is 127: 1 of 3 prompts of data.benchmarks.x are longer \(problem 1: "
-    with pytest.raises(ConfigError, match=words) if action == "error" else pytest.warns(UserWarning, match=words):
+    message = r"the model.s maximum prompt length is 127: 1 of 3 prompts of data.benchmarks.x are longer \(problem 1: "
+    with pytest.raises(ConfigError, match=message) if action == "error" else pytest.warns(UserWarning, match=message):
         trainer.validate(RLRTModule(Policy(), Teacher()), datamodule=data, verbose=False)
 
 
-def test_data_is_no_code(tmp_path):
+def test_data_is_never_executed(tmp_path):
     trace = tmp_path / "trace"
     acts = [
         f"__import__('os').system('touch {trace}')",
@@ -282,9 +282,9 @@ def test_data_is_no_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad_rows", "words"), [("error", "of 102 rows cannot be used"), ("skip", "has no usable row")]
+    ("bad_rows", "message"), [("error", "of 102 rows cannot be used"), ("skip", "has no usable row")]
 )
-def test_the_command_line_says_it_in_one_line(tmp_path, capfd, bad_rows, words):
+def test_the_command_line_reports_faulty_data_in_one_line(tmp_path, capfd, bad_rows, message):
     lines = faulty(100)
     if bad_rows == "skip":
         lines = [(line, cause) for line, cause in lines if cause not in (None, TWICE)]
@@ -294,15 +294,15 @@ def test_the_command_line_says_it_in_one_line(tmp_path, capfd, bad_rows, words):
     source = [f"--data.task.train={path}", f"--data.task.bad_rows={bad_rows}"]
     folder = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.max_epochs=1"]
     assert main(["fit", "--data.task=DatasetTask", *columns, *source, *folder]) == 2
-    said = capfd.readouterr().err
-    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
-    assert words in line
+    err = capfd.readouterr().err
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert message in line
     assert "not JSON" in line
-    assert "Traceback" not in said
+    assert "Traceback" not in err
 
 
 class Broken(Task):
-    """Goes wrong at the start."""
+    """Fails to return its problems."""
 
     def __init__(self, how):
         self.how = how
@@ -322,25 +322,25 @@ class Broken(Task):
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("how", "message"),
     [
         (
             "raise",
             r"data.task: Broken.problems\('train'\) failed: KeyError: .*no such file.*test_bad_data.py, line \d+",
         ),
         ("none", r"data.task: Broken.problems\('train'\) failed: TypeError"),
-        ("dicts", r"no Problem with a prompt in text or messages: {'prompt': 'a1'}"),
+        ("dicts", r"not a Problem with a prompt of text or messages: {'prompt': 'a1'}"),
         ("no prompt", r"failed: TypeError"),
-        ("surrogate", r"problem p: its prompt cannot be made tokens"),
+        ("surrogate", r"problem p: its prompt cannot be tokenized"),
     ],
 )
-def test_a_task_that_fails_at_the_start_is_named(tmp_path, how, words):
-    with pytest.raises(ConfigError, match=words) as error:
-        fit(tmp_path, Broken(how))
+def test_a_task_that_fails_to_load_its_problems_is_named(tmp_path, how, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        fit_and_record(tmp_path, Broken(how))
     assert "\n" not in str(error.value)
 
 
-def test_a_conversation_that_the_chat_template_refuses_is_named_at_the_start(tmp_path):
+def test_a_conversation_that_the_chat_template_refuses_is_named(tmp_path):
     class Strict(Policy):
         def encode_prompt(self, prompt):
             if isinstance(prompt, list) and prompt[0]["role"] == "user":
@@ -354,6 +354,6 @@ def test_a_conversation_that_the_chat_template_refuses_is_named_at_the_start(tmp
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = DatasetTask(train=str(path), **{**COLUMNS, "id": None})
     with pytest.raises(
-        ConfigError, match="problem train-4: its prompt cannot be made tokens: RuntimeError: Conversation"
+        ConfigError, match="problem train-4: its prompt cannot be tokenized: RuntimeError: Conversation"
     ):
-        fit(tmp_path, task, policy=Strict())
+        fit_and_record(tmp_path, task, policy=Strict())

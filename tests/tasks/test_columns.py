@@ -1,4 +1,4 @@
-"""What columns hold beside plain text: messages, lists and dicts, as they are and as text; keys that stand twice."""
+"""Columns beyond plain text: messages, lists and dicts, as objects and as text; duplicate keys."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def read(path, **settings):
     return DatasetTask(train=str(path), **{"prompt": "prompt", "answer": "answer", **settings}).problems("train")
 
 
-def one(tmp_path, ending="jsonl", reward=None, solution=None, **row):
-    """The problem of a file's only row."""
+def read_row(tmp_path, ending="jsonl", reward=None, solution=None, **row):
+    """Writes a file of one row, and returns its problem."""
     path = tmp_path / f"a.{ending}"
     row = {"prompt": "2+2?", "answer": "4", **row}
     if ending == "csv":
@@ -43,10 +43,10 @@ def one(tmp_path, ending="jsonl", reward=None, solution=None, **row):
     return problem
 
 
-def cause(tmp_path, **row):
-    """What is said of a file whose only row is bad."""
+def row_error(tmp_path, **row):
+    """The cause that is named for a file whose only row is bad."""
     with pytest.raises(ConfigError, match="no usable row: row 1: ") as error:
-        one(tmp_path, **row)
+        read_row(tmp_path, **row)
     assert "\n" not in str(error.value)
     return str(error.value).partition("row 1: ")[2]
 
@@ -70,8 +70,8 @@ def cause(tmp_path, **row):
         ("[{'role': 'user',\n  'content': r'a\\(b'}]", [{"role": "user", "content": "a\\(b"}]),
     ],
 )
-def test_conversations_as_text(tmp_path, ending, text, prompt):
-    assert one(tmp_path, ending, prompt=text).prompt == prompt
+def test_conversations_are_parsed_from_json_and_python_text(tmp_path, ending, text, prompt):
+    assert read_row(tmp_path, ending, prompt=text).prompt == prompt
 
 
 @pytest.mark.parametrize(
@@ -81,15 +81,18 @@ def test_conversations_as_text(tmp_path, ending, text, prompt):
         (SHAREGPT, CHAT),
         (SHAREGPT[1], [USER]),
         ({"messages": CHAT}, CHAT),
-        ([{**dict.fromkeys(["role", "content"]), **message} for message in SHAREGPT], CHAT),  # columns of two layouts
+        (
+            [{**dict.fromkeys(["role", "content"]), **message} for message in SHAREGPT],
+            CHAT,
+        ),  # with the columns of both layouts
     ],
 )
-def test_conversations_as_objects(tmp_path, value, prompt):
-    assert one(tmp_path, prompt=value).prompt == prompt
+def test_conversations_are_read_from_objects(tmp_path, value, prompt):
+    assert read_row(tmp_path, prompt=value).prompt == prompt
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (str(np.array(CHAT, dtype=object)), UNREADABLE),
         (repr(np.array(CHAT, dtype=object)), UNREADABLE),
@@ -108,8 +111,8 @@ def test_conversations_as_objects(tmp_path, value, prompt):
         ("[{'role': 'system', 'role': 'user', 'content': 'a'}]", "an object has the key 'role' twice"),
     ],
 )
-def test_conversations_that_cannot_be_read_are_bad_rows(tmp_path, text, words):
-    assert words in cause(tmp_path, prompt=text)
+def test_unreadable_conversations_are_bad_rows(tmp_path, text, message):
+    assert message in row_error(tmp_path, prompt=text)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,8 @@ def test_conversations_that_cannot_be_read_are_bad_rows(tmp_path, text, words):
         "[{'role': " * 500,
     ],
 )
-def test_text_that_merely_begins_like_a_list_stays_the_question(tmp_path, text):
-    assert one(tmp_path, prompt=text).prompt == text
+def test_text_that_only_looks_like_a_list_stays_the_prompt(tmp_path, text):
+    assert read_row(tmp_path, prompt=text).prompt == text
 
 
 @pytest.mark.parametrize(
@@ -154,12 +157,12 @@ def test_text_that_merely_begins_like_a_list_stays_the_question(tmp_path, text):
         *[(empty, None) for empty in (None, "", " ", [], {}, [""], [None], float("nan"))],
     ],
 )
-def test_solutions_of_every_kind_are_text(tmp_path, value, solution):
-    assert one(tmp_path, solution="worked", worked=value).solution == solution
+def test_solutions_of_every_type_become_text(tmp_path, value, solution):
+    assert read_row(tmp_path, solution="worked", worked=value).solution == solution
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "message"),
     [
         (
             {"text": "x"},
@@ -178,14 +181,14 @@ def test_solutions_of_every_kind_are_text(tmp_path, value, solution):
         ("\ud800", "not UTF-8"),
     ],
 )
-def test_solutions_that_are_no_text_are_bad_rows(tmp_path, value, words):
-    said = cause(tmp_path, solution="worked", worked=value)
-    assert "worked" in said
-    assert words in said
+def test_solutions_without_text_are_bad_rows(tmp_path, value, message):
+    error = row_error(tmp_path, solution="worked", worked=value)
+    assert "worked" in error
+    assert message in error
 
 
 @pytest.mark.parametrize(
-    ("value", "answer", "words"),
+    ("value", "answer", "message"),
     [
         (["4", ""], "4", "4"),
         (["4", None, "5"], ["4", "5"], "4 or 5"),
@@ -202,17 +205,17 @@ def test_solutions_that_are_no_text_are_bad_rows(tmp_path, value, words):
         (True, True, "True"),
     ],
 )
-def test_ground_truths(tmp_path, value, answer, words):
-    problem = one(tmp_path, answer=value)
-    assert (problem.answer, problem.answer_text) == (answer, words)
+def test_ground_truths_of_every_layout_are_read(tmp_path, value, answer, message):
+    problem = read_row(tmp_path, answer=value)
+    assert (problem.answer, problem.answer_text) == (answer, message)
     task = DatasetTask(train="unused")
-    assert task.verify(problem, rf"\boxed{{{words.partition(' or ')[0]}}}").correct
+    assert task.verify(problem, rf"\boxed{{{message.partition(' or ')[0]}}}").correct
     assert not task.verify(problem, r"\boxed{.}").correct
 
 
 @pytest.mark.parametrize("reward", [None, ExactMatch()])
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "message"),
     [
         ({"target": 5, "numbers": [1]}, "is a dict without a ground_truth (its keys: target, numbers)"),
         ({"ground_truth": {"target": 5}}, "is a dict without a ground_truth (its keys: target)"),
@@ -224,41 +227,41 @@ def test_ground_truths(tmp_path, value, answer, words):
         ('{"ground_truth": "4", "ground_truth": "5"}', "an object has the key 'ground_truth' twice"),
     ],
 )
-def test_ground_truths_that_no_reward_of_ours_can_use_are_bad_rows(tmp_path, value, words, reward):
-    assert words in cause(tmp_path, answer=value, reward=reward)
+def test_ground_truths_that_our_rewards_cannot_use_are_bad_rows(tmp_path, value, message, reward):
+    assert message in row_error(tmp_path, answer=value, reward=reward)
 
 
 @pytest.mark.parametrize("value", [".", "$$", "{}", [r"\,"], '{"target": "5"}', "['4' '5']"])
 def test_ground_truths_that_no_formula_can_equal_are_bad_rows(tmp_path, value):
-    assert "answer" in cause(tmp_path, answer=value)
-    assert one(tmp_path, answer=value, reward=ExactMatch()).answer in (value, r"\,")  # which compares texts
+    assert "answer" in row_error(tmp_path, answer=value)
+    assert read_row(tmp_path, answer=value, reward=ExactMatch()).answer in (value, r"\,")  # ExactMatch compares text
 
 
-def always(problem, completion):
+def constant_reward(problem, completion):
     return 1.0
 
 
-def test_a_reward_of_ones_own_gets_the_ground_truth_as_it_is(tmp_path):
+def test_a_custom_reward_gets_the_ground_truth_unchanged(tmp_path):
     for value in ({"target": 5, "numbers": [1, 2]}, ["4", None], [["a"]], "[]"):
-        assert one(tmp_path, answer=value, reward=always).answer == value
+        assert read_row(tmp_path, answer=value, reward=constant_reward).answer == value
 
 
-def test_several_answers_are_a_readable_context(tmp_path):
+def test_ground_truths_become_readable_contexts(tmp_path):
     problems = [
-        one(tmp_path, answer=["5", "7"]),
-        one(tmp_path, answer=42.0),
-        one(tmp_path, answer={"target": 5}, reward=always),
+        read_row(tmp_path, answer=["5", "7"]),
+        read_row(tmp_path, answer=42.0),
+        read_row(tmp_path, answer={"target": 5}, reward=constant_reward),
     ]
     rollouts: Any = [SimpleNamespace(group=i) for i in range(3)]
     contexts = Teacher().contexts("answer", problems, rollouts, torch.ones(3).bool())
     assert contexts == ["5 or 7", "42", '{"target": 5}']
 
 
-# -- keys that stand twice ---------------------------------------------------------------------------------------------
+# -- duplicate keys ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("a.csv", "prompt,answer,answer\nq,4,5\n", r"a\.csv: its first line names the column 'answer' twice$"),
         ("a.csv", "\ufeffprompt,prompt,answer\nq,r,5\n", r"a\.csv: .* names the column 'prompt' twice$"),
@@ -271,32 +274,32 @@ def test_several_answers_are_a_readable_context(tmp_path):
     ],
 )
 @pytest.mark.parametrize("bad_rows", ["error", "skip"])
-def test_a_column_or_key_that_stands_twice(tmp_path, name, content, words, bad_rows):
+def test_duplicate_columns_and_keys_are_refused(tmp_path, name, content, message, bad_rows):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    if "row 2" in words and bad_rows == "skip":
-        with pytest.warns(UserWarning, match=words):
+    if "row 2" in message and bad_rows == "skip":
+        with pytest.warns(UserWarning, match=message):
             assert len(read(tmp_path / name, bad_rows=bad_rows)) == 1
         return
-    with pytest.raises(ConfigError, match=words) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         read(tmp_path / name, bad_rows=bad_rows)
     assert "\n" not in str(error.value)
 
 
-def test_keys_that_stand_twice_where_nobody_looks_and_columns_without_a_name(tmp_path):
+def test_duplicate_keys_in_unused_text_and_unnamed_columns_are_allowed(tmp_path):
     (tmp_path / "a.csv").write_text(',prompt,answer,,\n0,q,4,,\n1,"{""a"": 1, ""a"": 2}",5,,\n')
     assert [problem.prompt for problem in read(tmp_path / "a.csv")] == ["q", '{"a": 1, "a": 2}']
-    problem = one(tmp_path, more='{"a": 1, "a": 2}')
+    problem = read_row(tmp_path, more='{"a": 1, "a": 2}')
     assert problem.info["more"] == '{"a": 1, "a": 2}'
 
 
-def test_dicts_as_python_prints_them(tmp_path):
+def test_dicts_printed_by_python_are_parsed(tmp_path):
     row = {"reward_model": repr({"ground_truth": "4", "style": "rule"}), "more": repr({"index": 1})}
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q", **row}))
     (problem,) = read(tmp_path / "a.jsonl", answer="reward_model.ground_truth")
     assert (problem.answer, problem.info["more"]) == ("4", {"index": 1})
 
 
-def test_parquet_columns_that_stand_twice_and_numbers_of_32_bits(tmp_path):
+def test_parquet_refuses_duplicate_columns_and_reads_short_floats_as_decimals(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -315,7 +318,7 @@ def test_parquet_columns_that_stand_twice_and_numbers_of_32_bits(tmp_path):
         assert ExactMatch()(problem, f"{Decimal(str(number)):f}").correct
 
 
-def test_notations():
+def test_parsed_reads_literals_and_returns_other_text_unchanged():
     assert parsed("{'a': [1, None, True, (2,)]}") == {"a": [1, None, True, (2,)]}
     assert parsed('{"a": [1, null, true]}') == {"a": [1, None, True]}
     assert loads("[1]") == [1]

@@ -1,17 +1,21 @@
-"""The procedural tasks of reasoning-gym."""
+"""The procedurally generated tasks of reasoning-gym."""
 
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
 
 import pytest
 import sympy
+import sympy.parsing.sympy_parser as parser
 
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import ReasoningGym
+from rlrt_lightning.tasks import closed_eval as closing
 from rlrt_lightning.tasks.closed_eval import closed_eval
 from rlrt_lightning.tasks.verifier import Verifier
+from tests.helpers.processes import ROOT
 
 pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
 
@@ -27,7 +31,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_problems_are_the_same_each_time_and_their_own_answers_are_right(name):
+def test_problems_are_deterministic_and_their_own_answers_correct(name):
     task, again = ReasoningGym(name), ReasoningGym(name)
     for split, size in (("train", 100_000), ("heldout", 200)):
         problems = task.problems(split)
@@ -71,7 +75,7 @@ def test_splits_and_seeds_share_no_problem():
         ("<answer>" * 100_000, False, None),
     ],
 )
-def test_the_last_answer_counts(completion, correct, answer):
+def test_only_the_last_complete_answer_counts(completion, correct, answer):
     task = ReasoningGym("chain_sum")
     problem = task.problems("train")[0]
     verdict = task.verify(problem, completion.replace("{}", problem.answer))
@@ -88,7 +92,7 @@ def test_a_partial_score_is_a_reward_but_not_correct():
     assert "scored" in verdict.message
 
 
-EVALUATING = [  # their scorers give an answer to eval
+EVALUATING = [  # tasks whose scorers call eval on an answer
     ("binary_matrix", "[[0, 1], [1]]"),
     ("countdown", "1 + sqrt(4)*abs(-3)"),
     ("intermediate_integration", "exp(x)*sin(x) + C"),
@@ -113,7 +117,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("name", "honest"), EVALUATING)
-def test_no_answer_is_run(name, honest, tmp_path):
+def test_no_answer_is_executed(name, honest, tmp_path):
     task = ReasoningGym(name, size=3, heldout=1)
     problem = task.problems("train")[0]
     for answer in HOSTILE:
@@ -124,7 +128,7 @@ def test_no_answer_is_run(name, honest, tmp_path):
     assert closed_eval(honest, vars(sympy), {**names, "abs": abs}) == eval(honest, {**vars(sympy), **names})
 
 
-def test_it_works_in_worker_processes():
+def test_answers_are_judged_in_worker_processes():
     task = ReasoningGym("chain_sum")
     with Verifier(task, workers=1, timeout_s=2) as verifier:
         problems = task.problems("train")[:20]
@@ -133,7 +137,7 @@ def test_it_works_in_worker_processes():
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"name": "chain_sums"}, "no task 'chain_sums'; did you mean chain_sum"),
         ({"name": "qqqqqqq"}, "one of .*chain_sum"),
@@ -144,13 +148,38 @@ def test_it_works_in_worker_processes():
         ({"name": "chain_sum", "heldout": -1}, "heldout must be"),
     ],
 )
-def test_wrong_settings_are_one_line(settings, words):
-    with pytest.raises(ConfigError, match=words) as error:
+def test_invalid_settings_are_refused_in_one_line(settings, message):
+    with pytest.raises(ConfigError, match=message) as error:
         ReasoningGym(**settings).problems("train")
     assert "\n" not in str(error.value)
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
+def test_without_reasoning_gym_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
     with pytest.raises(ConfigError, match=r"pip install 'rlrt-lightning\[reasoning-gym\]'"):
         ReasoningGym("chain_sum").problems("train")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in EVALUATING])
+def test_a_release_that_runs_answers_is_refused(name, monkeypatch):
+    """Such as one that gets `eval` from elsewhere, against which replacing it in these modules does nothing."""
+    task = ReasoningGym(name, size=3, heldout=1)
+    problem = task.problems("train")[0]
+    for module in [parser, *(m for n, m in sys.modules.items() if n.partition(".")[0] == "reasoning_gym")]:
+        monkeypatch.setitem(vars(module), "eval", eval)  # put back what other tests have replaced
+    monkeypatch.setattr(closing, "closed_eval", eval)
+    with pytest.raises(ConfigError, match=r"^data.task: reasoning-gym .* and sympy .* run code"):
+        task.verify(problem, "<answer>1</answer>")
+
+
+def test_problems_are_drawn_without_a_change_to_other_libraries():
+    """The process that trains draws problems, and only the verifier's processes score answers."""
+    code = (
+        "import sympy.parsing.sympy_parser as parser; from rlrt_lightning.tasks import ReasoningGym\n"
+        "task = ReasoningGym('countdown', size=3, heldout=1); problem = task.problems('train')[0]\n"
+        "assert 'eval' not in vars(parser); task.verify(problem, '<answer>1</answer>'); assert 'eval' in vars(parser)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr

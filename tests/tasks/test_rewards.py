@@ -1,4 +1,4 @@
-"""The rewards: which answers are the same, which completions hold one, and what none of them may do."""
+"""The rewards: which answers are equal, which answer of a completion counts, and harmful answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def judge(reward, answer, completion):
     return as_verdict(reward(Problem("p", "question", answer), completion))
 
 
-COMPLETIONS = [  # completion, whether it is right (the answer is 5), the answer found
+COMPLETIONS = [  # completion, whether it is correct (the answer is 5), the extracted answer
     ("so \\boxed{5}", True, "5"),
     ("\\boxed{3}, no: \\boxed{5}", True, "5"),
     ("\\boxed{5}, no: \\boxed{3}", False, "3"),
@@ -29,7 +29,7 @@ COMPLETIONS = [  # completion, whether it is right (the answer is 5), the answer
     ("\\boxed{}", False, None),
     ("\\boxed{  }", False, None),
     ("\\boxed{3} and then \\boxed{5", False, "3"),
-    ("\\boxed{5", False, None),  # cut off: no answer
+    ("\\boxed{5", False, None),  # truncated: no answer
     ("The answer is $5$.", True, "5"),
     ("The final answer is 5. I hope it is correct.", True, "5"),
     ("The answer is 6.", False, "6"),
@@ -42,13 +42,13 @@ COMPLETIONS = [  # completion, whether it is right (the answer is 5), the answer
 
 
 @pytest.mark.parametrize("category", EQUAL)
-def test_equal_answers(category):
+def test_equal_answers_are_judged_correct(category):
     wrong = [pair for pair in EQUAL[category] if not judge_pair(*pair).correct]
     assert wrong == [pair for pair in EQUAL[category] if pair in DISAGREEMENTS]
 
 
 @pytest.mark.parametrize("category", UNEQUAL)
-def test_unequal_malformed_and_adversarial_answers(category):
+def test_unequal_malformed_and_adversarial_answers_are_judged_wrong(category):
     verdicts = {pair: judge_pair(*pair) for pair in UNEQUAL[category]}
     assert [pair for pair, verdict in verdicts.items() if verdict.correct] == [
         pair for pair in UNEQUAL[category] if pair in DISAGREEMENTS
@@ -60,14 +60,14 @@ def judge_pair(gold, answer):
     return judge(MathReward(), gold, rf"Hence \boxed{{{answer}}}.")
 
 
-def test_the_cases_are_many_and_distinct():
+def test_there_are_at_least_300_distinct_cases():
     pairs = [pair for cases in (EQUAL, UNEQUAL) for of_category in cases.values() for pair in of_category]
     assert len(pairs) == len(set(pairs)) >= 300
     assert set(DISAGREEMENTS) <= set(pairs)
 
 
 @pytest.mark.parametrize(("completion", "correct", "answer"), COMPLETIONS)
-def test_which_answer_of_a_completion_counts(completion, correct, answer):
+def test_the_last_answer_of_a_completion_counts(completion, correct, answer):
     verdict = judge(MathReward(), "5", completion)
     assert (verdict.correct, verdict.answer) == (correct, answer)
     assert verdict.message == "right" if correct else verdict.message
@@ -79,7 +79,7 @@ def test_without_the_fallback_only_a_box_counts():
     assert verdict == Verdict(0.0, False, message=r"no \boxed{}")
 
 
-def test_ground_truths_may_be_numbers_or_several():
+def test_ground_truths_may_be_numbers_or_lists():
     assert judge(MathReward(), 5, r"\boxed{5}").correct
     assert judge(MathReward(), 0.5, r"\boxed{1/2}").correct
     assert judge(MathReward(), ["4", "5"], r"\boxed{5}").correct
@@ -102,7 +102,7 @@ def test_ground_truths_may_be_numbers_or_several():
         ("\\boxed{" * 200_000 + "1" + "}" * 200_000, "1"),
     ],
 )
-def test_last_boxed(text, found):
+def test_last_boxed_finds_the_last_complete_box(text, found):
     assert last_boxed(text) == found
 
 
@@ -117,7 +117,7 @@ HUGE = [
 ]
 
 
-def test_answers_that_take_for_ever_end_in_time_and_hold_nothing_up():
+def test_endless_answers_time_out_without_delaying_others():
     with Verifier(DatasetTask(train="unused"), workers=2, timeout_s=1.0, memory_gb=2.0) as verifier:
         problem = Problem("p", "question", "5")
         bad = [verifier.submit(problem, rf"\boxed{{{answer}}}") for answer in HUGE]
@@ -126,19 +126,19 @@ def test_answers_that_take_for_ever_end_in_time_and_hold_nothing_up():
         assert all(future.result(timeout=60).correct for future in good)
 
 
-def test_math500_reference_solutions_are_right(shared):
+def test_math500_reference_solutions_are_judged_correct(shared):
     task = DatasetTask(heldout=str(shared / "data" / "math500.parquet"), solution="extra_info.solution")
     problems = task.problems("heldout")
     with Verifier(task, workers=2) as verifier:
         right = [verifier.submit(problem, problem.solution) for problem in problems]
-        # The same answers in other words, so that they have to be parsed, and answers of other problems.
+        # The same answers written differently, so that they have to be parsed, and answers of other problems.
         same = [verifier.submit(problem, rf"\boxed{{{problem.answer} + 0}}") for problem in problems]
         others = [
             verifier.submit(p, rf"\boxed{{{q.answer}}}")
             for p, q in zip(problems, [*problems[1:], problems[0]], strict=True)
         ]
         assert sum(future.result(timeout=60).correct for future in right) == 500
-        assert sum(future.result(timeout=60).correct for future in same) >= 450  # + 0 makes no sense after some
+        assert sum(future.result(timeout=60).correct for future in same) >= 450  # after some answers + 0 is invalid
         right_by_chance = [future for future in others if future.result(timeout=60).correct]
         assert len(right_by_chance) <= 5
 
@@ -156,17 +156,17 @@ def test_math500_reference_solutions_are_right(shared):
         ({"pattern": "#(.*)"}, "Paris", False, None),
     ],
 )
-def test_exact_match(settings, completion, correct, answer):
+def test_exact_match_compares_the_stripped_or_extracted_text(settings, completion, correct, answer):
     verdict = judge(ExactMatch(**settings), "Paris", completion)
     assert (verdict.correct, verdict.answer) == (correct, answer)
 
 
-def test_a_pattern_that_is_none():
+def test_an_invalid_pattern_is_refused():
     with pytest.raises(ConfigError, match=r"pattern .* is not a regular expression"):
         ExactMatch(pattern="(")
 
 
-def test_as_verdict():
+def test_as_verdict_accepts_finite_numbers_and_verdicts():
     assert as_verdict(True) == Verdict(1.0, True)
     assert as_verdict(0) == Verdict(0.0, False)
     assert as_verdict(np.float32(0.5)) == Verdict(0.5, True)

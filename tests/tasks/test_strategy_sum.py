@@ -95,6 +95,7 @@ class TestProblems:
 
 
 class TestVerify:
+    @pytest.mark.smoke
     @pytest.mark.parametrize(
         ("completion", "reward", "label"),
         [

@@ -1,4 +1,4 @@
-"""The verifier's worker processes: what hangs, dies or misbehaves costs its own completion and nothing else."""
+"""The verifier's worker processes: a completion that hangs, crashes or misbehaves affects no other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Inline(Unruly):
 
 
 class Slow(Unruly):
-    """Needs longer to warm up than a completion may take."""
+    """Takes longer to warm up than the time limit of a completion."""
 
     def warm_up(self):
         time.sleep(1.5)
@@ -49,7 +49,7 @@ def judge(verifier, completion):
 
 
 @pytest.mark.parametrize(
-    ("completion", "words"),
+    ("completion", "message"),
     [
         ("sleep:60", "time limit of 1 s"),
         ("power", "time limit of 1 s"),
@@ -61,21 +61,21 @@ def judge(verifier, completion):
         ("recurse", "RecursionError"),
         ("nan", "reward nan"),
         ("none", "NoneType"),
-        ("silent", "Unspeakable"),
+        ("silent", "UnprintableError"),
     ],
 )
-def test_what_goes_wrong_is_a_fault_and_the_next_completion_is_judged(verifier, completion, words):
+def test_a_failing_completion_is_a_fault_and_the_next_one_is_judged(verifier, completion, message):
     verdict = judge(verifier, completion)
     assert verdict.fault
     assert not verdict.correct
     assert verdict.reward == 0
-    assert words in verdict.message
+    assert message in verdict.message
     assert "\n" not in verdict.message
     assert len(verdict.message) <= 300
     assert [judge(verifier, "fine").correct for _ in range(4)] == [True] * 4
 
 
-def test_a_verdict_comes_back_as_plain_values_of_bounded_size(verifier):
+def test_a_verdict_returns_as_plain_values_of_bounded_size(verifier):
     assert "lambda" in judge(verifier, "unpicklable").answer
     verdict = judge(verifier, "long")
     assert verdict.correct
@@ -93,13 +93,13 @@ def test_a_verifier_that_forks_answers_once(verifier):
     assert [future.result(timeout=30).answer for future in futures] == [str(i) for i in range(40)]
 
 
-def test_what_a_verifier_does_to_its_process_costs_no_other_completion(verifier):
+def test_side_effects_in_a_worker_do_not_affect_other_completions(verifier):
     for what in ["chdir", "print", "thread"] * 2:
         assert judge(verifier, what).correct
     assert {judge(verifier, "cwd").answer for _ in range(4)} == {os.getcwd()}
 
 
-def test_a_worker_that_takes_nothing_more_is_given_up():
+def test_a_worker_that_reads_no_more_input_is_replaced():
     with Verifier(Unruly(), workers=1, timeout_s=1.0) as one:
         assert judge(one, "stop").correct
         time.sleep(0.3)
@@ -108,14 +108,14 @@ def test_a_worker_that_takes_nothing_more_is_given_up():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
-def test_a_worker_that_is_half_full_is_replaced():
+def test_a_worker_above_half_of_its_memory_limit_is_replaced():
     with Verifier(Unruly(), workers=1, timeout_s=5.0, memory_gb=1.0) as one:
         pids = [judge(one, f"hoard:{300_000_000}").answer for _ in range(4)]
         assert not any(judge(one, "fine").fault for _ in range(3))
     assert pids[0] == pids[1] != pids[2] == pids[3]
 
 
-def test_a_hang_does_not_hold_up_the_other_worker(verifier):
+def test_a_hanging_completion_does_not_delay_the_other_worker(verifier):
     judge(verifier, "fine")
     start = time.monotonic()
     hang = verifier.submit(PROBLEM, "sleep:60")
@@ -125,14 +125,14 @@ def test_a_hang_does_not_hold_up_the_other_worker(verifier):
     assert hang.result(timeout=30).fault
 
 
-def test_thousands_of_quick_completions_among_bad_ones(verifier):
+def test_thousands_of_completions_are_judged_among_crashing_ones(verifier):
     futures = [verifier.submit(PROBLEM, "exit" if i % 500 == 250 else f"fine {i}") for i in range(3000)]
     verdicts = [future.result(timeout=30) for future in futures]
     assert [i for i, verdict in enumerate(verdicts) if verdict.fault] == list(range(250, 3000, 500))
     assert all(verdict.answer == f"unruly {len(f'fine {i}')}" for i, verdict in enumerate(verdicts) if i % 500 != 250)
 
 
-def test_workers_that_are_killed_while_idle_are_replaced(verifier):
+def test_idle_workers_that_are_killed_are_replaced(verifier):
     pids = {int(future.result(timeout=30).answer) for future in [verifier.submit(PROBLEM, "pid") for _ in range(200)]}
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -142,11 +142,11 @@ def test_workers_that_are_killed_while_idle_are_replaced(verifier):
     assert not pids & {int(verdict.answer) for verdict in verdicts}
 
 
-def test_what_a_verifier_has_started_ends_with_it(verifier, tmp_path):
+def test_child_processes_end_with_their_worker(verifier, tmp_path):
     assert judge(verifier, f"child:{tmp_path / 'pid'}").fault
     child = int((tmp_path / "pid").read_text())
     for _ in range(50):
-        try:  # a killed child may linger as a zombie until somebody reaps it
+        try:  # a killed child may remain a zombie until it is reaped
             if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return
             os.kill(child, 0)
@@ -165,7 +165,7 @@ def test_several_tasks_share_the_workers(verifier):
     assert judge(verifier.for_task(Inline()), "pid").answer == str(os.getpid())
 
 
-def test_a_task_that_is_not_isolated_runs_here_and_cannot_raise_either():
+def test_a_task_that_is_not_isolated_runs_in_this_process_and_cannot_raise():
     verifier = Verifier(Inline(), workers=1)
     assert judge(verifier, "pid").answer == str(os.getpid())
     assert judge(verifier, "raise").fault
@@ -177,12 +177,12 @@ def test_warming_up_does_not_count_against_the_time_limit():
         assert judge(verifier, "fine").correct
 
 
-def test_a_task_that_no_worker_can_load_is_an_error_not_a_wrong_answer():
+def test_a_task_that_fails_to_warm_up_is_an_error_not_a_wrong_answer():
     with Verifier(Broken(), workers=1) as verifier, pytest.raises(ConfigError, match="ImportError: no module named"):
         judge(verifier, "fine")
 
 
-def test_close_cancels_and_a_later_submit_starts_anew():
+def test_close_cancels_pending_work_and_a_later_submit_restarts():
     verifier = Verifier(Unruly(), workers=1, timeout_s=30)
     judge(verifier, "fine")
     running, waiting = verifier.submit(PROBLEM, "sleep:30"), verifier.submit(PROBLEM, "fine")
@@ -199,7 +199,7 @@ def test_close_cancels_and_a_later_submit_starts_anew():
     verifier.close()
 
 
-def test_wrong_settings_and_what_cannot_be_sent():
+def test_invalid_settings_and_unpicklable_inputs_are_refused():
     for settings in ({"workers": 0}, {"timeout_s": 0}, {"timeout_s": float("inf")}, {"memory_gb": -1}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             Verifier(Unruly(), **settings)
@@ -235,7 +235,8 @@ def main():
 """
 
 
-def gone(pid):
+def process_ended(pid):
+    """Whether a process ends within ten seconds."""
     for _ in range(100):
         try:
             os.kill(pid, 0)
@@ -249,7 +250,7 @@ def gone(pid):
     ("ending", "code"),
     [("pass", 0), ("raise KeyboardInterrupt", -signal.SIGINT), ("sys.exit(7)", 7)],
 )
-def test_a_script_that_does_not_close_ends_at_once(tmp_path, ending, code):
+def test_a_script_that_does_not_close_the_verifier_still_exits(tmp_path, ending, code):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(ending=ending, guard='if __name__ == "__main__":'))
     done = subprocess.run(
@@ -261,7 +262,7 @@ def test_a_script_that_does_not_close_ends_at_once(tmp_path, ending, code):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == code, done.stderr
-    assert gone(int(done.stdout))
+    assert process_ended(int(done.stdout))
     if code >= 0:
         assert done.stderr == ""
 
@@ -283,10 +284,10 @@ def test_a_killed_run_leaves_no_idle_worker_behind(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == -9, done.stderr
-    assert all(gone(int(pid)) for pid in done.stdout.split())
+    assert all(process_ended(int(pid)) for pid in done.stdout.split())
 
 
-def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+def test_a_script_without_a_main_guard_is_refused(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(ending="pass", guard="if True:"))
     done = subprocess.run(
@@ -305,7 +306,7 @@ def judge_by_length(problem, completion):
 
 
 class ByFunction(Task):
-    """A task whose verdicts come from something that it is given."""
+    """A task that judges with the callable that it is given."""
 
     def __init__(self, judge):
         self.judge = judge
@@ -346,7 +347,7 @@ def local_class():
         (local_class, "Local"),
     ],
 )
-def test_what_cannot_be_pickled_is_refused_at_the_start(task, what):
+def test_a_task_that_cannot_be_pickled_is_refused_at_the_start(task, what):
     with pytest.raises(
         ConfigError, match=f"the task {what} cannot be pickled .*; put rewards and tasks at the top level"
     ):
@@ -354,13 +355,13 @@ def test_what_cannot_be_pickled_is_refused_at_the_start(task, what):
 
 
 @pytest.mark.parametrize("judge", [judge_by_length, functools.partial(judge_by_length), Judge().by_length])
-def test_functions_partials_and_bound_methods_of_a_file_are_sent(judge):
+def test_functions_partials_and_bound_methods_of_a_file_are_accepted(judge):
     with Verifier(ByFunction(judge), workers=1) as verifier:
         assert verifier.submit(PROBLEM, "long").result(timeout=60).correct
 
 
 def as_in_a_notebook(monkeypatch, code):
-    """Runs code as a cell: in a main module that is no file."""
+    """Runs code like a notebook cell: in a main module without a file."""
     main = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", main)
     exec(code, vars(main))
@@ -392,19 +393,19 @@ class Puzzles(Task):
         (lambda main: ByFunction({"by": [main.judge]}), "judge"),
     ],
 )
-def test_a_reward_of_a_notebooks_cell_is_refused_at_the_start(monkeypatch, make, what):
+def test_a_reward_defined_in_a_notebook_is_refused_at_the_start(monkeypatch, make, what):
     main = as_in_a_notebook(monkeypatch, CELL)
     with pytest.raises(ConfigError, match=f"uses {what}, which is defined in a notebook, .*; put rewards and tasks at"):
         Verifier(make(main))
 
 
-def test_a_notebook_may_use_the_rewards_of_files(monkeypatch):
+def test_a_notebook_may_use_rewards_from_files(monkeypatch):
     as_in_a_notebook(monkeypatch, CELL)
     with Verifier(ByFunction(judge_by_length), workers=1) as verifier:
         assert verifier.submit(PROBLEM, "long").result(timeout=60).correct
 
 
-def test_a_script_on_standard_input_may_use_the_rewards_of_files():
+def test_a_script_on_stdin_may_use_rewards_from_files():
     code = """
 import sys
 from rlrt_lightning.tasks import Problem
@@ -414,11 +415,13 @@ with Verifier(Unruly(), workers=2) as verifier:
     verdicts = [verifier.submit(Problem("p", "q"), "abc") for _ in range(4)]
     print([v.result(timeout=60).answer for v in verdicts], sys.modules["__main__"].__file__)
 """
-    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-"], cwd=ROOT, input=code, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.stdout.split() == [*"['unruly 3', 'unruly 3', 'unruly 3', 'unruly 3'] <stdin>".split()], done.stderr
 
 
-def test_a_script_may_have_its_own_reward(tmp_path):
+def test_a_script_may_define_its_own_reward(tmp_path):
     (tmp_path / "script.py").write_text(
         CELL + "from rlrt_lightning.tasks.verifier import Verifier\n"
         "if __name__ == '__main__':\n"

@@ -1,18 +1,18 @@
-"""Token credit: how each method spreads a rollout's advantage A over its tokens.
+"""Token credit: how each method distributes a rollout's advantage A over its tokens.
 
-| method | context of the teacher | token weight w_t | acts on | besides |
+| method | teacher context | token weight w_t | applies to rollouts | other differences from GRPO |
 | --- | --- | --- | --- | --- |
 | `GRPO` | none | 1 | - | |
-| `RLRT` | another correct rollout of the group | (P_S / P_T)^sign(A) | correct rollouts | |
-| `RLRT(gated=False)` (the paper's RLRT-all) | same | same | all rollouts | |
-| `RLSD` | the ground-truth answer | (P_T / P_S)^sign(A) | all rollouts | teacher: initial weights |
-| `RLSD(gated=True, context="sibling")` (teacher-predicted) | another correct rollout | same | correct rollouts | |
-| `SDPO` | another correct rollout | none: no surrogate | all with a context | divergence to the teacher: an EMA |
-| `SRPO` | another correct rollout | 1 | wrong ones with a context | divergence instead of surrogate |
-| `EntropyBonus` | none | 1 | - | + coef * entropy of each token |
-| `DIVER` | none | 1 | - | correct rollouts are rewarded for diversity |
+| `RLRT` | another successful rollout of the group | (P_S / P_T)^sign(A) | successful | |
+| `RLRT(gated=False)` (the paper's RLRT-all) | same | same | all | |
+| `RLSD` | ground-truth answer | (P_T / P_S)^sign(A) | all | teacher has the initial weights |
+| `RLSD(gated=True, context="sibling")` (teacher-predicted) | another successful rollout | same | successful | |
+| `SDPO` | another successful rollout | none: no surrogate | all with a context | divergence to an EMA teacher |
+| `SRPO` | another successful rollout | 1 | failed with a context | divergence instead of the surrogate |
+| `EntropyBonus` | none | 1 | - | adds coef * entropy of each token |
+| `DIVER` | none | 1 | - | diversity reward for successful rollouts |
 
-P_S is the policy (the student), P_T the same model that also sees the context (the teacher).
+P_S is the policy (the student); P_T is the same model that also sees the context (the teacher).
 """
 
 from rlrt_lightning.objective.methods.base import (

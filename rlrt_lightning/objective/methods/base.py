@@ -1,6 +1,6 @@
-"""What a method asks of an epoch (`Needs`), what it gets (`Signals`), and what it makes of that (`Credit`).
+"""The interface of a method: what it requires (`Needs`), its inputs (`Signals`) and its output (`Credit`).
 
-Shapes: N rollouts, T the longest response; a mask [N, T] is true at response tokens.
+Shapes: N rollouts; T is the length of the longest response. A mask [N, T] is true at response tokens.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from rlrt_lightning.objective.ratios import log_ratio
 
 Context = Literal["none", "sibling", "solution", "answer", "feedback"]
 """What the teacher sees besides the prompt: nothing, another successful rollout of the group, the reference solution,
-the ground-truth answer, or what the verifier said of the rollout itself."""
+the ground-truth answer, or the verifier's message about the rollout itself."""
 
 
 @dataclass(frozen=True)
 class TeacherWeights:
-    """Whose weights the teacher has: the policy's as of its last refresh.
+    """Schedule of the teacher's weights: the policy's weights as of the last refresh.
 
-    Refreshed after every epoch without a moving average (the default), the teacher is the policy that drew the rollouts
-    and keeps no weights of its own.
+    By default (a refresh after every epoch, no moving average), the teacher is the policy that generated the rollouts
+    and stores no weights.
 
     Args:
-        every_n_epochs: Refresh after every so many epochs; None never does: the initial weights.
-        ema_decay: At a refresh the teacher becomes ema_decay * teacher + (1 - ema_decay) * policy; 0 copies the policy.
+        every_n_epochs: Number of epochs between refreshes; None keeps the initial weights.
+        ema_decay: A refresh sets teacher = ema_decay * teacher + (1 - ema_decay) * policy; 0 copies the policy.
 
     Raises:
-        ValueError: If a setting is out of range, or there is a decay and no refresh.
+        ValueError: If a setting is out of range, or a decay is set without refreshes.
     """
 
     every_n_epochs: int | None = 1
@@ -51,7 +51,7 @@ class TeacherWeights:
 
     def __str__(self) -> str:
         if self.kind == "policy":
-            return "the weights of the policy that draws the rollouts"
+            return "the weights of the policy that generates the rollouts"
         if self.every_n_epochs is None:
             return "the initial weights"
         often = "every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
@@ -61,7 +61,7 @@ class TeacherWeights:
 
     @property
     def kind(self) -> Literal["policy", "initial", "own"]:
-        """The policy's weights, those that it began with, or a copy that follows the policy."""
+        """The policy's current weights, its initial weights, or a separate copy that follows the policy."""
         if self.every_n_epochs is None:
             return "initial"
         return "policy" if self.every_n_epochs == 1 and self.ema_decay == 0 else "own"
@@ -73,13 +73,13 @@ class TeacherWeights:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of an epoch besides rewards and log-probs.
+    """What a method requires besides rewards and log-probs.
 
     Args:
         entropy: The teacher's entropy at each token (`Signals.teacher_entropy`).
-        top_k: How many of the student's likeliest tokens are compared with the teacher's log-probs of them, for a
-            divergence (`Credit.distillation`); 0 for none, None for the whole vocabulary.
-        teacher: Whose weights the teacher has, unless the user's `teacher_refresh` says otherwise.
+        top_k: Number of the student's most likely tokens that a divergence compares with the teacher
+            (`Credit.distillation`); 0 for no divergence, None for the whole vocabulary.
+        teacher: The teacher's weights, unless `teacher_refresh` is set.
     """
 
     entropy: bool = False
@@ -89,17 +89,17 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Signals:
-    """What a method gets of an epoch's rollouts.
+    """The inputs of a method: an epoch's rollouts.
 
     Args:
         advantages: Group advantage A of each rollout, [N].
-        rewards: Reward of each rollout as the verifier gave it, [N].
+        rewards: The verifier's reward of each rollout, [N].
         logp_student: log P_S of each response token, nats, [N, T].
-        logp_teacher: log P_T of each response token, nats, [N, T]; anything where there is no context.
+        logp_teacher: log P_T of each response token, nats, [N, T]; ignored for rollouts without a context.
         mask: True at response tokens, bool [N, T].
-        has_context: True where the teacher had a context, bool [N].
-        teacher_entropy: H(P_T), nats, [N, T]; anything where there is no context; None unless the method needs it.
-        sum_over_ranks: Adds up a tensor over all ranks, for means over the rollouts of all of them.
+        has_context: True for rollouts whose teacher had a context, bool [N].
+        teacher_entropy: H(P_T), nats, [N, T]; ignored for rollouts without a context. None unless `Needs.entropy`.
+        sum_over_ranks: Sums a tensor over all ranks, for means over the rollouts of all ranks.
     """
 
     advantages: Tensor
@@ -113,8 +113,8 @@ class Signals:
 
     @property
     def asymmetry(self) -> Tensor:
-        """D_t = log P_S - log P_T (arXiv:2605.10781, Sec. 3), nats, stop-gradient, [N, T]; 0 without a context, where
-        the log-probs are not read."""
+        """D_t = log P_S^t(y_t) - log P_T^t(y_t) (arXiv:2605.10781, Sec. 3), stop-gradient: nats, [N, T], 0 for rollouts
+        without a context."""
         return log_ratio(self.logp_student, self.logp_teacher, self.mask & self.has_context[:, None]).detach()
 
 
@@ -123,9 +123,9 @@ class DivergenceSettings:
     """How a divergence to the teacher enters the loss.
 
     Args:
-        alpha: Which divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalised
-            Jensen-Shannon divergence.
-        importance_cap: Upper limit of each token's weight P_new / P_old.
+        alpha: 0 is KL(teacher || student), 1 is KL(student || teacher), values between are generalized Jensen-Shannon
+            divergences.
+        importance_cap: Upper bound of each token's importance weight P_new / P_old.
     """
 
     alpha: float
@@ -134,20 +134,20 @@ class DivergenceSettings:
 
 @dataclass(frozen=True, eq=False)
 class Credit:
-    """What a method makes of an epoch's rollouts. Tensors are [N, T] and 0 at masked positions, except `counted`.
+    """The output of a method. Tensors are [N, T] and 0 outside the mask, except `counted`.
 
-    The loss of a token is -min(rho A_t, clip(rho) A_t) + distillation * divergence - entropy_bonus * entropy; its mean
-    is taken over the tokens of the rollouts that count.
+    The loss of a token is -min(rho A_t, clip(rho) A_t) + distillation * divergence - entropy_bonus * entropy, averaged
+    over the tokens of all `counted` rollouts.
 
     Args:
         advantages: Token advantages A_t.
-        weights: w_t before it is clipped; 1 where the method does not act.
-        asymmetry: D_t = log P_S(y_t) - log P_T(y_t), in nats; 0 where there is no context.
-        weight_bounds: The range that A_t clips w_t to; None for no clip.
-        distillation: Weight of the divergence between student and teacher; None for no such loss.
-        divergence: Settings of that divergence; None for no such loss.
-        entropy_bonus: Coefficient of the policy's entropy; None for no such bonus.
-        counted: Which rollouts count in the mean, bool [N]; None for all.
+        weights: Token weights w_t before clipping; 1 where the method does not apply.
+        asymmetry: D_t = log P_S^t(y_t) - log P_T^t(y_t), nats; 0 for rollouts without a context.
+        weight_bounds: The range to which w_t is clipped in A_t; None for no clipping.
+        distillation: Weight of the divergence between student and teacher; None for no divergence.
+        divergence: Settings of the divergence; None for no divergence.
+        entropy_bonus: Coefficient of the policy's entropy; None for no bonus.
+        counted: True for rollouts whose tokens are included in the mean, bool [N]; None for all.
 
     Raises:
         ValueError: If only one of `distillation` and `divergence` is given.
@@ -164,22 +164,22 @@ class Credit:
 
     def __post_init__(self) -> None:
         if (self.distillation is None) != (self.divergence is None):
-            raise ValueError("Credit.distillation and Credit.divergence have to be given together, or neither")
+            raise ValueError("Credit.distillation and Credit.divergence have to be given together, or not at all")
 
     @classmethod
     def plain(cls, signals: Signals) -> Credit:
-        """GRPO's: A at each token of a rollout, with weight 1."""
+        """The credit of GRPO: A_t = A at every token, with weight 1."""
         ones = signals.mask.to(signals.logp_student.dtype)
         return cls(signals.advantages[:, None] * ones, ones, signals.asymmetry)
 
     @property
     def trains(self) -> Tensor:
-        """Which rollouts have a gradient: bool [N]."""
+        """Rollouts that have a gradient: bool [N]."""
         parts = (self.advantages, self.distillation, self.entropy_bonus)
         return torch.stack([p.ne(0).any(-1) for p in parts if p is not None]).any(0)
 
     def without(self, rows: Tensor) -> Credit:
-        """The same with no gradient from some rollouts, bool [N]; they still count in the mean."""
+        """A copy without gradients from the rollouts selected by `rows`, bool [N]; they still count in the mean."""
 
         def cleared(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.masked_fill(rows[:, None], 0.0)
@@ -193,11 +193,11 @@ class Credit:
 
 
 class Method(ABC):
-    """How group advantages become token credit. Frozen settings and pure functions of tensors.
+    """Turns group advantages into token credit: frozen settings and pure tensor functions.
 
-    A method of your own is a frozen dataclass with `normalize_std`, `context` and `success_threshold` among its
-    settings or class attributes, `credit`, and `needs` where it needs more than log-probs of a teacher with the
-    policy's current weights.
+    A custom method is a frozen dataclass that defines `normalize_std`, `context` and `success_threshold` as settings or
+    class attributes, and implements `credit`. It overrides `needs` if it requires more than the log-probs of a teacher
+    with the policy's current weights.
     """
 
     normalize_std: bool
@@ -206,15 +206,15 @@ class Method(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What the method asks of an epoch; may depend on its settings."""
+        """What the method requires; may depend on its settings."""
         return Needs()
 
     @abstractmethod
     def credit(self, signals: Signals) -> Credit:
-        """Spreads the advantages over the tokens. No gradient flows through the credit.
+        """Distributes the advantages over the tokens. No gradient flows through the credit.
 
         Args:
-            signals: What is known of the rollouts.
+            signals: The rollouts' advantages, rewards and log-probs.
         """
 
     def __call__(
@@ -227,40 +227,39 @@ class Method(ABC):
         has_context: Tensor,
         **more: Any,
     ) -> Credit:
-        """`credit` from tensors; dtypes are kept.
+        """`credit` from tensors; dtypes are preserved.
 
         Args:
             advantages: Group advantage A of each rollout, [N].
-            rewards: Reward of each rollout as the verifier gave it, [N].
+            rewards: The verifier's reward of each rollout, [N].
             logp_student: log P_S of each response token, nats, [N, T].
-            logp_teacher: log P_T of each response token, nats, [N, T]; read only where there is a context.
+            logp_teacher: log P_T of each response token, nats, [N, T]; ignored for rollouts without a context.
             mask: True at response tokens, [N, T].
-            has_context: True where the teacher had a context, [N].
-            more: Further fields of `Signals`, such as `teacher_entropy`.
+            has_context: True for rollouts whose teacher had a context, [N].
+            more: Other fields of `Signals`, such as `teacher_entropy`.
         """
         mask, has_context = mask.bool(), has_context.bool()
         return self.credit(Signals(advantages, rewards, logp_student, logp_teacher, mask, has_context, **more))
 
     def successful(self, rewards: Tensor) -> Tensor:
-        """Which rollouts count as r = 1: bool [N]."""
+        """Rollouts that count as r = 1: bool [N]."""
         return rewards >= self.success_threshold
 
     def uses_teacher(self, advantages: Tensor, rewards: Tensor) -> Tensor:
-        """Which rollouts the teacher can change the credit of, so that only those are scored: bool [N]."""
+        """Rollouts whose credit depends on the teacher; only these are scored. bool [N]."""
         return torch.zeros_like(rewards, dtype=torch.bool)
 
     def may_train(self, advantages: Tensor, rewards: Tensor) -> Tensor:
-        """Which rollouts may get a gradient, so that `data.rescore` computes the policy's log-probs of these alone:
-        bool [N]."""
+        """Rollouts that may get a gradient; `data.rescore` recomputes the log-probs of these only. bool [N]."""
         return (advantages != 0) | self.uses_teacher(advantages, rewards)
 
     def shape_rewards(self, rewards: Tensor, groups: Tensor, texts: Sequence[str]) -> Tensor:
-        """The rewards that the advantages are computed from.
+        """The rewards from which the advantages are computed.
 
         Args:
-            rewards: Reward of each rollout as the verifier gave it, [N].
-            groups: Which prompt each rollout answers, [N].
-            texts: The responses, N of them.
+            rewards: The verifier's reward of each rollout, [N].
+            groups: Prompt index of each rollout, [N].
+            texts: The N completions.
         """
         return rewards
 

@@ -1,4 +1,4 @@
-"""What SDPO and SRPO share: the student is pulled towards the teacher's whole distribution."""
+"""Base class of SDPO and SRPO, whose losses pull the student towards the teacher's distribution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rlrt_lightning.objective.methods.base import DivergenceSettings, Method
 
 
 class Distilling(Method):
-    """A method with a divergence to the teacher (`rlrt_lightning.divergence`) in the loss of some rollouts."""
+    """A method whose loss has a divergence to the teacher (`rlrt_lightning.divergence`) on some rollouts."""
 
     alpha: float
     top_k: int | None
@@ -15,7 +15,7 @@ class Distilling(Method):
     def __post_init__(self) -> None:
         name = type(self).__name__
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"{name}.alpha is {self.alpha}; it has to be within 0 and 1")
+            raise ValueError(f"{name}.alpha is {self.alpha}; it has to be from 0 to 1")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"{name}.top_k is {self.top_k}; it has to be at least 1, or null for all tokens")
         if self.importance_cap <= 0:

@@ -1,4 +1,4 @@
-"""DIVER: correct rollouts are rewarded for being unlike their siblings."""
+"""DIVER: successful rollouts get a reward for differing from their siblings."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _FORMULA = re.compile(r"\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|\$(.*?)\$", re
 
 @dataclass(frozen=True)
 class DIVER(GRPO):
-    """Diversity-incentivised exploration (arXiv:2509.26209): GRPO on rewards that gain scale * min(diversity, cap)
-    where the rollout is correct, before the advantages are computed; wrong rollouts are left alone.
+    """Diversity-incentivized exploration (arXiv:2509.26209): GRPO that adds scale * min(diversity, cap) to the rewards
+    of successful rollouts before the advantages are computed.
 
     Args:
-        scale: What a diversity of 1 is worth.
-        cap: Upper limit of the diversity that is rewarded.
-        diversity: "bleu", 1 - the mean BLEU of the response against each sibling, or "formulas", the share of its
-            formulas (between $ $, \\( \\) or \\[ \\]) that no sibling has.
-        tokenize: How BLEU cuts texts into words (sacrebleu's names): "13a" for words, "char" for characters, "zh", ...
-        steps: Reward diversity in the first so many optimizer steps; null for all steps.
-        success_threshold: A reward of at least this is a correct rollout.
+        scale: Reward for a diversity of 1.
+        cap: Upper bound of the rewarded diversity.
+        diversity: "bleu": 1 - the mean BLEU of the completion against each sibling's; "formulas": the fraction of the
+            completion's formulas (between $ $, \\( \\) or \\[ \\]) that no sibling contains.
+        tokenize: BLEU's tokenizer, a name from sacrebleu: "13a" for words, "char" for characters, "zh", ...
+        steps: Number of optimizer steps during which diversity is rewarded; null for all steps.
+        success_threshold: A reward of at least this counts as success (r = 1).
         normalize_std: Divide advantages by the group's standard deviation.
     """
 
@@ -51,7 +51,7 @@ class DIVER(GRPO):
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"DIVER.steps is {self.steps}; it has to be at least 1, or null")
         if self.diversity == "bleu":
-            _bleu(self.tokenize)  # an unknown tokenisation is refused before the run
+            _bleu(self.tokenize)  # refuses an unknown tokenizer before the run
 
     def shape_rewards(self, rewards: Tensor, groups: Tensor, texts: Sequence[str]) -> Tensor:
         """See `Method.shape_rewards`."""
@@ -86,7 +86,7 @@ def _bleu(tokenize: str) -> BLEU:
     try:
         return BLEU(effective_order=True, tokenize=tokenize)
     except Exception as error:
-        raise ValueError(f"DIVER.tokenize is {tokenize!r}: {error or 'sacrebleu knows no such tokenisation'}") from None
+        raise ValueError(f"DIVER.tokenize is {tokenize!r}: {error or 'unknown to sacrebleu'}") from None
 
 
 def _formulas(text: str) -> set[str]:

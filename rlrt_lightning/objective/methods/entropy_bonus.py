@@ -1,4 +1,4 @@
-"""GRPO with a bonus for entropy."""
+"""GRPO with an entropy bonus."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rlrt_lightning.objective.methods.grpo import GRPO
 
 @dataclass(frozen=True)
 class EntropyBonus(GRPO):
-    """GRPO with a bonus for entropy: every token's loss is lowered by coef times the policy's entropy there
-    (arXiv:2605.10781, Sec. 6.4). Rollouts without an advantage are trained on too.
+    """GRPO with an entropy bonus: coef * the policy's entropy is subtracted from the loss of each token
+    (arXiv:2605.10781, Sec. 6.4). Rollouts with zero advantage are trained on too.
 
     Args:
-        coef: Coefficient of the entropy in nats.
+        coef: Coefficient of the entropy, per nat.
         normalize_std: Divide advantages by the group's standard deviation.
     """
 

@@ -1,4 +1,4 @@
-"""GRPO: the group advantage alone."""
+"""GRPO: every token gets the group advantage."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rlrt_lightning.objective.methods.base import Credit, Method, Signals
 
 @dataclass(frozen=True)
 class GRPO(Method):
-    """Group advantages alone (arXiv:2402.03300): every token of a rollout gets A.
+    """Group relative policy optimization (arXiv:2402.03300): every token of a rollout gets its group advantage A.
 
     Args:
-        normalize_std: Divide advantages by the group's standard deviation; off is Dr. GRPO (arXiv:2503.20783), the
-            baseline of arXiv:2605.10781.
+        normalize_std: Divide advantages by the group's standard deviation. False is Dr. GRPO (arXiv:2503.20783), the
+            baseline in arXiv:2605.10781.
     """
 
     normalize_std: bool = False

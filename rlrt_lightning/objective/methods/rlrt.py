@@ -1,4 +1,4 @@
-"""RLRT: on successful rollouts, tokens where the student went against the teacher get more credit."""
+"""RLRT: on successful rollouts, tokens on which the student disagreed with the teacher get more credit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rlrt_lightning.objective.ratios import bounded_ratio
 class RLRT(Method):
     """RLVR with Reversed Teacher (arXiv:2605.10781, Eqs. 6 and 7).
 
-    On successful rollouts, tokens where the student went against the teacher get more credit.
+    On successful rollouts, tokens on which the student disagreed with the teacher get more credit.
 
     Args:
-        lam: Strength of the token weight, within 0 and 1; 0 is GRPO. A token's advantage A changes by at most
+        lam: Strength of the token weight, from 0 to 1; 0 is GRPO. A token's advantage changes by at most
             lam * eps_w * |A|.
-        eps_w: The weight is clipped to 1 - eps_w .. 1 + eps_w. The paper: 1.0 for base models, 0.5 for
-            instruction-tuned, 0.2 for thinking-tuned ones.
-        gated: Act on successful rollouts only. Off is the paper's RLRT-all, which it found to collapse.
+        eps_w: The token weight is clipped to [1 - eps_w, 1 + eps_w]. The paper uses 1.0 for base models, 0.5 for
+            instruction-tuned and 0.2 for thinking-tuned models.
+        gated: Apply the token weight to successful rollouts only. False is the paper's RLRT-all, which collapsed there.
         success_threshold: A reward of at least this counts as success (r = 1).
-        context: What the teacher sees besides the prompt: "sibling", another successful rollout of the group,
-            "solution", the reference solution, "answer", the ground-truth answer, or "feedback", what the verifier said
-            of the rollout.
+        context: What the teacher sees besides the prompt: "sibling" (another successful rollout of the group),
+            "solution" (the reference solution), "answer" (the ground-truth answer) or "feedback" (the verifier's
+            message about the rollout).
         normalize_std: Divide advantages by the group's standard deviation.
-        lam_decay_steps: Let lam fall linearly to 0 over this many optimizer steps; null keeps it constant.
+        lam_decay_steps: Decay lam linearly to 0 over this many optimizer steps; null keeps it constant.
     """
 
     lam: float = 0.5
@@ -42,28 +42,28 @@ class RLRT(Method):
     def __post_init__(self) -> None:
         name = type(self).__name__
         if not 0 <= self.lam <= 1:
-            raise ValueError(f"{name}.lam is {self.lam}; it has to be within 0 and 1")
+            raise ValueError(f"{name}.lam is {self.lam}; it has to be from 0 to 1")
         if not 0 <= self.eps_w <= 1:
-            raise ValueError(f"{name}.eps_w is {self.eps_w}; it has to be within 0 and 1, or weights turn negative")
+            raise ValueError(f"{name}.eps_w is {self.eps_w}; it has to be from 0 to 1, so that 1 - eps_w is at least 0")
         if self.context == "none":
-            raise ValueError(f"{name}.context is 'none'; without a context there is no teacher (take GRPO)")
+            raise ValueError(f"{name}.context is 'none', so there is no teacher; set a context, or use GRPO")
         if self.lam_decay_steps is not None and self.lam_decay_steps < 1:
             raise ValueError(f"{name}.lam_decay_steps is {self.lam_decay_steps}; it has to be at least 1, or null")
 
     def token_weights(self, sign: Tensor, asymmetry: Tensor) -> Tensor:
-        """Eq. 6: w_t = exp(sign(A) D_t) = (P_S / P_T)^sign(A), [N, T].
+        """Eq. 6: w_t = exp(sign(A) * D_t) = (P_S^t(y_t) / P_T^t(y_t))^sign(A), [N, T].
 
         Args:
             sign: sign(A), [N, 1].
-            asymmetry: D_t, nats, [N, T].
+            asymmetry: D_t = log P_S^t(y_t) - log P_T^t(y_t), nats, [N, T].
         """
         return bounded_ratio(sign * asymmetry)
 
     def credit(self, signals: Signals) -> Credit:
-        """Eq. 7: A_t = A [(1 - lam) + lam clip(w_t, 1 - eps_w, 1 + eps_w)] if r = 1, else A."""
+        """Eq. 7: A_t = A * [(1 - lam) + lam * clip(w_t, 1 - eps_w, 1 + eps_w)] if r = 1, else A."""
         advantage, asymmetry = signals.advantages[:, None], signals.asymmetry
         weights = self.token_weights(advantage.sign(), asymmetry)
-        if self.gated:
+        if self.gated:  # w_t = 1 gives A_t = A
             weights = torch.where(self.successful(signals.rewards)[:, None], weights, 1.0)
         low, high = 1 - self.eps_w, 1 + self.eps_w
         token_advantages = advantage * ((1 - self.lam) + self.lam * weights.clamp(low, high))
@@ -76,8 +76,8 @@ class RLRT(Method):
 
     def uses_teacher(self, advantages: Tensor, rewards: Tensor) -> Tensor:
         """See `Method.uses_teacher`."""
-        acts = (advantages != 0) & (self.lam > 0)
-        return acts & self.successful(rewards) if self.gated else acts
+        weighted = (advantages != 0) & (self.lam > 0)
+        return weighted & self.successful(rewards) if self.gated else weighted
 
     def at(self, step: int) -> RLRT:
         """See `Method.at`."""

@@ -1,4 +1,4 @@
-"""RLSD: tokens that the teacher finds likelier get more credit, the opposite of RLRT."""
+"""RLSD: tokens that the teacher finds more likely get more credit, the opposite of RLRT."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from rlrt_lightning.objective.ratios import bounded_ratio
 
 @dataclass(frozen=True)
 class RLSD(RLRT):
-    """RLVR with self-distillation (arXiv:2604.03128): Eq. 7 of RLRT around the inverse weight.
+    """RLVR with self-distillation (arXiv:2604.03128): RLRT with the inverse token weight in Eq. 7.
 
-    Tokens that the teacher, who knows the answer, finds likelier get more credit on good rollouts and less blame on
-    bad ones. The teacher keeps the initial weights, as in its authors' code.
+    Tokens that the teacher finds more likely get more credit if A > 0 and less blame if A < 0. The teacher keeps the
+    initial weights, as in the authors' code.
 
     Args:
-        lam: Strength of the token weight, within 0 and 1; 0 is GRPO.
-        eps_w: The weight is clipped to 1 - eps_w .. 1 + eps_w; arXiv:2605.10781 compares with 0.2.
-        gated: Act on successful rollouts only. On, with a "sibling" as context, is "teacher-predicted" of
-            arXiv:2605.10781, Fig. 1a, which differs from RLRT in the weight alone; so it has RLRT's teacher, the
-            policy that drew the rollouts.
+        lam: Strength of the token weight, from 0 to 1; 0 is GRPO.
+        eps_w: The token weight is clipped to [1 - eps_w, 1 + eps_w]; arXiv:2605.10781 uses 0.2 for RLSD.
+        gated: Apply the token weight to successful rollouts only. True with the context "sibling" is
+            "teacher-predicted" in Fig. 1a of arXiv:2605.10781, which differs from RLRT in the token weight only;
+            therefore its teacher is that of RLRT, the policy that generated the rollouts.
         success_threshold: A reward of at least this counts as success (r = 1).
-        context: What the teacher sees besides the prompt: "answer", the ground-truth answer, "sibling", another
-            successful rollout of the group, "solution", the reference solution, or "feedback", what the verifier said
-            of the rollout.
+        context: What the teacher sees besides the prompt: "answer" (the ground-truth answer), "sibling" (another
+            successful rollout of the group), "solution" (the reference solution) or "feedback" (the verifier's message
+            about the rollout).
         normalize_std: Divide advantages by the group's standard deviation.
-        lam_decay_steps: Let lam fall linearly to 0 over this many optimizer steps; null keeps it constant.
+        lam_decay_steps: Decay lam linearly to 0 over this many optimizer steps; null keeps it constant.
     """
 
     eps_w: float = 0.2
@@ -42,5 +42,5 @@ class RLSD(RLRT):
         return super().needs if self.gated else Needs(teacher=TeacherWeights(every_n_epochs=None))
 
     def token_weights(self, sign: Tensor, asymmetry: Tensor) -> Tensor:
-        """w_t = (P_T / P_S)^sign(A), [N, T]; the arguments are those of `RLRT.token_weights`."""
+        """w_t = exp(-sign(A) * D_t) = (P_T^t(y_t) / P_S^t(y_t))^sign(A), [N, T]; see `RLRT.token_weights`."""
         return bounded_ratio(-sign * asymmetry)

@@ -1,4 +1,4 @@
-"""SDPO: every rollout that has a context is pulled towards the teacher's distribution."""
+"""SDPO: on every rollout with a context, the student is pulled towards the teacher's distribution."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from rlrt_lightning.objective.methods.distillation import Distilling
 
 @dataclass(frozen=True)
 class SDPO(Distilling):
-    """Self-distillation policy optimization (arXiv:2601.20802): no surrogate; every rollout that has a context is
-    pulled towards the teacher's distribution. The mean is taken over the tokens of these rollouts.
+    """Self-distillation policy optimization (arXiv:2601.20802): no surrogate; on every rollout with a context, the loss
+    is the student's divergence to the teacher. The mean is over the tokens of these rollouts.
 
-    The teacher's weights are a moving average of the policy's, with decay 0.95 an epoch.
+    The teacher's weights are a moving average of the policy's, with a decay of 0.95 per epoch.
 
     Args:
-        alpha: Which divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalised
-            Jensen-Shannon divergence.
-        top_k: Compare the student's k likeliest tokens, and the rest as one bucket; null compares the whole vocabulary,
-            whose log-probs are then kept for each token.
-        importance_cap: Upper limit of each token's importance weight P_new / P_old.
-        context: What the teacher sees besides the prompt: "sibling", another successful rollout of the group,
+        alpha: 0 is KL(teacher || student), 1 is KL(student || teacher), values between are generalized Jensen-Shannon
+            divergences.
+        top_k: Compare the student's k most likely tokens, and all others as one bucket; null compares the whole
+            vocabulary and stores its log-probs for each token.
+        importance_cap: Upper bound of each token's importance weight P_new / P_old.
+        context: What the teacher sees besides the prompt: "sibling" (another successful rollout of the group),
             "solution", "answer" or "feedback".
-        success_threshold: A reward of at least this counts as success: only such a rollout can be shown to a sibling.
+        success_threshold: A reward of at least this counts as success (r = 1); only successful rollouts serve as
+            "sibling" contexts.
     """
 
     alpha: float = 0.5

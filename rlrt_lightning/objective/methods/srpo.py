@@ -1,4 +1,4 @@
-"""SRPO: GRPO where a rollout succeeded, SDPO's loss where it failed."""
+"""SRPO: GRPO on successful rollouts, the loss of SDPO on failed ones."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rlrt_lightning.objective.methods.distillation import Distilling
 
 @dataclass(frozen=True)
 class SRPO(Distilling):
-    """Sample-routed policy optimization (arXiv:2604.02288): successful rollouts are reinforced by GRPO, failed ones
-    corrected by the teacher.
+    """Sample-routed policy optimization (arXiv:2604.02288): GRPO reinforces successful rollouts, the teacher corrects
+    failed ones.
 
-    A failed rollout that has a context gets SDPO's loss, each token times exp(-beta H(P_T)) scaled to a mean of 1 over
-    these tokens; every other rollout gets GRPO's. One mean is taken over the tokens of both.
+    A failed rollout with a context gets the loss of SDPO, with token weights exp(-beta H(P_T)) normalized to mean 1
+    over these tokens; every other rollout gets the loss of GRPO. One mean is taken over the tokens of all rollouts.
 
     Args:
-        beta: How much less tokens count at which the teacher's entropy is high; 0 counts all tokens the same.
-        alpha: Which divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalised
-            Jensen-Shannon divergence.
-        top_k: Compare the student's k likeliest tokens, and the rest as one bucket; null compares the whole vocabulary,
-            whose log-probs are then kept for each token.
-        importance_cap: Upper limit of each token's importance weight P_new / P_old in the divergence.
-        context: What the teacher sees besides the prompt: "sibling", another successful rollout of the group,
+        beta: Reduces the weight of tokens at which the teacher's entropy is high; 0 weights all tokens equally.
+        alpha: 0 is KL(teacher || student), 1 is KL(student || teacher), values between are generalized Jensen-Shannon
+            divergences.
+        top_k: Compare the student's k most likely tokens, and all others as one bucket; null compares the whole
+            vocabulary and stores its log-probs for each token.
+        importance_cap: Upper bound of each token's importance weight P_new / P_old in the divergence.
+        context: What the teacher sees besides the prompt: "sibling" (another successful rollout of the group),
             "solution", "answer" or "feedback".
         success_threshold: A reward of at least this counts as success (r = 1).
         normalize_std: Divide advantages by the group's standard deviation.

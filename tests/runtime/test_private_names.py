@@ -1,0 +1,191 @@
+"""What we rely on in other libraries beyond their documented interfaces, each by its name.
+
+A test fails where a release renames or changes one: `rlrt_lightning/runtime/private/` says what it is for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonargparse._typehints as typehints
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint import FileSystemWriter, save
+from transformers import LlamaConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from rlrt_lightning.cli.argument_errors import RLRTParser
+from rlrt_lightning.runtime.checkpoints import Index
+from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, value_type
+from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
+from tests.helpers.processes import ROOT
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+# -- names and signatures ------------------------------------------------------------------------------------------
+
+SIGNATURES: dict[str, tuple[Callable[[], Callable[..., Any]], list[str]]] = {
+    "jsonargparse._typehints.discard_init_args_on_class_path_change": (
+        lambda: typehints.discard_init_args_on_class_path_change,
+        ["parser_or_action", "prev_val", "value"],
+    ),
+    "ModelCheckpoint._save_last_checkpoint": (
+        lambda: ModelCheckpoint._save_last_checkpoint,
+        ["self", "trainer", "monitor_candidates"],
+    ),
+    "ModelCheckpoint._monitor_candidates": (lambda: ModelCheckpoint._monitor_candidates, ["self", "trainer"]),
+    "DynamicLayer.lazy_initialization": (
+        lambda: DynamicLayer.lazy_initialization,
+        ["self", "key_states", "value_states"],
+    ),
+    "DynamicLayer.get_seq_length": (lambda: DynamicLayer.get_seq_length, ["self"]),
+    "Cache.reorder_cache": (lambda: DynamicCache.reorder_cache, ["self", "beam_idx"]),
+}
+
+VALUES: dict[str, tuple[Callable[[], Any], Any]] = {
+    "ModelCheckpoint._every_n_train_steps": (lambda: ModelCheckpoint(every_n_train_steps=3)._every_n_train_steps, 3),
+    "ModelCheckpoint._train_time_interval": (lambda: ModelCheckpoint()._train_time_interval, None),
+    "ModelCheckpoint._last_global_step_saved": (lambda: ModelCheckpoint()._last_global_step_saved, 0),
+    "ModelParallelStrategy._data_parallel_size": (lambda: ModelParallelStrategy()._data_parallel_size, "auto"),
+    "argparse.ArgumentParser._actions": (lambda: [action.dest for action in actions(parser())], ["help", "n"]),
+    "jsonargparse's Action._typehint": (lambda: value_type(actions(parser())[1]), list[int]),
+    "DynamicLayer.is_initialized": (lambda: DynamicLayer().is_initialized, False),
+    "DynamicLayer.keys and values": (lambda: (DynamicLayer().keys, DynamicLayer().values), (None, None)),
+    "DynamicCache.layers": (lambda: [type(layer) for layer in empty_cache().layers], [DynamicLayer] * 2),
+}
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser()
+    made.add_argument("--n", type=list[int])
+    return made
+
+
+def empty_cache() -> DynamicCache:
+    return DynamicCache(config=LlamaConfig(num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_private_method_has_the_parameters_that_it_is_called_with(name: str) -> None:
+    function, expected = SIGNATURES[name]
+    assert parameters(function())[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_private_attribute_holds_what_is_read_from_it(name: str) -> None:
+    read, expected = VALUES[name]
+    assert read() == expected
+
+
+# -- behaviour -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_index_of_shards_names_the_classes_that_are_allowed(tmp_path: Path) -> None:
+    """torch writes the index; where it named another private class, our own folders of shards would be refused."""
+    save({"w": torch.ones(3), "step": 1}, storage_writer=FileSystemWriter(str(tmp_path)), no_dist=True)
+    named: set[tuple[str, str]] = set()
+
+    class Noting(Index):
+        def find_class(self, module: str, name: str) -> Any:
+            named.add((module, name))
+            return super().find_class(module, name)
+
+    with (tmp_path / ".metadata").open("rb") as file:
+        Noting(file).load()
+    assert named >= INDEX_CLASSES
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.eval"):
+        Index(file).find_class("builtins", "eval")
+
+
+class Base: ...
+
+
+class One(Base):
+    def __init__(self, a: int = 1, b: int = 1) -> None: ...
+
+
+class Two(Base):
+    def __init__(self, a: int = 2, c: int = 2) -> None: ...
+
+
+def test_other_parsers_keep_what_jsonargparse_does_with_a_change_of_class() -> None:
+    theirs = typehints.discard_init_args_on_class_path_change
+    words = [f"--base={__name__}.One", "--base.a=5", f"--base={__name__}.Two"]
+
+    def parsed(made: ArgumentParser) -> int:
+        made.add_argument("--base", type=Base)
+        return made.parse_args(words).base.init_args.a
+
+    assert parsed(ArgumentParser()) == 5
+    assert parsed(RLRTParser()) == 2, "a class comes with its own defaults"
+    assert typehints.discard_init_args_on_class_path_change is theirs
+    with pytest.raises(KeyError), own_defaults():
+        raise KeyError
+    assert typehints.discard_init_args_on_class_path_change is theirs
+
+
+class Handlers(BoringModel):
+    """Notes the handlers at the moments at which `StopSignal` looks at them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Any] = {}
+
+    def setup(self, stage: str) -> None:
+        self.seen["setup"] = signal.getsignal(signal.SIGTERM)
+
+    def train_dataloader(self) -> Any:
+        self.seen["loader"] = signal.getsignal(signal.SIGTERM)
+        return super().train_dataloader()
+
+
+def test_lightning_installs_its_handlers_between_setup_and_loaders_and_removes_them(tmp_path: Path) -> None:
+    def before(*_: Any) -> None: ...
+
+    handler = signal.signal(signal.SIGTERM, before)
+    try:
+        model = Handlers()
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(
+            max_steps=1, limit_val_batches=0, enable_checkpointing=False, default_root_dir=tmp_path, **quiet
+        )
+        trainer.fit(model)
+        assert model.seen["setup"] is before
+        assert model.seen["loader"] is not before
+        assert type(model.seen["loader"]).__module__.partition(".")[0] == "lightning", "how its handlers are known"
+        assert trainer.received_sigterm is False
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_sympys_parser_evaluates_by_the_name_eval_of_its_module() -> None:
+    """In a fresh process, as the name is replaced for good; tests/tasks/test_reasoning_gym.py has reasoning-gym's."""
+    code = """
+import sympy.parsing.sympy_parser as parser
+from rlrt_lightning.tasks import closed_eval as closing
+assert 'eval' not in vars(parser)
+parser.parse_expr(closing.CANARY)
+assert closing.ran, 'the canary is not run where it could be'
+closing.close_eval(parser.parse_expr)
+assert not closing.ran and str(parser.parse_expr('2*x + x')) == '3*x'
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
