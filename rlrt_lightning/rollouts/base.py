@@ -169,8 +169,8 @@ class RolloutEngine(Protocol):
     (`data.ahead`)."""
 
     half: Dtype | None = None
-    """The half precision that the trainer computes in, which the data module sets; None if it computes in the type of
-    the weights."""
+    """The half precision that the trainer computes in, set by the data module; None if it computes in the weights'
+    dtype."""
 
     @property
     def ready(self) -> bool:

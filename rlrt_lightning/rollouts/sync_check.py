@@ -1,5 +1,8 @@
-"""The check that an engine has the policy's weights: log-probs of both on the same tokens, compared with the rounding
-of half precision on these tokens."""
+"""Checks after a sync that an engine has the policy's weights.
+
+Both compute log-probs of the same tokens, and their difference is compared with the rounding of half precision on these
+tokens. `skipped`, `deviating` and `incomplete` compare two syncs; each returns what is wrong, or None.
+"""
 
 from __future__ import annotations
 
@@ -21,36 +24,36 @@ Sequences = Sequence[tuple[list[int], list[int]]]
 """Pairs of prompt and response token ids."""
 
 FLOAT32_TOLERANCE = 1e-4
-"""Largest mean |difference| in float32, in nats; it is about 1e-6."""
+"""Largest mean |difference| in float32, in nats; usually it is about 1e-6."""
 
-GROWTH, LEAST_FLOAT32 = 10.0, 1e-6
-"""Factor by which the mean |difference| in float32 may grow after the first sync, and the least value in nats that is
-multiplied."""
+MAX_GROWTH, MIN_FLOAT32 = 10.0, 1e-6
+"""Largest growth of the mean |difference| in float32 since the first sync, as a factor of its first value, or of
+MIN_FLOAT32 nats if that is larger."""
 
-ROUNDINGS = 4.0
-"""Largest mean |difference| in half precision, in units of the policy's own rounding on the same tokens."""
+MAX_ROUNDINGS = 4.0
+"""Largest mean |difference| in half precision, as a multiple of the policy's own rounding on the same tokens."""
 
-LEAST_ROUNDING = 0.005
-"""Nats; where the policy's own rounding happens to be smaller, as on tokens that are nearly certain."""
+MIN_ROUNDING = 0.005
+"""Lower bound of that rounding, in nats; it is smaller on nearly certain tokens."""
 
 OUTLIER = 1.0
-"""Difference in nats that rounding may cause at one token, which counts where there are few."""
+"""Difference in nats that rounding may cause at a single token; matters only with few tokens."""
 
-UNKNOWN_ROUNDING = 0.04
-"""Nats; assumed where the policy cannot be computed in float32."""
+DEFAULT_ROUNDING = 0.04
+"""Rounding in nats that is assumed if the policy cannot be computed in float32."""
 
-MOST_ERRORS, LEAST_LACK = 6.0, 0.1
-"""Standard errors by which the change of an engine's log-probs may fall short of the policy's, and the share by
-which it may in any case."""
+MAX_ERRORS, MIN_SHORTFALL = 6.0, 0.1
+"""The change of an engine's log-probs may fall short of the policy's by this many standard errors, and always by this
+fraction."""
 
-LEAST_CHANGE = 1e-4
-"""Change of the policy's log-probs, in nats, below which an engine's are not compared with it."""
+MIN_CHANGE = 1e-4
+"""Smallest change of the policy's log-probs, in nats, with which an engine's change is compared."""
 
-LEAST_TENSORS = 0.1
-"""Share of tensors that must differ in the engine's type for log-probs to change."""
+MIN_CHANGED_TENSORS = 0.1
+"""Fraction of the tensors that must differ between two syncs, in the engine's dtype, to expect different log-probs."""
 
 PROBE_PROMPTS, PROBE_TOKENS = 16, 256
-"""Largest number of prompts whose log-probs are compared from sync to sync, and of tokens of each."""
+"""Maximum number of prompts in a `Probe`, and of tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class Measured:
     """Log-probs of the same N tokens, nats, float32 [N] each.
 
     Args:
-        engine: By the engine.
-        rounded: By the policy in the engine's type.
-        exact: By the policy in float32, from its weights rounded to the engine's type; None if that cannot be computed.
+        engine: Computed by the engine.
+        rounded: Computed by the policy in the engine's dtype.
+        exact: Computed by the policy in float32, with weights rounded to the engine's dtype; None if not possible.
     """
 
     engine: Tensor
@@ -73,24 +76,31 @@ class Measured:
         return (self.engine - (self.rounded if self.exact is None else self.exact)).abs()
 
     def limit(self, dtype: Dtype) -> float:
-        """Largest mean |difference| that rounding explains.
+        """Largest mean |difference| that rounding explains, in nats.
 
         Args:
-            dtype: The engine's type.
+            dtype: The engine's dtype.
         """
         if dtype == "float32":
             return FLOAT32_TOLERANCE
         if self.exact is None:
-            rounding = UNKNOWN_ROUNDING
+            rounding = DEFAULT_ROUNDING
         else:
-            rounding = max(float((self.rounded - self.exact).abs().mean()), LEAST_ROUNDING)
-        return ROUNDINGS * rounding + OUTLIER / len(self.engine)
+            rounding = max(float((self.rounded - self.exact).abs().mean()), MIN_ROUNDING)
+        return MAX_ROUNDINGS * rounding + OUTLIER / len(self.engine)
 
 
 def policy_log_probs(
     policy: Policy, sequences: Sequences, dtype: Dtype, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """`rounded` and `exact` of `Measured`, [N] each. If the weights are sharded, all ranks must call it."""
+    """`rounded` and `exact` of `Measured`. Collective if the weights are sharded.
+
+    Args:
+        policy: The policy.
+        sequences: Sequences with N response tokens in total.
+        dtype: The engine's dtype.
+        temperature: Divides the logits.
+    """
 
     def score(half: bool) -> Tensor:
         with torch.autocast(policy.device.type, dtype=getattr(torch, dtype) if half else None, enabled=half):
@@ -99,10 +109,10 @@ def policy_log_probs(
     rounded = score(dtype != "float32")
     if dtype == "float32":
         return rounded, rounded
-    # Shards in half precision are fetched in that type, weights in half precision are not computed with in float32, and
-    # the sum of weights and adapters is not rounded before it is sent.
-    half = any(weight.dtype != torch.float32 for weight in policy.model.parameters())
-    if half or policy.lora is not None or isinstance(policy.model, FSDPModule):
+    # No float32 reference: half-precision weights are not cast up, shards are gathered in half precision, and merged
+    # adapters are rounded only after the sum.
+    half_weights = any(weight.dtype != torch.float32 for weight in policy.model.parameters())
+    if half_weights or policy.lora is not None or isinstance(policy.model, FSDPModule):
         return rounded, None
     with weights_rounded(policy.model, getattr(torch, dtype)):
         return rounded, score(False)
@@ -110,11 +120,12 @@ def policy_log_probs(
 
 @contextmanager
 def weights_rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Computes with weights that are rounded to another type, one module's at a time. Without gradient.
+    """Lets a float32 model compute with weights rounded to another dtype, without gradients. Weights are rounded during
+    the forward of their module only, which needs no copy of the whole model.
 
     Args:
         model: The model, in float32.
-        dtype: The type.
+        dtype: The dtype to round to.
     """
     kept: dict[nn.Parameter, Tensor] = {}
 
@@ -138,11 +149,11 @@ def weights_rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Probe:
-    """Tokens whose log-probs are compared from sync to sync.
+    """Tokens whose log-probs are compared after every sync.
 
     Args:
-        sequences: The first token of each prompt and the rest of it.
-        chosen: Whether each token of the rests counts, bool [N]; shared beginnings count once.
+        sequences: Each prompt, split into its first token and the rest.
+        chosen: Which tokens of the rests to compare, bool [N]; common beginnings are compared once.
     """
 
     sequences: list[tuple[list[int], list[int]]] = field(default_factory=list)
@@ -150,7 +161,7 @@ class Probe:
 
     @classmethod
     def of(cls, prompts: Sequence[list[int]]) -> Probe:
-        """Takes the first prompts, without repetitions."""
+        """A probe of the first distinct prompts."""
         distinct = list(dict.fromkeys(tuple(prompt[:PROBE_TOKENS]) for prompt in prompts if len(prompt) > 1))
         seen: set[int] = set()
         chosen: list[bool] = []
@@ -164,7 +175,13 @@ class Probe:
         return cls(sequences, torch.tensor(chosen, dtype=torch.bool))
 
     def measure(self, policy: Policy, dtype: Dtype, engine: Sequence[Tensor]) -> Measured:
-        """Compares the policy with an engine's log-probs of `sequences`. See `policy_log_probs`."""
+        """Adds the policy's log-probs to an engine's.
+
+        Args:
+            policy: The policy.
+            dtype: The engine's dtype.
+            engine: The engine's log-probs of `sequences`.
+        """
         rounded, exact = policy_log_probs(policy, self.sequences, dtype)
         chosen = self.chosen
         own = torch.cat([torch.empty(0), *engine])[chosen]
@@ -172,73 +189,65 @@ class Probe:
 
 
 def skipped(before: Measured, after: Measured) -> str | None:
-    """Whether the engine still has the weights of the sync before. Its log-probs are then as they were, while the
-    policy's changed, be it only by other rounding.
+    """Whether the engine still has the weights of the previous sync. Its log-probs are then unchanged, whereas the
+    policy's changed, if only by different rounding.
 
     Args:
-        before: After the sync before.
-        after: After a sync whose weights differ in the engine's type.
-
-    Returns:
-        What is wrong with the engine's weights, or None.
+        before: After the previous sync.
+        after: After a sync that sent different weights.
     """
     engine, policy = _rms(after.engine - before.engine), _rms(after.rounded - before.rounded)
     if engine < 0.2 * policy:
-        return f"its log-probs changed by {engine:.2g} nats where the policy's changed by {policy:.2g}"
+        return f"its log-probs changed by {engine:.2g} nats, while the policy's changed by {policy:.2g}"
     return None
 
 
-def apart(first: Measured, after: Measured, dtype: Dtype) -> str | None:
+def deviating(first: Measured, after: Measured, dtype: Dtype) -> str | None:
     """Whether the engine's log-probs differ from the policy's by more than rounding explains.
 
     Args:
         first: After the first sync.
-        after: After a later one.
-        dtype: The engine's type.
-
-    Returns:
-        What is wrong with the engine's weights, or None.
+        after: After a later sync.
+        dtype: The engine's dtype.
     """
     if not len(after.engine):
         return None
     limit = after.limit(dtype)
     if dtype == "float32":
-        limit = min(limit, GROWTH * max(float(first.difference.mean()), LEAST_FLOAT32))
+        limit = min(limit, MAX_GROWTH * max(float(first.difference.mean()), MIN_FLOAT32))
     mean = float(after.difference.mean())
     if mean <= limit:  # never true for NaN
         return None
-    return f"its log-probs differ by {mean:.2g} nats on average, where rounding explains {limit:.2g}"
+    return f"its log-probs differ from the policy's by {mean:.2g} nats on average; rounding explains {limit:.2g}"
 
 
 def incomplete(first: Measured, after: Measured) -> str | None:
-    """Whether a part of the weights has not arrived since the first sync, such as an output head that is never sent.
-    The engine's log-probs have then changed by too little in the direction in which the policy's have: with a slope
-    below 1. Rounding is noise, of which a hundred tokens average out much.
+    """Whether the engine lacks a part of the weights, such as an output head that it never loads.
+
+    The regression of its change since the first sync on the policy's change then has a slope below 1. Rounding is noise
+    that averages out over tokens.
 
     Args:
         first: After the first sync.
-        after: After a later one.
-
-    Returns:
-        What is wrong with the engine's weights, or None.
+        after: After a later sync.
     """
     if first.exact is None or after.exact is None:
         return None
     engine, exact = after.engine - first.engine, after.exact - first.exact
     rounding = (after.rounded - after.exact) - (first.rounded - first.exact)
-    if _rms(exact) < LEAST_CHANGE:
+    if _rms(exact) < MIN_CHANGE:
         return None
     slope = float(engine @ exact / (exact @ exact))
-    # Robust to tokens of different noise (White), and never below the error that the policy's own rounding causes.
+    # White's standard error, since noise differs between tokens; at least the error from the policy's own rounding.
     noise = torch.maximum((engine - slope * exact).abs(), rounding.abs())
     error = float((exact * noise).norm() / (exact @ exact))
-    if 1 - slope > max(MOST_ERRORS * error, LEAST_LACK):
-        return f"its log-probs changed by {slope:.2f} (+- {error:.2f}) of what the policy's changed by"
+    if 1 - slope > max(MAX_ERRORS * error, MIN_SHORTFALL):
+        return f"the change of its log-probs is {slope:.2f} (+- {error:.2f}) of the policy's change"
     return None
 
 
-def bits(weight: Tensor) -> Tensor:
-    """The sum of a tensor's values read as integers: another one for nearly every change, int64 scalar."""
+def checksum(weight: Tensor) -> Tensor:
+    """The sum of a tensor's bit patterns as integers, an int64 scalar. Nearly every change of the tensor changes it."""
     integers = {4: torch.int32, 2: torch.int16}[weight.element_size()]
     return weight.contiguous().view(integers).sum(dtype=torch.int64)
 

@@ -8,7 +8,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -33,10 +32,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PART_TOKENS = 2048
-"""Tokens for which one scoring request computes logits, plus at most one block of the prefix cache."""
+"""Maximum number of tokens for which one scoring request computes logits, up to a block of the prefix cache more."""
 
-LONG_AT_ONCE = 4
-"""Sequences that are scored in parts at the same time."""
+MAX_LONG = 4
+"""Maximum number of sequences that are scored in parts at the same time, so that the cache can hold their prefixes."""
 
 
 class VllmColocateEngine(VllmEngine):
@@ -46,8 +45,8 @@ class VllmColocateEngine(VllmEngine):
     With top-p, top-k or min-p the log-probs are those of the truncated distribution.
 
     Args:
-        dtype: Type of vLLM's weights; null follows `trainer.precision`: bfloat16 for bf16-*, float16 for 16-*, and else
-            the type of the policy's weights.
+        dtype: Type of vLLM's weights; null follows `trainer.precision`: bfloat16 for bf16-*, float16 for 16-*, and
+            otherwise the policy's.
         max_rows: Maximum number of rollouts decoded at once.
         memory: Fraction of the GPU's memory that vLLM uses while awake, for weights and key-value cache.
         cpu_cache_gb: Size of the key-value cache in GiB when there is no GPU.
@@ -191,12 +190,12 @@ class VllmColocateEngine(VllmEngine):
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """Log-probs of given responses, as returned by `Policy.score`. A shared prompt is processed once, except for
         its last tokens if they do not fill a block of the prefix cache. Long sequences are scored in parts, since vLLM
-        may hold the logits of all tokens of a request at once (vllm#5907).
+        may keep the logits of all tokens of a request in memory (vllm#5907).
 
         vLLM computes no log-prob after a token that it finds in its prefix cache, and no setting limits a cache hit to
         the prompt. If the hit includes a part of a response, the missing log-probs are copied from a sibling with the
         same beginning. If no sibling has them, as when the prompt ends at a block boundary, one of these siblings is
-        scored without reading what others have left in the cache.
+        scored without the cached blocks of other sequences.
 
         Raises:
             ConfigError: If the temperature is not 1; vLLM computes log-probs of prompts at temperature 1 only.
@@ -219,11 +218,11 @@ class VllmColocateEngine(VllmEngine):
         return scores
 
     def _score(self, sequences: Sequence[tuple[list[int], list[int]]], alone: bool) -> list[Tensor]:
-        """Log-probs of each response, NaN after tokens that vLLM found in its prefix cache.
+        """Log-probs of each response; NaN where vLLM computed none, after tokens in its prefix cache.
 
         Args:
             sequences: Pairs of prompt and response token ids.
-            alone: Let each sequence find nothing of other sequences in the cache.
+            alone: Whether to hide the cached blocks of other sequences.
         """
         jobs: list[_Scoring] = []
         for mine, pairs in self._gather_from_group(list(sequences)):
@@ -241,12 +240,12 @@ class VllmColocateEngine(VllmEngine):
             keys.add(key)
             running[key] = job
 
-        # A long sequence reads its earlier parts from the cache, so few at a time: the cache has to hold them.
-        long = deque(job for job in jobs if len(job.ends) > 1)
-        for job in (*(job for job in jobs if len(job.ends) == 1), *islice(long, LONG_AT_ONCE)):
-            begin(job)
-        for _ in range(min(LONG_AT_ONCE, len(long))):
-            long.popleft()
+        long = deque(job for job in jobs if job.in_parts)
+        for job in jobs:
+            if not job.in_parts:
+                begin(job)
+        for _ in range(min(MAX_LONG, len(long))):
+            begin(long.popleft())
         for key, done in self._finished(keys):
             job = running.pop(key)
             end = job.ends.pop(0)
@@ -254,7 +253,7 @@ class VllmColocateEngine(VllmEngine):
                 job.fill(scores[job.index], end, done)
             if job.ends:
                 begin(job)
-            elif long and job.in_parts:
+            elif job.in_parts and long:
                 begin(long.popleft())
         return scores
 
@@ -262,7 +261,7 @@ class VllmColocateEngine(VllmEngine):
         from vllm import SamplingParams
 
         end = job.ends[0]
-        logprobs = 0 if end > job.prompt else None  # the end of a long prompt needs none
+        logprobs = 0 if end > job.prompt else None  # only responses are scored
         # By default, vLLM does not read its prefix cache for prompt log-probs.
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=logprobs, skip_reading_prefix_cache=False, detokenize=False
@@ -328,14 +327,14 @@ class VllmColocateEngine(VllmEngine):
 
 @dataclass
 class _Scoring:
-    """A sequence to score.
+    """The scoring of one sequence.
 
     Args:
-        index: Its index in the call; None if it belongs to another rank.
+        index: Index of the sequence; None if it belongs to another rank.
         tokens: Prompt and response.
         prompt: Length of the prompt.
-        ends: Numbers of first tokens of the requests that are still to be made.
-        salt: Salt of its blocks in the prefix cache.
+        ends: The remaining requests, each as the length of the prefix that it scores.
+        salt: Cache salt, which hides the cached blocks of sequences with a different one.
     """
 
     index: int | None
@@ -348,7 +347,7 @@ class _Scoring:
         self.in_parts = len(self.ends) > 1
 
     def fill(self, score: Tensor, end: int, done: Any) -> None:
-        """Writes the log-probs that a request with the first `end` tokens has computed."""
+        """Writes the log-probs that the request for the first `end` tokens computed to `score`."""
         # If vLLM does not report its cache hit, assume that it found everything.
         found = end if done.num_cached_tokens is None else done.num_cached_tokens
         # The first computed position predicts the token after it.
@@ -358,16 +357,17 @@ class _Scoring:
 
 
 def part_ends(prompt: int, response: int, size: int) -> list[int]:
-    """Where the parts end in which a sequence is scored, each from the beginning.
+    """Splits the scoring of a sequence into requests of about `size` new tokens. Returns the length of the prefix that
+    each request scores; it finds the previous prefix in the cache.
 
-    A part has `size` new tokens, and a longer prompt is a part without log-probs. All ends but the last are odd numbers
-    below or beyond the prompt's: a part that fills the blocks of the prefix cache, whose sizes are even, would take the
-    position that predicts the next part's first token.
+    A prompt longer than `size` is a request of its own without log-probs. All lengths but the last are odd: a prefix of
+    whole blocks, whose sizes are even, would be cached up to its last token, and the next request would compute no
+    log-prob for the token after it.
 
     Args:
         prompt: Length of the prompt, in tokens.
         response: Length of the response, in tokens.
-        size: Number of tokens in a part, even.
+        size: Number of new tokens per request, even.
     """
     begin = prompt - 1 - prompt % 2 if prompt > size else -1
     return [*([begin] if begin > 0 else []), *range(begin + size, prompt + response, size), prompt + response]

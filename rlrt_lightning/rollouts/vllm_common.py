@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
 from rlrt_lightning.rollouts.sync_check import (
-    LEAST_TENSORS,
+    MIN_CHANGED_TENSORS,
     Measured,
     Probe,
-    apart,
-    bits,
+    checksum,
+    deviating,
     incomplete,
     policy_log_probs,
     skipped,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rlrt_lightning.policy.model import Policy
 
 HEAD = "lm_head.weight"
-"""The output head, which vLLM may keep apart from the embeddings that it is tied to."""
+"""The output head. It is always sent, since vLLM may keep its own copy of a head that is tied to the embeddings."""
 
 MAX_TEMPERATURE = 2.0
 """The highest temperature that vLLM accepts."""
@@ -43,18 +43,21 @@ class EngineError(ConfigError):
 class VllmEngine(RolloutEngine):
     """Base class of the engine in the training process and the engine on servers.
 
-    After each sync, the first rollouts' log-probs are compared with the policy's (`tolerance`), and those of up to 16
-    prompts with what they were after earlier syncs (`sync_check`). The latter finds a skipped sync of any size, such as
-    one optimizer step with a learning rate of 1e-6, if a tenth of the tensors differ in vLLM's type. A tensor that is
-    not sent is an error at any size. Weights that are sent and that vLLM does not take over are found once they change
-    log-probs by 1e-5 nats in float32, as the output head does in one such step. In half precision they have to account
-    for a tenth of the change since the first sync and for 6 / sqrt(N) times the rounding, where N is the number of
-    prompt tokens (0.01 nats for N = 500 and rounding of 0.04 nats), or for four times the rounding: there, a head alone
-    is found late, and changes little until then.
+    After each sync, the log-probs of the first rollouts are compared with the policy's (`tolerance`), and those of up
+    to 16 prompts with their values after earlier syncs (`sync_check`). What is detected:
+
+    - A tensor that is not sent: always.
+    - A sync that vLLM ignores: at any size of the update, even one optimizer step with a learning rate of 1e-6, if a
+      tenth of the tensors differ in vLLM's dtype.
+    - Tensors that are sent but not loaded, in float32: once they change log-probs by 1e-5 nats, as the output head does
+      in one such step.
+    - The same in half precision: once they account for a tenth of the change since the first sync and for 6 / sqrt(N)
+      times the rounding, where N is the number of prompt tokens (0.01 nats for N = 500 and a rounding of 0.04 nats), or
+      for four times the rounding. A missing head is therefore detected late, but has little effect until then.
 
     Args:
         dtype: Type of vLLM's weights; None uses the type that the trainer computes in.
-        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's in float32; None means
+        tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's in float32; None uses
             `sync_check.Measured.limit`.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
     """
@@ -74,11 +77,11 @@ class VllmEngine(RolloutEngine):
         self._probe: Probe | None = None
         self._first: Measured | None = None
         self._latest: Measured | None = None
-        self._sent: dict[str, Tensor] = {}  # a checksum of each tensor
-        self._changed = False
+        self._sent: dict[str, Tensor] = {}  # the checksum of each tensor
+        self._changed = False  # whether the last sync sent different weights
 
     def dtype_for(self, policy: Policy) -> Dtype:
-        """Type of vLLM's weights: `dtype`, or the trainer's half precision, or the type of the policy's weights."""
+        """Type of vLLM's weights: `dtype` if set, otherwise the trainer's half precision or the policy's dtype."""
         return self.dtype or self.half or policy.dtype
 
     def sync(self, policy: Policy) -> None:
@@ -87,9 +90,9 @@ class VllmEngine(RolloutEngine):
         before, self._sent = self._sent, {}
         self._send_weights(policy)
         if missing := {HEAD, *before} - self._sent.keys():
-            raise EngineError(f"data.engine: a sync did not send {min(missing)}, which would stay outdated in vLLM")
-        differ = [not torch.equal(bits, before[name]) for name, bits in self._sent.items() if name in before]
-        self._changed = not differ or sum(differ) > LEAST_TENSORS * len(differ)
+            raise EngineError(f"data.engine: a sync did not send {min(missing)}, so vLLM has an outdated copy of it")
+        changed = [not torch.equal(value, before[name]) for name, value in self._sent.items() if name in before]
+        self._changed = sum(changed) > MIN_CHANGED_TENSORS * len(changed)
         self._unchecked = self._unprobed = True
 
     def generate(
@@ -124,11 +127,11 @@ class VllmEngine(RolloutEngine):
             yield rollout
 
     def _weights(self, policy: Policy) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights in vLLM's type, as `Policy.merged_weights` yields them."""
+        """`Policy.merged_weights` in vLLM's dtype; records their checksums."""
         dtype = getattr(torch, self.dtype_for(policy))
         for name, weight in policy.merged_weights():
             sent = weight.to(dtype)
-            self._sent[name] = bits(sent)
+            self._sent[name] = checksum(sent)
             yield name, sent
 
     @abstractmethod
@@ -146,8 +149,8 @@ class VllmEngine(RolloutEngine):
         """See `ScoringEngine.score`."""
 
     def _check_change(self, prompts: Sequence[list[int]]) -> None:
-        """Compares the change of vLLM's log-probs since the sync before with the policy's, on prompts of the first
-        call.
+        """Compares the change of vLLM's log-probs since earlier syncs with the policy's, on the first prompts of the
+        run.
 
         Raises:
             EngineError: If vLLM has outdated weights.
@@ -164,7 +167,8 @@ class VllmEngine(RolloutEngine):
             self._first = after
             return
         wrong = (skipped(before, after) if self._changed else None) or incomplete(self._first, after)
-        wrong = wrong or (apart(self._first, after, self.dtype_for(policy)) if self.tolerance is None else None)
+        if wrong is None and self.tolerance is None:
+            wrong = deviating(self._first, after, self.dtype_for(policy))
         if wrong is not None:
             raise EngineError(f"data.engine: after a sync vLLM has outdated weights: {wrong}")
 
@@ -194,8 +198,8 @@ class VllmEngine(RolloutEngine):
 
 
 def head_overrides(policy: Policy) -> dict[str, Any]:
-    """vLLM's `hf_overrides` that have it compute logits in the type in which the policy does. Its weights keep their
-    type; vLLM converts the head's for the product."""
+    """vLLM's `hf_overrides` for an output head in the policy's `head_dtype`. The head's weights keep vLLM's dtype and
+    are converted for the matmul."""
     return {"head_dtype": policy.head_dtype} if policy.head_is_float32 else {}
 
 

@@ -53,7 +53,7 @@ class VllmServerEngine(VllmEngine):
         urls: Addresses of the servers, such as http://127.0.0.1:8000.
         weights: Folder for the weights, at the same path for the trainer and the servers.
         dtype: Type of the weights that are sent, and of the servers' weights; null follows `trainer.precision`:
-            bfloat16 for bf16-*, float16 for 16-*, and else the type of the policy's weights.
+            bfloat16 for bf16-*, float16 for 16-*, and otherwise the policy's.
         concurrency: Maximum number of concurrent requests to each server.
         timeout_s: Timeout of one request, in seconds.
         patience_s: How long to wait for an unresponsive server, in seconds, before the remaining servers take over its
@@ -400,9 +400,10 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
     for flag in flags:
         if (name := flag.partition("=")[0]) in ("--host", "--port", "--model"):
             raise ConfigError(f"serve.flags sets {name}; use serve's --host and --port, or model.policy.path, instead")
-        if name == "--hf-overrides" and head_overrides(policy):  # the last one would replace ours
+        if name == "--hf-overrides" and head_overrides(policy):  # vLLM uses only the last one
             raise ConfigError(
-                "serve.flags sets --hf-overrides, which sets head_dtype here: set model.policy.head_dtype=null"
+                "serve.flags sets --hf-overrides, which would drop the float32 head: also set "
+                "model.policy.head_dtype=null"
             )
     if not _is_loopback(host):
         log.warning(

@@ -13,8 +13,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def half_precision(trainer: Any) -> Dtype | None:
-    """The type that the trainer computes in where that is half precision: bfloat16 for `--trainer.precision=bf16-*`,
-    float16 for `16-*`; None if it computes in the type of the weights."""
+    """The half precision that the trainer computes in: bfloat16 for `--trainer.precision=bf16-*`, float16 for `16-*`;
+    None if it computes in the weights' dtype."""
     precision = str(trainer.precision)
     if precision.startswith("bf16"):
         return "bfloat16"

@@ -1,4 +1,4 @@
-"""The head in float32 under autocast: training, scoring, sampling, with adapters and with weights in bfloat16."""
+"""The float32 head under autocast: training, scoring and sampling, with adapters and with bfloat16 weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def loaded(**settings: Any) -> Policy:
 
 
 def logits_of(policy: Policy) -> torch.Tensor:
-    """Of the tokens that follow two sequences, under autocast."""
+    """Logits of the next token after two sequences, under autocast."""
     ids = torch.tensor([[2, 3, 4, 5], [5, 2, 3, 4]])
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         return policy.next_logits(policy.model, input_ids=ids, use_cache=False)
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_logits_are_those_of_states_and_weights_in_float32(kind: str) -> None:
+def test_logits_are_computed_from_states_and_weights_in_float32(kind: str) -> None:
     policy = loaded(**SETTINGS[kind])
     ids = torch.tensor([[2, 3, 4, 5], [5, 2, 3, 4]])
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
@@ -46,7 +46,7 @@ def test_logits_are_those_of_states_and_weights_in_float32(kind: str) -> None:
     assert head_overrides(policy) == {"head_dtype": "float32"}
 
 
-def test_null_computes_the_head_as_the_rest() -> None:
+def test_null_computes_the_head_in_the_dtype_of_the_rest() -> None:
     policy = loaded(head_dtype=None)
     logits = logits_of(policy)
     assert logits.dtype == torch.bfloat16
@@ -56,7 +56,7 @@ def test_null_computes_the_head_as_the_rest() -> None:
 
 @pytest.mark.parametrize("kind", ["tied", "weights in bfloat16"])
 def test_gradients_reach_head_and_embeddings_in_float32(kind: str) -> None:
-    """Against autograd through logits of whole sequences; chunks are smaller than the batch."""
+    """Compared with autograd through the logits of whole sequences; chunks are smaller than the batch."""
     policy = loaded(logits_chunk=2, **SETTINGS[kind])
     ids, mask, asked = pad_sequences(SEQUENCES, policy.device)
     weight = policy.model.get_output_embeddings().weight
@@ -74,8 +74,8 @@ def test_gradients_reach_head_and_embeddings_in_float32(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"], ids=["own weights", "copy"])
-def test_the_transformers_engine_samples_from_a_head_in_float32(dtype: Any) -> None:
-    """Its log-probs differ from the trainer's by the rounding of the decoder alone."""
+def test_the_transformers_engine_samples_with_a_float32_head(dtype: Any) -> None:
+    """Without the head's rounding, its log-probs are closer to those of the policy in float32."""
     policy, engine = loaded(), TransformersEngine(dtype=dtype)
     rough, other = loaded(head_dtype=None), TransformersEngine(dtype=dtype)
     mean = []

@@ -47,7 +47,7 @@ def test_a_temperature_above_vllms_limit_is_refused_before_drawing() -> None:
         ("64-true", None),
     ],
 )
-def test_vllm_has_the_type_that_the_trainer_computes_in(precision: str, half: Any) -> None:
+def test_vllms_dtype_follows_the_trainers_precision(precision: str, half: Any) -> None:
     engine = VllmServerEngine(["http://127.0.0.1:8000"])
     engine.half = half_precision(SimpleNamespace(precision=precision))
     assert engine.half == half
@@ -103,7 +103,7 @@ def test_log_probs_after_cached_tokens_are_taken_from_a_sibling(block: int) -> N
                 assert torch.equal(got, checksums(*sequence))
 
 
-def test_parts_of_long_sequences_lose_no_position_to_the_cache() -> None:
+def test_parts_of_long_sequences_never_end_at_a_block_boundary() -> None:
     for prompt in range(1, 40):
         for response in range(1, 40):
             *ends, last = part_ends(prompt, response, 8)

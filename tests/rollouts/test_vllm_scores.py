@@ -128,7 +128,7 @@ def test_a_shared_prompt_is_computed_once_for_its_siblings(
 def test_long_sequences_are_scored_in_parts(
     engine: VllmColocateEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM computes logits of few tokens a request, and none of the prompt; the others it has in its cache."""
+    """A request computes logits of few response tokens, and none of the prompt; the rest is cached."""
     monkeypatch.setattr(vllm_colocate, "PART_TOKENS", 100)
     logits: list[int] = []
     finished = VllmColocateEngine._finished
