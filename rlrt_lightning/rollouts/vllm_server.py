@@ -400,7 +400,7 @@ def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: in
     for flag in flags:
         if (name := flag.partition("=")[0]) in ("--host", "--port", "--model"):
             raise ConfigError(f"serve.flags sets {name}; use serve's --host and --port, or model.policy.path, instead")
-        if name == "--hf-overrides" and head_overrides(policy):  # vLLM uses only the last one
+        if name.replace("_", "-").startswith("--hf-overrides") and head_overrides(policy):  # vLLM uses only the last
             raise ConfigError(
                 "serve.flags sets --hf-overrides, which would drop the float32 head: also set "
                 "model.policy.head_dtype=null"

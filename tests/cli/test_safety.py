@@ -251,7 +251,7 @@ def test_serving_on_another_host_warns_and_flags_cannot_set_the_host(caplog: pyt
     with pytest.raises(ConfigError, match=r"serve\.flags sets --host"):
         server_command(Policy(), engine, "127.0.0.1", 8000, ["--host=0.0.0.0"])
     with pytest.raises(ConfigError, match=r"serve\.flags sets --hf-overrides.*model\.policy\.head_dtype=null"):
-        server_command(Policy(), engine, "127.0.0.1", 8000, ["--hf-overrides", "{}"])
+        server_command(Policy(), engine, "127.0.0.1", 8000, ["--hf_overrides", "{}"])
     assert "--trust-remote-code" not in server_command(Policy(), engine, "127.0.0.1", 8000, [])
 
 

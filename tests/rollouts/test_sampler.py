@@ -176,9 +176,8 @@ def test_an_architecture_that_reads_padding_can_score_but_not_sample() -> None:
 
 def test_at_most_max_rows_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made, seen = tiny_policy(), []
-    forward = made.model.forward
-    monkeypatch.setattr(
-        made.model, "forward", lambda **inputs: seen.append(len(inputs["input_ids"])) or forward(**inputs)
-    )
+    decoder = made.model.get_decoder()
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda **inputs: seen.append(len(inputs["input_ids"])) or forward(**inputs))
     draw_rollouts(made, [[5, 6], [7]], 9, Sampling(max_new_tokens=4), max_rows=4)
     assert max(seen) == 4

@@ -13,7 +13,7 @@ import torch
 from rlrt_lightning import Policy, Sampling, StrategySum, VllmColocateEngine
 from rlrt_lightning.policy.padding import pad_sequences
 from rlrt_lightning.rollouts.vllm_common import HEAD, EngineError
-from tests.helpers.command_line import command, scalars
+from tests.helpers.command_line import cli_exit_code, scalars
 
 pytestmark = [
     pytest.mark.skipif(
@@ -110,9 +110,9 @@ def test_vllm_computes_the_head_in_the_policys_head_dtype() -> None:
 
 
 def test_a_run_in_bf16_mixed_trains_with_vllm_in_bfloat16(tmp_path: Path) -> None:
-    flags = ("--trainer.max_epochs=3", "--model.teacher.scored_by=engine", "--data.prompts_per_epoch=16")
-    flags = (*flags, "--trainer.precision=bf16-mixed")
-    assert command("fit", tmp_path, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
+    flags = ("--trainer.max_epochs=3", "--trainer.precision=bf16-mixed", "--data.prompts_per_epoch=16")
+    flags = (*flags, "--model.teacher.scored_by=engine")
+    assert cli_exit_code("fit", tmp_path, *flags, configs=("configs/rollouts/vllm_colocate.yaml",)) == 0
     values = [value for _, value in scalars(tmp_path)["rollout/mismatch_mean"]]
     assert len(values) == 3
     assert all(1e-4 < value < 0.1 for value in values), "both compute in bfloat16"
