@@ -73,9 +73,11 @@ def held(model: Model, strategy: str, ranks: int, teacher: str, lora: bool, base
     return size / ranks if strategy == "fsdp2" else size
 
 
-def fetched(model: Model, strategy: str, size: int) -> float:
-    """Bytes of gathered weights at any time: embeddings, head and norm, the current layer and the next one."""
-    return size * (model.weights - model.layers * model.layer + 2 * model.layer) if strategy == "fsdp2" else 0.0
+def fetched(model: Model, strategy: str, base: int) -> float:
+    """Bytes of gathered weights at any time under bf16-mixed: embeddings, head and norm with `base` bytes per weight,
+    the current layer and the next one in bfloat16."""
+    outside = model.weights - model.layers * model.layer
+    return base * outside + BF16 * 2 * model.layer if strategy == "fsdp2" else 0.0
 
 
 def table(ranks: int) -> str:
@@ -97,7 +99,8 @@ def table(ranks: int) -> str:
                 sizes = []
                 for model in models:
                     kind = "own" if teacher == "own" else "policy"
-                    total = held(model, strategy, ranks, kind, lora, BF16) + fetched(model, strategy, BF16)
+                    gathered = fetched(model, strategy, BF16 if lora else FP32)
+                    total = held(model, strategy, ranks, kind, lora, BF16) + gathered
                     sizes.append(f"{total / GB:.1f}")
                 trained = "adapters (bf16 base)" if lora else "all, float32"
                 where = f"`{strategy}`" if strategy == "ddp" else f"`{strategy}`, {ranks} GPUs"

@@ -95,7 +95,7 @@ def test_a_head_that_vllm_does_not_load_is_detected(
     one_step(policy, lr)
     drop(engine, lambda name: name == HEAD, monkeypatch)
     engine.sync(policy)
-    with pytest.raises(EngineError, match=r"data\.engine: .* outdated weights: .* differ by"):
+    with pytest.raises(EngineError, match=r"data\.engine: .* outdated weights: .* differ from the policy's"):
         draw(engine, policy)
 
 
