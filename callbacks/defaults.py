@@ -35,7 +35,7 @@ CHECKPOINT: dict[str, Any] = {
     "save_last": True,
     "save_on_train_epoch_end": True,
 }
-"""Our defaults for `ModelCheckpoint`. An epoch is saved at its end, before validation."""
+"""Our defaults for `ModelCheckpoint`. An epoch is saved at its end, after its validation."""
 
 
 def default_callbacks(

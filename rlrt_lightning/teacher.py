@@ -84,7 +84,7 @@ class Teacher(nn.Module):
     """
 
     model: PreTrainedModel
-    """Its own weights, where it has a whole copy; not set otherwise."""
+    """The teacher's own weights; set only if it has a full copy."""
 
     def __init__(
         self,

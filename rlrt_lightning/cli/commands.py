@@ -114,10 +114,10 @@ class RLRTCli(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_stream_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """See `LightningCLI.parse_arguments`, which warns of what `__main__` does: words of its own beside sys.argv.
+        """See `LightningCLI.parse_arguments`, which would warn that `__main__` passes arguments besides sys.argv.
 
-        The next hook gets the checkpoint's path back: Lightning would merge the settings that the checkpoint holds into
-        the config, and import the classes that they name. Only the user's config decides what runs.
+        Hides `ckpt_path` from Lightning until the next hook: Lightning would merge the checkpoint's settings into the
+        config and import the classes they name. Here only the user's config decides what runs.
         """
         self.config = parser.parse_args(args)
         settings = self.config[self.config.subcommand]

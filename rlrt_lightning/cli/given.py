@@ -25,17 +25,34 @@ def given(words: Sequence[str]) -> Given:
         Names and values. The value of a class setting is its path; the settings of the class follow under that name.
 
     Raises:
-        ConfigError: If a config file cannot be read or has a duplicate key.
+        ConfigError: If a config file cannot be read, has a duplicate key or names another config.
     """
     found: Given = []
     for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         value = value if equals else after
         if flag in ("--config", "-c"):
-            found += _flatten(read_config(value))
+            found += _in_file(value)
         elif flag.startswith("--"):
-            found.append((flag[2:].rstrip("+").replace(".init_args", ""), value))
+            name = flag[2:].rstrip("+").replace(".init_args", "")
+            found += _in_file(value, name) if _is_config(value) else [(name, value)]
     return found
+
+
+def _in_file(path: str, section: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings in a config file, and in the files that it names for its sections, such as `data: data.yaml`."""
+    for name, value in _flatten(read_config(path), section):
+        if name == "config":  # the parser would read it, but drop those settings that this file sets as well
+            raise ConfigError(f"--config={path}: a config cannot name another one; give each with --config")
+        named = str(Path(path).parent / value) if isinstance(value, str) else ""
+        if _is_config(named):
+            yield from _in_file(named, name)
+        else:
+            yield name, value
+
+
+def _is_config(value: str) -> bool:
+    return value.endswith((".yaml", ".yml")) and Path(value).is_file()
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from contextlib import redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rlrt_lightning.runtime.files import write_whole
-
 TEXT_PACKAGES = ("lightning", "jsonargparse", "torch", "docstring-parser", "typeshed-client", "rich-argparse")
 """Packages whose releases change the text, besides our own files."""
 
@@ -43,7 +41,10 @@ def show(words: Sequence[str], make: Callable[[], object]) -> None:
         make()
     print(output.getvalue(), end="")
     with suppress(OSError):  # without a writable cache, the help is generated each time
-        write_whole(cached, output.getvalue())
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        own = cached.with_suffix(f".{os.getpid()}")  # several processes may generate the same text at once
+        own.write_text(output.getvalue(), encoding="utf-8")
+        own.replace(cached)
 
 
 def cache_folder() -> Path:

@@ -56,7 +56,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 @contextmanager
 def checkpoint_aside(path: Path) -> Iterator[Path]:
-    """`written_aside`, with a disk error as a `ConfigError`.
+    """Like `written_aside`, for a checkpoint: a disk error becomes a `ConfigError`.
 
     Raises:
         ConfigError: If it cannot be written; the temporary file is removed, and what was at `path` is kept.

@@ -1,4 +1,4 @@
-"""Files and folders that are never half there: written under another name, and renamed when they are complete."""
+"""Atomic writes of files and folders: to a temporary path beside the target, renamed when complete."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PART, BEFORE = ".part", ".before"
-"""Suffixes of what is being written, and of the folder that it replaces while the two change places."""
+"""Suffix of an incomplete file or folder, and of the previous folder while it is being replaced."""
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder that is to appear at a path when it is complete. Where it fails nothing of it is
-    left, and what was at the path is still there."""
+    """Yields a temporary path to write a file or folder to, and renames it to `path` on success. On an error the
+    temporary path is removed and whatever was at `path` is kept."""
     aside = path.with_name(path.name + PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,13 +29,13 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8 (`written_aside`)."""
+    """Writes a text file (UTF-8) atomically."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def _rename(aside: Path, path: Path) -> None:
-    """Moves what is complete to its path; a folder cannot replace another one in one go."""
+    """Moves a complete file or folder to its path. A folder cannot replace another, so that is moved away first."""
     before = path.with_name(path.name + BEFORE)
     if (path.is_dir() and not path.is_symlink()) or (aside.is_dir() and path.exists()):
         remove(before)
@@ -46,7 +46,7 @@ def _rename(aside: Path, path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Has the names in a folder reach the disk, where that can be asked for: Windows opens no folders."""
+    """Syncs a folder's entries to disk. Windows cannot open folders, so it does nothing there."""
     try:
         folder = os.open(path, os.O_RDONLY)
     except PermissionError:
@@ -58,7 +58,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
+    """Removes a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

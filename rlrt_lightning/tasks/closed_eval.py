@@ -17,7 +17,7 @@ from typing import Any
 from rlrt_lightning.runtime.errors import ConfigError
 
 CANARY = f"exec('import sys; sys.modules[\"{__name__}\"].ran.append(1)')"
-"""An answer that adds to `ran` where it is run."""
+"""An answer that appends to `ran` if it is executed."""
 ran: list[int] = []
 
 _FUNCTIONS = {"abs", "sqrt", "cbrt", "root"}  # beside sympy's classes
@@ -56,17 +56,17 @@ def _resolve(name: str, *scopes: Mapping[str, Any] | None) -> Any:
 
 
 def close_eval(score: Callable[[str], Any]) -> None:
-    """Puts `closed_eval` in the place of `eval` in the modules of reasoning-gym and in sympy's parser, for good. To be
-    called where answers are scored, which is in the verifier's worker processes.
+    """Replaces `eval` by `closed_eval` in reasoning-gym's modules and in sympy's parser, for the life of the process.
+    Call it in the processes that score answers: the verifier's workers.
 
-    Neither library has a setting for this. That an answer is not run is checked each time, since a release may evaluate
-    answers elsewhere.
+    Neither library has an option for this. A test answer then checks that no answer is executed, because a release may
+    evaluate answers elsewhere.
 
     Args:
         score: Scores an answer.
 
     Raises:
-        ConfigError: If an answer can run code all the same.
+        ConfigError: If an answer can still execute code.
     """
     import sympy.parsing.sympy_parser as parser
 
@@ -79,4 +79,4 @@ def close_eval(score: Callable[[str], Any]) -> None:
             evaluate(CANARY)
     if ran:
         versions = " and ".join(f"{name} {version(name)}" for name in ("reasoning-gym", "sympy"))
-        raise ConfigError(f"data.task: {versions} run code that an answer contains; install earlier releases of them")
+        raise ConfigError(f"data.task: {versions} execute code in answers; install earlier releases")

@@ -246,6 +246,8 @@ def test_an_invalid_seed_in_the_environment_is_refused(
         ("model: {clip_low: 0.1}\nmodel: {clip_high: 0.3}", "model is set twice, in lines 1 and 2"),
         ("data:\n  sampling:\n    top_p: 1\n    top_p: 0.9", "top_p is set twice, in lines 3 and 4"),
         ("data: {task: [{a: 1, a: 2}]}", "a is set twice"),
+        ("data: duplicates.yaml", "duplicates.yaml: seed is set twice, in lines 1 and 2"),
+        ("config: duplicates.yaml", "a config cannot name another one; give each with --config"),
         ("model:", "model: it has to be a mapping of settings; it is null"),
         ("data: [1]", "data: it has to be a mapping of settings; it is [1]"),
         ("data: {sampling: 3}", "data.sampling: it has to be a mapping of settings; it is 3"),
@@ -261,6 +263,7 @@ def test_invalid_config_files_are_refused(
 ) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "duplicates.yaml").write_text("seed: 1\nseed: 2\n")
     assert cli.run_args(f"--config={file}") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line

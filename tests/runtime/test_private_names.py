@@ -1,6 +1,6 @@
-"""What we rely on in other libraries beyond their documented interfaces, each by its name.
+"""The undocumented names of other libraries that we rely on; `rlrt_lightning/runtime/private/` says what for.
 
-A test fails where a release renames or changes one: `rlrt_lightning/runtime/private/` says what it is for.
+A test fails by name if a release renames or changes one.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ VALUES: dict[str, tuple[Callable[[], Any], Any]] = {
 
 
 def parser() -> ArgumentParser:
-    made = ArgumentParser()
-    made.add_argument("--n", type=list[int])
-    return made
+    parser = ArgumentParser()
+    parser.add_argument("--n", type=list[int])
+    return parser
 
 
 def empty_cache() -> DynamicCache:
@@ -97,17 +97,17 @@ def test_a_private_attribute_holds_what_is_read_from_it(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_index_of_shards_names_the_classes_that_are_allowed(tmp_path: Path) -> None:
-    """torch writes the index; where it named another private class, our own folders of shards would be refused."""
+    """If torch named another private class, our own sharded checkpoints would be refused."""
     save({"w": torch.ones(3), "step": 1}, storage_writer=FileSystemWriter(str(tmp_path)), no_dist=True)
     named: set[tuple[str, str]] = set()
 
-    class Noting(Index):
+    class Recorder(Index):
         def find_class(self, module: str, name: str) -> Any:
             named.add((module, name))
             return super().find_class(module, name)
 
     with (tmp_path / ".metadata").open("rb") as file:
-        Noting(file).load()
+        Recorder(file).load()
     assert named >= INDEX_CLASSES
     with pytest.raises(pickle.UnpicklingError, match=r"builtins\.eval"):
         Index(file).find_class("builtins", "eval")
@@ -124,16 +124,16 @@ class Two(Base):
     def __init__(self, a: int = 2, c: int = 2) -> None: ...
 
 
-def test_other_parsers_keep_what_jsonargparse_does_with_a_change_of_class() -> None:
+def test_other_parsers_keep_the_behaviour_of_jsonargparse() -> None:
     theirs = typehints.discard_init_args_on_class_path_change
     words = [f"--base={__name__}.One", "--base.a=5", f"--base={__name__}.Two"]
 
-    def parsed(made: ArgumentParser) -> int:
-        made.add_argument("--base", type=Base)
-        return made.parse_args(words).base.init_args.a
+    def parsed(parser: ArgumentParser) -> int:
+        parser.add_argument("--base", type=Base)
+        return parser.parse_args(words).base.init_args.a
 
     assert parsed(ArgumentParser()) == 5
-    assert parsed(RLRTParser()) == 2, "a class comes with its own defaults"
+    assert parsed(RLRTParser()) == 2, "a class has its own defaults"
     assert typehints.discard_init_args_on_class_path_change is theirs
     with pytest.raises(KeyError), own_defaults():
         raise KeyError
@@ -141,7 +141,7 @@ def test_other_parsers_keep_what_jsonargparse_does_with_a_change_of_class() -> N
 
 
 class Handlers(BoringModel):
-    """Notes the handlers at the moments at which `StopSignal` looks at them."""
+    """Records the signal handlers at the hooks in which `StopSignal` reads them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_lightning_installs_its_handlers_between_setup_and_loaders_and_removes_t
         trainer.fit(model)
         assert model.seen["setup"] is before
         assert model.seen["loader"] is not before
-        assert type(model.seen["loader"]).__module__.partition(".")[0] == "lightning", "how its handlers are known"
+        assert type(model.seen["loader"]).__module__.partition(".")[0] == "lightning", "recognized by module"
         assert trainer.received_sigterm is False
         assert signal.getsignal(signal.SIGTERM) is before
     finally:
@@ -176,13 +176,13 @@ def test_lightning_installs_its_handlers_between_setup_and_loaders_and_removes_t
 
 
 def test_sympys_parser_evaluates_by_the_name_eval_of_its_module() -> None:
-    """In a fresh process, as the name is replaced for good; tests/tasks/test_reasoning_gym.py has reasoning-gym's."""
+    """In a new process, because the name stays replaced. tests/tasks/test_reasoning_gym.py tests reasoning-gym's."""
     code = """
 import sympy.parsing.sympy_parser as parser
 from rlrt_lightning.tasks import closed_eval as closing
 assert 'eval' not in vars(parser)
 parser.parse_expr(closing.CANARY)
-assert closing.ran, 'the canary is not run where it could be'
+assert closing.ran, 'the canary must run before eval is replaced'
 closing.close_eval(parser.parse_expr)
 assert not closing.ran and str(parser.parse_expr('2*x + x')) == '3*x'
 """

@@ -168,7 +168,7 @@ def test_a_release_that_runs_answers_is_refused(name, monkeypatch):
     for module in [parser, *(m for n, m in sys.modules.items() if n.partition(".")[0] == "reasoning_gym")]:
         monkeypatch.setitem(vars(module), "eval", eval)  # put back what other tests have replaced
     monkeypatch.setattr(closing, "closed_eval", eval)
-    with pytest.raises(ConfigError, match=r"^data.task: reasoning-gym .* and sympy .* run code"):
+    with pytest.raises(ConfigError, match=r"^data.task: reasoning-gym .* and sympy .* execute code"):
         task.verify(problem, "<answer>1</answer>")
 
 

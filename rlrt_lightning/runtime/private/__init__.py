@@ -1,4 +1,4 @@
-"""Private names of other libraries for which there is no public one, one module a library.
+"""Private names of other libraries that have no public equivalent, one module per library.
 
-`tests/runtime/test_private_names.py` fails by name where a release changes one of them.
+`tests/runtime/test_private_names.py` fails by name if a release changes one of them.
 """

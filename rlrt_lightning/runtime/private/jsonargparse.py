@@ -1,4 +1,4 @@
-"""Private names of jsonargparse, and of argparse, which it builds on."""
+"""Private names of jsonargparse and of argparse."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 @contextmanager
 def own_defaults() -> Iterator[None]:
-    """Parses such that a class named on the command line or in a config comes with its own defaults.
+    """Gives a class named on the command line or in a config its own defaults.
 
-    jsonargparse has no setting for this, so the function that decides it is replaced while our parser parses; other
-    parsers of the process are not affected. jsonargparse keeps those settings of the old class that the new one has as
-    well: `--model.method=RLSD` over RLRT would keep RLRT's eps_w, a silent error in somebody's comparison.
+    When a class replaces another, jsonargparse keeps the old class's settings that the new one also has:
+    `--model.method=RLSD` over RLRT would silently keep RLRT's eps_w. There is no public option, so the function that
+    decides this is replaced while our parser runs; other parsers in the process are not affected.
     """
     theirs = typehints.discard_init_args_on_class_path_change
     typehints.discard_init_args_on_class_path_change = _discard_settings_of_another_class
@@ -37,19 +37,19 @@ def _discard_settings_of_another_class(parser_or_action: Any, prev_val: Any, val
 
 
 def _same_class(path: str, other: str) -> bool:
-    """Whether two class paths lead to one class, as rlrt_lightning.RLRT and rlrt_lightning.objective.RLRT do."""
+    """Whether two class paths name the same class, such as rlrt_lightning.RLRT and rlrt_lightning.objective.RLRT."""
     if path == other:
         return True
-    with suppress(Exception):  # a path that cannot be imported has its own error elsewhere
+    with suppress(Exception):  # a path that cannot be imported raises its own error elsewhere
         return pkgutil.resolve_name(path) is pkgutil.resolve_name(other)
     return False
 
 
 def actions(parser: ArgumentParser) -> list[Action]:
-    """The settings of a parser, for the messages about wrong ones; neither argparse nor jsonargparse lists them."""
+    """The settings of a parser, which error messages suggest. Neither library lists them publicly."""
     return list(parser._actions)
 
 
 def value_type(action: Action) -> Any:
-    """The type of a setting's value, for the messages about wrong ones; without it they do not name the type."""
+    """The type of a setting's value; without it, error messages do not name the type."""
     return getattr(action, "_typehint", action.type)

@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def saves_within_epochs(callback: ModelCheckpoint) -> dict[str, Any]:
-    """The settings by which a `ModelCheckpoint` saves within epochs, by name.
+    """The settings of a `ModelCheckpoint` that save within epochs, by name.
 
-    Lightning keeps two of them in private attributes only. Without them a run could be saved where it cannot be resumed
+    Two of them are private attributes. Without this check, a checkpoint could be written where a run cannot be resumed
     exactly.
     """
     return {
@@ -25,17 +25,17 @@ def saves_within_epochs(callback: ModelCheckpoint) -> dict[str, Any]:
 def save_last(callback: ModelCheckpoint, trainer: Trainer) -> None:
     """Writes last.ckpt unless the callback has saved since the last optimizer step.
 
-    Lightning's public hooks write it only where the epoch is among the best. Its method names the file, links or copies
-    it, and removes the one before; without it a monitored run would be resumed from an earlier epoch than its last.
+    Lightning's public hooks write it only if the epoch is among the best; a monitored run would then resume from an
+    earlier epoch than its last. The private method names the file, links or copies it, and removes the previous one.
     """
     if callback._last_global_step_saved != trainer.global_step:
         callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
 
 
 def shard_over_all_ranks(strategy: ModelParallelStrategy) -> None:
-    """Has a strategy shard weights over the processes of all nodes, before its device mesh is made.
+    """Makes a strategy shard weights over the processes of all nodes. Call it before the device mesh is created.
 
-    The constructor wants the number of processes, which the trainer sets later; its "auto" is the number of nodes.
-    Without it Lightning refuses the mesh, whose size is not the number of processes.
+    The constructor takes the number of shards, but the trainer sets the number of processes later; "auto" means the
+    number of nodes, so Lightning would reject the mesh for not matching the number of processes.
     """
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 INDEX_CLASSES = {("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-"""What the pickled index of a folder of shards names beside public classes.
+"""Private classes in the pickled index of a sharded checkpoint.
 
-torch unpickles the index without restrictions, so ours is read first, with these alone allowed. Where a release writes
-other names its folders of shards are refused, as if they held code.
+torch unpickles the index without restrictions, so we read it first with a restricted unpickler that allows these. If a
+release writes other names, its sharded checkpoints are refused as if they contained code.
 """
