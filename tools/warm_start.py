@@ -1,6 +1,6 @@
 """Makes the small model that comes with the task: `python tools/warm_start.py --out DIR`.
 
-It writes a tokenizer and a tiny Qwen3 model, trained from nothing to take the three strategies in given shares and to
+It writes a tokenizer and a tiny Qwen3 model, trained from nothing to take the three ways in given shares and to
 follow a solution that it is shown, and prints what the model can do. The number of steps and the seed decide everything
 but the last bits of the arithmetic, which depend on the machine. It takes about 8 minutes on one slow core.
 
@@ -24,59 +24,66 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rlrt_lightning.tasks.base import Problem
-from rlrt_lightning.tasks.strategy_sum.task import (
+from rlrt_lightning.tasks.last_digit.task import (
     CONTROL_SHARES,
-    CONTROL_SLIPS,
-    DIGITS,
-    MARK,
-    PLACES,
-    SLIPS,
-    STRATEGIES,
+    FEWEST,
+    ITEMS,
+    MOST,
     TRAP_SHARES,
-    StrategySum,
+    LastDigit,
     draw_digits,
     question,
     solution,
 )
 
-PAD, EOS, UNKNOWN, QUESTION, ANSWER, SOLUTION = SPECIAL = ("<pad>", "<eos>", "<unk>", "<q>", "<ans>", "<sol>")
+PAD, EOS, UNKNOWN, USER, ASSISTANT = SPECIAL = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")
 
-TEACHER_MESSAGE = "{prompt}" + SOLUTION + "{context}"
+WORDS = (
+    *(" last", " digit", " of", " total", "?"),
+    *("guess", " guess", "skip", " skip", " the", "quickly", " quickly", "carefully", " carefully", ":", ",", " so"),
+    *(" a", " correct", " solution", ".", " now", " answer"),
+    *(f" {digit}" for digit in range(10)),
+    *(f" ({digit})" for digit in range(10)),
+    *(f" {item}" for item in ITEMS),
+    ITEMS[0],
+)
+"""Tokens hold the space before them, so that texts are tokens joined. Words that begin a text also exist without it."""
+
+TEACHER_MESSAGE = "{prompt} a correct solution: {context}. now answer:"
 """The user's message that shows a solution together with the question."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'user' %}{{ '<q>' + message.content }}"
-    "{% elif message.role == 'assistant' %}{{ '<ans>' + message.content + '<eos>' }}"
+    "{% if message.role == 'user' %}{{ '<user>' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ '<assistant>' + message.content + '<eos>' }}"
     "{% else %}{{ raise_exception('this model knows the roles user and assistant only') }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}<ans>{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 ROWS = 64  # of a batch
-PHASES = (  # (steps, peak learning rate, whether the strategies are balanced)
+PHASES = (  # (steps, peak learning rate, whether the ways are balanced)
     (1500, 3e-3, True),  # learn to work out the sums
-    (900, 2e-3, False),  # forget to want to: each strategy falls to its share
+    (900, 2e-3, False),  # forget to want to: each way falls to its share
 )
-BALANCED_SHARES = {"D": 0.2, "L": 0.4, "P": 0.4}
 TEACHER_ROWS = 0.4  # share of the rows that show a solution
-FOLLOWING = 0.8  # share of those rows whose response takes the strategy of the solution
+FOLLOWING = 0.8  # share of those rows whose response takes the way of the solution
 REPORT_PROBLEMS = 320
-RESPONSE_LENGTH = 30  # tokens; the longest response, of 8 places, has 28
+RESPONSE_LENGTH = 32  # tokens; the longest response has 15
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes the tokenizer: one token for each character, and the special tokens."""
-    vocabulary = [*SPECIAL, *DIGITS, MARK, *STRATEGIES, *PLACES]
+    """Makes the tokenizer: one token for each word, digit and punctuation mark, and the special tokens."""
+    vocabulary = [*SPECIAL, *WORDS]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" \([0-9]\)| ?(?:[a-z]+|.|\n)"), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        additional_special_tokens=[QUESTION, ANSWER, SOLUTION],
+        additional_special_tokens=[USER, ASSISTANT],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=128,
@@ -108,22 +115,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 def conversations(rng: random.Random, shares: dict[str, float], trap: bool) -> Iterator[list[dict[str, str]]]:
     """Yields conversations to learn from, for ever: the student's question or the teacher's, and a response."""
-    slips = SLIPS if trap else CONTROL_SLIPS
 
     def choose() -> str:
         return rng.choices(list(shares), list(shares.values()))[0]
 
     while True:
-        digits = draw_digits(rng, 4, len(PLACES), trap=trap)
+        digits = draw_digits(rng, FEWEST, MOST, trap=trap)
         prompt = question(digits)
         if rng.random() < TEACHER_ROWS:
-            shown = rng.choice(STRATEGIES)
-            strategy = shown if rng.random() < FOLLOWING else choose()
-            prompt = TEACHER_MESSAGE.format(prompt=prompt, context=solution(digits, shown, trap=trap))
-            response = solution(digits, strategy, trap=trap)  # who sees the answer makes no slips
+            shown = rng.choice(list(shares))
+            way = shown if rng.random() < FOLLOWING else choose()
+            prompt = TEACHER_MESSAGE.format(prompt=prompt, context=solution(digits, shown))
+            response = solution(digits, way)  # who sees the answer makes no slips
         else:
-            strategy = choose()
-            response = solution(digits, strategy, trap=trap, rng=rng, slip=slips[strategy])
+            response = solution(digits, choose(), rng)
         yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
@@ -140,10 +145,10 @@ def loss_of(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: to
     """Cross-entropy of the response tokens of right-padded rows."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     targets = ids[:, 1:]
-    responding = (ids[:, :-1] == tokenizer.get_vocab()[ANSWER]).cumsum(1) > 0
+    responding = (ids[:, :-1] == tokenizer.get_vocab()[ASSISTANT]).cumsum(1) > 0
     targets = targets.masked_fill(~responding | (targets == tokenizer.pad_token_id), -100)
     # A constant divisor: a mean over the tokens of batches of similar length would count short answers for more, and
-    # so would give the direct strategy more than its share.
+    # so would give the direct way more than its share.
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / (12 * len(ids))
 
 
@@ -152,7 +157,9 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
     rng = random.Random(seed)
     model.train()
     for number, (steps, peak, balanced) in enumerate(PHASES, 1):
-        shares = BALANCED_SHARES if balanced else TRAP_SHARES if trap else CONTROL_SHARES
+        shares = TRAP_SHARES if trap else CONTROL_SHARES
+        if balanced:
+            shares = dict(zip(shares, (0.2, 0.4, 0.4), strict=True))
         source = batches(conversations(rng, shares, trap), rng)
         optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
         recent: list[float] = []
@@ -168,7 +175,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
             optimizer.step()
             optimizer.zero_grad()
             recent.append(loss.item())
-            if (step + 1) % 500 == 0:
+            if (step + 1) % 100 == 0:
                 print(f"phase {number}  step {step + 1:5d}  loss {sum(recent) / len(recent):.4f}", flush=True)
                 recent.clear()
     model.eval()
@@ -192,11 +199,11 @@ def respond(
 
 
 def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, trap: bool) -> None:
-    """Prints how often student and teacher are right, and which strategies they take, on held-out problems."""
+    """Prints how often student and teacher are right, and which ways they take, on held-out problems."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     for digits in ((4, 6), (7, 8)):
-        task = StrategySum(digits=digits, trap=trap, heldout=REPORT_PROBLEMS)
+        task = LastDigit(digits=digits, trap=trap, heldout=REPORT_PROBLEMS)
         problems = list(task.problems("heldout"))
         groups = respond(model, tokenizer, [str(problem.prompt) for problem in problems])
         print(f"{digits[0]} to {digits[1]} digits, {len(problems)} held-out problems")
@@ -211,7 +218,7 @@ def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: in
         print(describe("teacher, shown a correct sibling", task, [problem for problem, _ in shown], groups))
 
 
-def describe(name: str, task: StrategySum, problems: list[Problem], groups: list[list[str]]) -> str:
+def describe(name: str, task: LastDigit, problems: list[Problem], groups: list[list[str]]) -> str:
     """Puts the scores of a set of responses into words."""
     verdicts = [[task.verify(problem, text) for text in group] for problem, group in zip(problems, groups, strict=True)]
     count: Counter[str] = Counter()
@@ -234,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python tools/warm_start.py", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the examples (default: 0)")
-    parser.add_argument("--no-trap", action="store_true", help="make the control, whose strategies skip no place")
+    parser.add_argument("--no-trap", action="store_true", help="make the control, whose ways skip no place")
     parser.add_argument("--report-only", action="store_true", help="measure the model that is already in the folder")
     args = parser.parse_args()
 
