@@ -24,8 +24,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import cell, in_turns, ratios, save, write_model
@@ -169,7 +169,7 @@ def print_tables(found: dict[str, list[dict[str, float]]], variants: list[str], 
                 cells += [cell(ours, digits), *(ratios(values(name, v, length, field), ours) for v in others)]
             print(f"| {name} | {length:,} | {' | '.join(cells)} |")
     print("\nMemory per doubling of the length (2: linear, 4: quadratic):")
-    for short, long in zip(lengths, lengths[1:], strict=False):
+    for short, long in pairwise(lengths):
         for name in PASSES:
             growth = []
             for variant in variants:
@@ -186,7 +186,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="number of layers")
     parser.add_argument("--vocabulary", type=int, default=16384, help="vocabulary size")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; default: bfloat16 on a GPU")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; default: bfloat16 on a GPU"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
     parser.add_argument("--turns", type=int, default=1, help="number of measurements of each case")
     parser.add_argument("--out", help="JSON file for all measurements")

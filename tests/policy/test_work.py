@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlrt_lightning.policy.model import Policy
-from rlrt_lightning.policy.padding import pad_sequences
+from rlrt_lightning.policy.padding import pad_sequences, share_prompts
 from rlrt_lightning.policy.work import Work
 from tests.helpers.tiny import tiny_policy
 
@@ -82,6 +82,29 @@ def test_work_is_that_of_the_flop_counter(prompt: int, monkeypatch: pytest.Monke
     # The last token of a response is not an input.
     shared = made.work.sharing([(prompt, response[1:]) for prompt, response in sequences])
     assert counted(made, sequences) == pytest.approx(shared, rel=0.02)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_training_step_takes_three_times_its_work_and_four_times_the_head(shares: bool) -> None:
+    """The backward pass takes twice the forward pass, and the head's logits are recomputed in it. What is counted and
+    what is predicted for a step in benchmarks/work.py agree for the same reasons."""
+    made = tiny_policy(overrides={"vocab_size": 512})
+    made.model.set_attn_implementation("eager")
+    prompt, response = 40, 16
+    sequences = [([3 + group] * prompt, [4] * response) for group in range(2) for _ in range(4)]
+    ids, mask, responses = pad_sequences(sequences)
+    shared = share_prompts([row[0] for row in sequences]) if shares else None
+    blocks = [(len(sequences), response if shares else prompt + response)]
+    with FlopCounterMode(display=False) as counter:
+        made.log_probs(ids, mask, responses, blocks=blocks, shared=shared)[0].sum().backward()
+    per_token, per_pair = made.work
+    head = 2 * made.model.get_output_embeddings().weight.numel() * response * len(sequences)
+    if shares:
+        decoder = made.work.sharing([(first, then[1:]) for first, then in sequences])
+    else:  # eager attention computes all pairs
+        decoder = len(sequences) * (per_token * (prompt + response) + per_pair * (prompt + response) ** 2)
+    assert head > 0.2 * decoder
+    assert counter.get_total_flops() == pytest.approx(3 * decoder + 4 * head, rel=0.02)
 
 
 QWEN3_4B = Work(per_token=2 * 3.6e9, per_pair=4 * 36 * 32 * 128)
