@@ -1,4 +1,4 @@
-"""Time and peak memory of long sequences: `python benchmarks/long.py`.
+"""Time and peak memory of long sequences: `python benchmarks/long.py` (nine minutes per turn on a CPU).
 
 Two rows, one of which has 4 % of padding on its right, pass through a model with random weights: in `scoring` forward
 without gradients, in `training` forward and backward, both including the log-probs of the response tokens. Variants:
@@ -168,7 +168,7 @@ def print_tables(found: dict[str, list[dict[str, float]]], variants: list[str], 
                 ours = values(name, "ours", length, field)
                 cells += [cell(ours, digits), *(ratios(values(name, v, length, field), ours) for v in others)]
             print(f"| {name} | {length:,} | {' | '.join(cells)} |")
-    print("\nMemory per doubling of the length (2: linear, 4: quadratic):")
+    print("\nMemory per doubling of the length (2: linear, 4: quadratic, less: part of it is constant):")
     for short, long in pairwise(lengths):
         for name in PASSES:
             growth = []
