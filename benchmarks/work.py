@@ -1,4 +1,4 @@
-"""Work of one optimizer step in FLOP, counted without a clock: `python benchmarks/work.py` (about two minutes).
+"""Work of one optimizer step in FLOP, counted without a clock: `python benchmarks/work.py` (one to two minutes).
 
 Counts what a step computes after its rollouts were sampled: the teacher's scores, and forward and backward passes. The
 step is the real one of each trainer, with rollouts from a list: --prompts prompts of --prompt-tokens tokens, with 8
@@ -99,22 +99,9 @@ def right(text: str) -> bool:
 # -- the steps -----------------------------------------------------------------------------------------------------
 
 
-def ours(folder: str, method_name: str, mode: str, args: argparse.Namespace) -> int:
-    from lightning import Trainer
-
-    from rlrt_lightning import (
-        GRPO,
-        RLRT,
-        Policy,
-        Problem,
-        RLRTModule,
-        Rollout,
-        RolloutDataModule,
-        Sampling,
-        Task,
-        Teacher,
-        Verdict,
-    )
+def listed_data(args: argparse.Namespace) -> Any:
+    """A data module whose rollouts come from the list."""
+    from rlrt_lightning import Policy, Problem, Rollout, RolloutDataModule, Sampling, Task, Verdict
     from rlrt_lightning.rollouts import RolloutEngine
 
     class Words(Task):
@@ -137,13 +124,20 @@ def ours(folder: str, method_name: str, mode: str, args: argparse.Namespace) -> 
                     text = self.policy.decode(ids)
                     yield Rollout(group, index, prompt, ids, torch.full((len(ids),), -1.0), truncated=True, text=text)
 
+    sampling = Sampling(max_new_tokens=args.tokens)
+    return RolloutDataModule(Words(), Listed(), sampling, args.prompts, K, minibatches=1, benchmarks={})
+
+
+def ours(folder: str, method: str, mode: str, args: argparse.Namespace) -> int:
+    from lightning import Trainer
+
+    from rlrt_lightning import GRPO, RLRT, Policy, RLRTModule, Teacher
+
     policy = Policy(folder, gradient_checkpointing=mode == "checkpointing")
     policy.load()
-    method = RLRT() if method_name == "RLRT" else GRPO()
-    module = RLRTModule(policy, Teacher("{prompt} {context}"), method, warmup_steps=0)
-    data = RolloutDataModule(
-        Words(), Listed(), Sampling(max_new_tokens=args.tokens), args.prompts, K, minibatches=1, benchmarks={}
-    )
+    teacher = Teacher("{prompt} {context}")
+    module = RLRTModule(policy, teacher, RLRT() if method == "RLRT" else GRPO(), warmup_steps=0)
+    data = listed_data(args)
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -241,14 +235,18 @@ def print_table(found: dict[str, float], limits: dict[str, float], args: argpars
     print(f"{rollouts}, {args.layers} layers of {args.hidden}, V = {args.vocabulary:,}\n")
     print(f"| GFLOP (relative to the minimum) | {' | '.join(MODES.values())} |\n| --- |{' --- |' * len(MODES)}")
     minimum = limits["minimum"]
-    for who, name in NAMES.items():
-        counts = [found.get(f"{who}/{mode}") for mode in MODES]
+
+    def row(name: str, counts: Sequence[float | None]) -> None:
         cells = ["" if count is None else f"{count / 1e9:.0f} ({count / minimum:.2f})" for count in counts]
         print(f"| {name} | {' | '.join(cells)} |")
+
+    for who, name in NAMES.items():
+        row(name, [found.get(f"{who}/{mode}") for mode in MODES])
     if "TRL/plain" in found:  # on a CPU its head computes the logits of the prompts too
-        counts = [count and count - limits["prompts_in_head"] for count in counts]
-        cells = ["" if count is None else f"{count / 1e9:.0f} ({count / minimum:.2f})" for count in counts]
-        print(f"| GRPO, TRL on a GPU (calculated) | {' | '.join(cells)} |")
+        excess = limits["prompts_in_head"]
+        row(
+            "GRPO, TRL on a GPU (calculated)", [found[f"TRL/{m}"] - excess for m in ("plain", "checkpointing")] + [None]
+        )
     relative = [f"{found[f'RLRT/{mode}'] / found[f'GRPO/{mode}']:.2f}" for mode in MODES]
     print(f"| RLRT relative to GRPO | {' | '.join(relative)} |")
     print(f"| minimum for GRPO | {minimum / 1e9:.0f} (1.00) |{' |' * (len(MODES) - 1)}")
