@@ -1,4 +1,4 @@
-"""Work of one optimizer step in FLOP, counted without a clock: `python benchmarks/work.py` (one to two minutes).
+"""Work of one optimizer step in FLOP, counted without a clock: `python benchmarks/work.py` (two to three minutes).
 
 Counts what a step computes after its rollouts were sampled: the teacher's scores, and forward and backward passes. The
 step is the real one of each trainer, with rollouts from a list: --prompts prompts of --prompt-tokens tokens, with 8
