@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,79 @@ def ask(model: str, number: int) -> str:
 def right(completion: str) -> bool:
     """A checksum of the text; True for about half of all completions."""
     return sum(map(ord, completion)) % 2 == 0
+
+
+def write_model(folder: Path, shape: dict[str, Any]) -> None:
+    """Writes a Qwen3 model with random weights, and a tokenizer of the words w1, w2, ... with the same vocabulary size.
+
+    Args:
+        folder: The model's folder.
+        shape: Values of `Qwen3Config`.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    words = {"<end>": 0, **{f"w{i}": i for i in range(1, shape["vocab_size"])}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(folder)
+
+
+def trl_trainer(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Any],
+    reward: Callable[..., list[float]],
+    folder: str,
+    rollouts: int,
+    tokens: int,
+    callbacks: Sequence[Any] = (),
+    **settings: Any,
+) -> Any:
+    """TRL's `GRPOTrainer`, with the objective that ours has.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, with a padding token.
+        prompts: Prompts, as texts or conversations.
+        reward: The reward function.
+        folder: Folder for TRL's files.
+        rollouts: Rollouts per prompt.
+        tokens: Maximum response length.
+        callbacks: Callbacks of the trainer.
+        settings: Further settings of `GRPOConfig`.
+    """
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    defaults: dict[str, Any] = {
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "loss_type": "dapo",
+        "epsilon_high": 0.28,
+    }
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=GRPOConfig(
+            output_dir=folder,
+            num_generations=rollouts,
+            max_completion_length=tokens,
+            **{**defaults, **settings},
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
 
 
 def epochs_of_ours(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Metrics, cell, epochs_of_ours, save
+from common import Metrics, cell, epochs_of_ours, save, write_model
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -37,19 +37,6 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
     "eos_token_id": 0,
 }
-
-
-def write_model(folder: Path, shape: dict[str, Any]) -> None:
-    """Writes a Qwen3 model with random weights, and a tokenizer with the same vocabulary size."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    words = {"<end>": 0, **{f"w{i}": i for i in range(1, shape["vocab_size"])}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    with torch.device("cuda"):
-        Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(folder)
 
 
 @contextmanager

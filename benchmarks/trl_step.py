@@ -32,6 +32,7 @@ from common import (
     ratios,
     right,
     save,
+    trl_trainer,
 )
 
 K = 8
@@ -50,9 +51,7 @@ def ours(args: argparse.Namespace) -> list[Metrics]:
 
 
 def trl(args: argparse.Namespace, **settings: Any) -> list[Metrics]:
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
 
     from rlrt_lightning import Policy
 
@@ -77,32 +76,8 @@ def trl(args: argparse.Namespace, **settings: Any) -> list[Metrics]:
         return [float(right(c if isinstance(c, str) else c[0]["content"])) for c in completions]
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            num_generations=K,
-            max_completion_length=args.tokens,
-            generation_kwargs={"min_new_tokens": args.tokens},
-            max_steps=args.steps + 1,
-            learning_rate=1e-6,
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            loss_type="dapo",
-            epsilon_high=0.28,
-            **settings,
-        )
-        trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=reward,
-            args=config,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=tokenizer,
-            callbacks=[clock],
-        )
+        settings = {"generation_kwargs": {"min_new_tokens": args.tokens}, "max_steps": args.steps + 1, **settings}
+        trainer = trl_trainer(model, tokenizer, prompts, reward, folder, K, args.tokens, callbacks=[clock], **settings)
         trainer.train()
     return [{"seconds": b - a} for a, b in zip(clock.times, clock.times[1:], strict=False)]
 

@@ -22,7 +22,7 @@ from rlrt_lightning.epoch.prompts import PromptReader, read_problems
 from rlrt_lightning.epoch.record import Drawn, EpochRecord, Questions
 from rlrt_lightning.epoch.stream import MOST_MISSES, Position, PromptStream
 from rlrt_lightning.evaluation.sets import Benchmark, EvaluationLoader, read_set
-from rlrt_lightning.policy.forward import TokenCounter
+from rlrt_lightning.policy.work import TokenCounter
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
 from rlrt_lightning.rollouts.base import Stops
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges

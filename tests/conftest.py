@@ -17,6 +17,9 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("random", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("fixed")
 
+# Set before torch is imported: the models are too small for several threads, which would compete between processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 RANK_VARIABLES = ["MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"]
 SHARED = Path(__file__).parents[2] / "shared"
 

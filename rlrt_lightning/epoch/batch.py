@@ -12,7 +12,8 @@ from torch import Tensor
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.objective import Aggregation, DivergenceSettings
 from rlrt_lightning.policy import padding
-from rlrt_lightning.policy.padding import Shared, at_mask, balance, blocks, pad_sequences, worth_sharing
+from rlrt_lightning.policy.padding import Shared, at_mask, balance, blocks, pad_sequences
+from rlrt_lightning.policy.work import Work
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.seeding import derive_seed
@@ -164,7 +165,7 @@ def micro_batches(
     world_size: int = 1,
     totals: Tensor | None = None,
     from_ranks: Callable[[list[tuple[int, int]]], list[list[tuple[int, int]]]] = lambda mine: [mine],
-    share_prompts: bool = False,
+    sharing: Work | None = None,
     seed: tuple[int | str, ...] = (0,),
 ) -> Batches[MicroBatch]:
     """Splits an epoch into mini-batches of whole groups (one optimizer step each), and each mini-batch into exactly
@@ -182,7 +183,8 @@ def micro_batches(
         world_size: Number of ranks whose gradients are averaged.
         totals: `mini_batch_sizes` summed over all ranks; None for one rank.
         from_ranks: Gathers a value from all ranks; sharded weights require the same number of forward passes on each.
-        share_prompts: Whether rollouts share the forward pass of their prompt if this saves enough tokens.
+        sharing: The policy's work per token, to share the forward pass of a prompt where this saves enough; None never
+            shares.
         seed: Names the random streams of the micro-batches.
     """
     if totals is None:
@@ -210,7 +212,7 @@ def micro_batches(
     ]
     return Batches(
         [
-            _collate(epoch, rows, share, temperature, n, share_prompts, derive_seed(*seed, number))
+            _collate(epoch, rows, share, temperature, n, sharing, derive_seed(*seed, number))
             for number, ((rows, share), n) in enumerate(zip(parts, counts, strict=True))
         ]
     )
@@ -235,11 +237,11 @@ def _step_of(epoch: EpochRecord, minibatches: int) -> Tensor:
 
 
 def _collate(
-    epoch: EpochRecord, rows: Tensor, share: float, temperature: float, count: int, share_prompts: bool, seed: int
+    epoch: EpochRecord, rows: Tensor, share: float, temperature: float, count: int, sharing: Work | None, seed: int
 ) -> MicroBatch:
     sequences = [(r.prompt_ids, r.response_ids) for r in (epoch.rollouts[i] for i in rows.tolist())]
     shared, cut = None, blocks(_lengths(epoch, rows), count)
-    if share_prompts and worth_sharing(sequences):
+    if sharing is not None and sharing.worth_sharing(sequences):
         rows = rows[epoch.mask[rows].sum(1).argsort(descending=True, stable=True)]
         shared = padding.share_prompts([epoch.rollouts[i].prompt_ids for i in rows.tolist()])
         cut = blocks([len(epoch.rollouts[i].response_ids) for i in rows.tolist()])

@@ -22,6 +22,7 @@ from rlrt_lightning.epoch.record import Drawn, EpochRecord, Judged, Questions, S
 from rlrt_lightning.objective import Aggregation, Importance, Method, Signals, group_advantages, importance_weights
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.padding import pad_rows
+from rlrt_lightning.policy.work import Work
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.progress import Progress
@@ -240,7 +241,7 @@ def _teacher_entropy(scored: Scored) -> Tensor:
     return pad_rows([found.entropy if found else None for found in scored.teacher], width=scored.mask.shape[1])
 
 
-def pack(record: EpochRecord, settings: EpochSettings, share_prompts: bool) -> Batches[MicroBatch]:
+def pack(record: EpochRecord, settings: EpochSettings, sharing: Work | None) -> Batches[MicroBatch]:
     """Splits the record into micro-batches, in the order of the optimizer steps."""
     return micro_batches(
         record,
@@ -251,7 +252,7 @@ def pack(record: EpochRecord, settings: EpochSettings, share_prompts: bool) -> B
         world_size(),
         sum_over_ranks(mini_batch_sizes(record, settings.minibatches)),
         gather,
-        share_prompts,
+        sharing,
         (settings.seed, "training", record.questions.epoch, rank()),
     )
 
@@ -282,4 +283,4 @@ def make_epoch(
         judged = judge(questions, rollouts, parts.method)
     scored = score(judged, parts, settings, phase)
     record = assign_credit(scored, parts.method, settings)
-    return record, pack(record, settings, parts.policy.shares_prompts)
+    return record, pack(record, settings, parts.policy.work if parts.policy.shares_prompts else None)

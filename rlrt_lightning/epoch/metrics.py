@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.objective.ratios import kl_estimate
-from rlrt_lightning.policy.forward import TokenCounter
+from rlrt_lightning.policy.work import TokenCounter
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.runtime.ranks import Mean, sum_over_ranks
 

@@ -16,28 +16,16 @@ from rlrt_lightning.policy.caching import cache_argument, copy_rows
 from rlrt_lightning.policy.head import logits_from_states
 from rlrt_lightning.policy.log_probs import Compute, in_chunks, token_log_probs
 from rlrt_lightning.policy.lora import TeacherAdapters
-from rlrt_lightning.policy.padding import Shared, at_mask, batches, pad_sequences, share_prompts, worth_sharing
+from rlrt_lightning.policy.padding import Shared, at_mask, batches, pad_sequences, share_prompts
 from rlrt_lightning.policy.sharding import decoder_states, lockstep
 from rlrt_lightning.policy.tokens import TokenSide
+from rlrt_lightning.policy.work import TokenCounter, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache, DynamicCache
 
 log = logging.getLogger(__name__)
-
-
-class TokenCounter:
-    """Counts the tokens of forward passes without gradients, with and without padding."""
-
-    def __init__(self) -> None:
-        self.tokens: Tensor | int = 0  # a tensor on the GPU until it is read, to avoid a synchronization
-        self.padded_tokens = 0
-
-    def add(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        """Counts a forward pass over tokens [B, T]; the attention mask [B, >= T] may also cover cached tokens."""
-        self.tokens = self.tokens + attention_mask[:, -input_ids.shape[1] :].sum()
-        self.padded_tokens += input_ids.numel()
 
 
 class ForwardPasses(TokenSide, nn.Module):
@@ -51,6 +39,11 @@ class ForwardPasses(TokenSide, nn.Module):
     counter: TokenCounter
     _applies_head: bool  # see `_head_matches_model`
     _caches_prompts: bool  # see `_cache_matches_model`
+
+    @property
+    def work(self) -> Work:
+        """The work of the model's forward passes."""
+        return Work.of(self.model.get_decoder() if self._applies_head else self.model, self.config)
 
     @property
     def shares_prompts(self) -> bool:
@@ -180,13 +173,17 @@ class ForwardPasses(TokenSide, nn.Module):
         return in_chunks(compute, logits_of, states, self.logits_chunk, *token_inputs)
 
     def _states(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
-        """The states from which `_tempered_logits` computes the logits of each response token, [R, H]."""
-        states = self._all_states(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        """The states from which `_tempered_logits` computes the logits of each response token, [R, H].
+
+        The model gets no mask: padding on the right is invisible to causal attention, and a mask [B, 1, T, T] would
+        exclude the kernels whose memory grows linearly with T.
+        """
+        states = self._all_states(attention_mask, input_ids=input_ids, use_cache=False)
         return states[:, :-1][response_mask[:, 1:].bool()]
 
-    def _all_states(self, **inputs: Any) -> Tensor:
+    def _all_states(self, mask: Tensor, **inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
-            self.counter.add(inputs["input_ids"], inputs["attention_mask"])
+            self.counter.add(inputs["input_ids"], mask)
         if self._applies_head:
             return decoder_states(self.model, **inputs).last_hidden_state
         return self.model(**inputs).logits
@@ -235,7 +232,7 @@ class ForwardPasses(TokenSide, nn.Module):
         self, sequences: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of sequences: their indices, and the states of their response tokens as in `_states`, [R, H]."""
-        if not self._caches_prompts or not worth_sharing(sequences):
+        if not self._caches_prompts or not self.work.worth_sharing(sequences):
             for chosen in batches([sum(map(len, sequence)) for sequence in sequences], self.score_tokens):
                 yield chosen, self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
             return
@@ -291,6 +288,7 @@ class ForwardPasses(TokenSide, nn.Module):
     def _extend(self, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor:
         """Appends tokens [B, T] to a cache of P tokens and returns their states; mask of both, [B, P+T]."""
         return self._all_states(
+            mask,
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],

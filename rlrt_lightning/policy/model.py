@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast, final
 import torch
 from torch import Tensor
 
-from rlrt_lightning.policy.forward import ForwardPasses, TokenCounter
+from rlrt_lightning.policy.forward import ForwardPasses
 from rlrt_lightning.policy.lora import LoRA, merged
 from rlrt_lightning.policy.sharding import whole
 from rlrt_lightning.policy.tokens import reason
+from rlrt_lightning.policy.work import TokenCounter
 from rlrt_lightning.runtime.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -34,17 +34,6 @@ Shared = tuple[Tensor, Tensor, Tensor]
 """Prompts shared by several rows: token ids [G, P], padded on the left, attention mask [G, P], and the index of each
 row's prompt [B]."""
 
-WORTH_SHARING = 0.9
-"""Prompts are shared if this reduces the number of tokens to less than this fraction."""
-
-
-def worth_sharing(sequences: Sequence[tuple[list[int], list[int]]]) -> bool:
-    """Whether reading each distinct prompt once saves enough tokens; sequences are prompts with their responses."""
-    prompts = {tuple(prompt) for prompt, _ in sequences}
-    responses = sum(len(response) for _, response in sequences)
-    whole = sum(len(prompt) for prompt, _ in sequences) + responses
-    return all(prompts) and sum(map(len, prompts)) + responses < WORTH_SHARING * whole
-
 
 def share_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Shared:
     """Collects the distinct prompts of a batch's rows."""

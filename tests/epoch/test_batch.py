@@ -52,7 +52,7 @@ def test_any_split_into_micro_batches_gives_the_mini_batch_gradient(
     aggregation: Any, accumulate: int, share: bool
 ) -> None:
     made, data = tiny_policy(), random_epoch_record()
-    cut = list(micro_batches(data, 2, accumulate, aggregation, share_prompts=share))
+    cut = list(micro_batches(data, 2, accumulate, aggregation, sharing=made.work if share else None))
     if accumulate == 1:
         assert any(batch.shared is not None for batch in cut) == share
     assert len(cut) == 2 * accumulate

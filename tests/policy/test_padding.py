@@ -113,7 +113,7 @@ def test_responses_that_share_a_prompt_score_the_same_as_alone(architecture: str
     sequences = [(prompts[i % 3], draw(n)) for i, n in enumerate([1, 5, 12, 7, 1, 9, 4, 0, 3])]
     read = []
     states = made._all_states
-    made._all_states = lambda **inputs: read.append(int(inputs["attention_mask"].shape[0])) or states(**inputs)  # type: ignore[method-assign, func-returns-value]
+    made._all_states = lambda mask, **inputs: read.append(len(mask)) or states(mask, **inputs)  # type: ignore[method-assign, func-returns-value]
     together = made.score(sequences, 0.7)
     assert len(read) < 2 * len(sequences)
     for sequence, got in zip(sequences, together, strict=True):

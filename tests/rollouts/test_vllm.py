@@ -369,6 +369,7 @@ def test_a_server_gives_each_prompt_its_room_and_scores_empty_responses(server: 
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_restarted_server_gets_the_policys_weights_again(server: Server, tmp_path: Path) -> None:
     """After its restart it has the weights on disk, which are no longer the policy's."""
     made, engine = embedded(), client(server, tmp_path, check_rollouts=1, concurrency=2)
