@@ -14,13 +14,14 @@ from rlrt_lightning.runtime.ranks import Mean, mean_over_ranks
 from rlrt_lightning.runtime.run_files import claim_path
 
 from .boards import tensorboards
-from .signal_picture import FULL_COLOUR, Picture, Scored, Token, draw, effects, html_page
+from .signal_picture import Picture, Scored, Token, draw, effects, html_page
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
 
 QUANTILES = (0.05, 0.5, 0.95)
+TOWARDS = "the loss pulls the student towards the teacher"
 
 
 class ReversedSignalLogger(Callback):
@@ -151,10 +152,9 @@ def make_picture(module: RLRTModule, epoch: EpochRecord, title: str, count: int)
     """
     rows = choose(epoch, count)
     shown = [describe(module, epoch, i) for i in rows]
-    against, with_teacher = effects(shown)
     pull = epoch.credit.distillation
-    if pull is not None and pull[rows].any():
-        against = with_teacher = "the loss pulls the student towards the teacher"
+    pulls = pull is not None and bool(pull[rows].any())
+    against, with_teacher = (meaning and (TOWARDS if pulls else meaning) for meaning in effects(shown))
     return Picture(title, _remark(module, shown), against, with_teacher, shown)
 
 
@@ -163,10 +163,7 @@ def _remark(module: RLRTModule, shown: list[Scored]) -> str:
     if not shown:
         return "No rollout of this epoch was correct."
     if any(rollout.strongest for rollout in shown):
-        return (
-            "Correct rollouts with the largest difference between student and teacher, one per problem. Colours: "
-            f"D = log P_student - log P_teacher, full from {FULL_COLOUR:g} nats."
-        )
+        return "Correct rollouts, one per problem, with the largest |D|, D = log P_student - log P_teacher."
     if module.method.context == "none":
         reason = "This method has no teacher, so nothing is coloured."
     elif shown[0].context is None:

@@ -61,8 +61,9 @@ class Picture:
     Args:
         title: The epoch, its method and its reward.
         remark: How the rollouts were chosen, or why no token is coloured.
-        against: What the method does with tokens that are less likely for the teacher than for the student.
-        with_teacher: What it does with tokens that are more likely for the teacher.
+        against: What the method does with tokens that are less likely for the teacher than for the student; empty if
+            there are none.
+        with_teacher: The same for tokens that are more likely for the teacher.
         rollouts: The rollouts.
     """
 
@@ -74,13 +75,12 @@ class Picture:
 
     @property
     def legend(self) -> list[tuple[Colour, str]]:
-        """The two colours and their meaning; empty if no token is coloured."""
-        if not any(rollout.strongest for rollout in self.rollouts):
-            return []
-        return [
-            (AGAINST, f"less likely for the teacher than for the student: {self.against}"),
-            (WITH, f"more likely for the teacher than for the student: {self.with_teacher}"),
+        """The colours in use and their meaning."""
+        meanings = [
+            (AGAINST, "less likely for the teacher than for the student", self.against),
+            (WITH, "more likely for the teacher than for the student", self.with_teacher),
         ]
+        return [(rgb, f"{meaning}: {effect}") for rgb, meaning, effect in meanings if effect]
 
 
 def colour(asymmetry: float) -> Colour:
@@ -223,7 +223,8 @@ class _Page:
                         self.pen.text((min(x, _WIDTH - _MARGIN), self.y), "…", _GREY, font)
                         self.y += _LINE
                         return
-                    x, self.y = left, self.y + _LINE
+                    x, self.y, part = left, self.y + _LINE, part.lstrip()
+                    width = self.pen.textlength(part, font)
                 self._piece(part, background, ink, font, x)
                 x += width
         self.y += _LINE
@@ -267,13 +268,14 @@ def _draw_rollout(page: _Page, rollout: Scored) -> None:
 
 def effects(rollouts: Sequence[Scored]) -> tuple[str, str]:
     """What a method did with tokens that are less likely for the teacher, and with those that are more likely: more,
-    less or the same credit as the rollout's advantage."""
-    tokens = [
-        (token.asymmetry, token.advantage - rollout.advantage) for rollout in rollouts for token in rollout.tokens
-    ]
+    less or the same credit as the rollout's advantage. Empty if no such token is shown."""
+    tokens = [(t.asymmetry, t.advantage - rollout.advantage) for rollout in rollouts for t in rollout.tokens]
 
     def effect(sign: int) -> str:
-        change = sum(change for asymmetry, change in tokens if sign * asymmetry >= VISIBLE)
+        changes = [change for asymmetry, change in tokens if sign * asymmetry >= VISIBLE]
+        if not changes:
+            return ""
+        change = sum(changes)
         return "more credit" if change > 1e-6 else "less credit" if change < -1e-6 else "the same credit"
 
     return effect(1), effect(-1)

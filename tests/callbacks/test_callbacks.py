@@ -90,14 +90,16 @@ def test_long_prompts_and_words_stay_within_the_image() -> None:
     assert (image[:, -10:] == 255).all(), "the right margin is empty"
 
 
-def test_the_image_colours_the_words_and_explains_both_colours() -> None:
+def test_the_image_explains_the_colours_of_its_words() -> None:
     def blobs(asymmetry: float) -> set[tuple[int, ...]]:
         rollout = Scored("p", "prompt", "context", 0.6, [token("word", asymmetry)])
-        image = draw(Picture("t", "r", "more", "less", [rollout]))
+        image = draw(Picture("t", "r", *effects([rollout]), [rollout]))
         return {tuple(int(value) for value in pixel) for pixel in image.reshape(-1, 3)}
 
-    assert {colour(1.0), colour(9.0), colour(-9.0)} <= blobs(1.0)
-    assert not {colour(9.0), colour(-9.0)} & blobs(0.01), "nothing is coloured, so there is nothing to explain"
+    against, with_ = colour(9.0), colour(-9.0)
+    assert {colour(1.0), against} <= blobs(1.0)
+    assert {colour(-1.0), with_} <= blobs(-1.0)
+    assert not {against, with_} & blobs(0.01), "nothing is coloured, so there is nothing to explain"
 
 
 def test_the_explanation_names_the_strongest_token_with_its_probabilities() -> None:
@@ -115,6 +117,7 @@ def test_the_colours_are_explained_by_what_the_method_did() -> None:
     assert effect(0.9, 0.3) == ("more credit", "less credit")
     assert effect(0.3, 0.9) == ("less credit", "more credit")
     assert effect(0.6, 0.6) == ("the same credit", "the same credit")
+    assert effects([Scored("p", "prompt", "context", 0.6, [token("x", 1.0, 0.9)])]) == ("more credit", "")
 
 
 def judged_record(contexts: list[str | None]) -> Any:
@@ -148,7 +151,7 @@ def test_the_picture_says_why_nothing_is_coloured() -> None:
         return make_picture(cast(Any, module), data, "t", 6).remark
 
     data = judged_record(["x"] * 12)
-    assert "largest difference" in remark(data, "sibling")
+    assert "largest |D|" in remark(data, "sibling")
     data.credit = replace(data.credit, asymmetry=torch.zeros_like(data.credit.asymmetry))
     assert "agree on every word" in remark(data, "sibling")
     data.contexts = [None] * 12
