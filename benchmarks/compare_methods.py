@@ -223,6 +223,8 @@ def rounded(values: dict[str, float], digits: int) -> dict[str, str]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of runs.csv or labels.csv, with numbers as numbers."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; set --out to train")
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [{k: v if k in ("condition", "method") else float(v) for k, v in row.items()} for row in rows]
@@ -253,9 +255,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [spread([row[name] for row in own]) for name in COLUMNS]
         caught = sum(row["careful end"] < 0.5 for row in own)
         gains = [r["reward"] - rewards["GRPO", r["seed"]] for r in own if ("GRPO", r["seed"]) in rewards]
-        difference = (
-            "-" if method == "GRPO" or len(gains) < 2 else "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(gains))
-        )
+        compared = method != "GRPO" and len(gains) > 1
+        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(gains)) if compared else "-"
         lines.append(f"| {method} | {' | '.join(cells)} | {caught} of {len(own)} | {difference} |")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from PIL import Image
 
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.runtime.errors import ConfigError
@@ -29,8 +30,8 @@ class ReversedSignalLogger(Callback):
 
     Args:
         picture_every_n_epochs: Interval, in epochs and starting with the first, of pictures that show the correct
-            rollouts with the largest |D_t|, one per problem, with each token coloured by D_t: an image in TensorBoard,
-            and `signal/epoch-N.html` in the run's folder. 0 disables them.
+            rollouts with the largest |D_t|, one per problem, with each token coloured by D_t: `signal/epoch-N.html` and
+            `.png` in the run's folder, and the image in TensorBoard. 0 disables them.
         rollouts: Number of rollouts in a picture.
     """
 
@@ -74,9 +75,11 @@ class ReversedSignalLogger(Callback):
 
 def _publish(trainer: Trainer, picture: Picture, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"epoch-{trainer.current_epoch}.html").write_text(html_page(picture), encoding="utf-8")
+    file, image = folder / f"epoch-{trainer.current_epoch}", draw(picture)
+    file.with_suffix(".html").write_text(html_page(picture), encoding="utf-8")
+    Image.fromarray(image).save(file.with_suffix(".png"))
     for board in tensorboards(trainer):
-        board.add_image("signal/rollouts", draw(picture), trainer.global_step, dataformats="HWC")
+        board.add_image("signal/rollouts", image, trainer.global_step, dataformats="HWC")
 
 
 def signal_statistics(epoch: EpochRecord) -> dict[str, float]:

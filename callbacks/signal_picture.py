@@ -111,6 +111,8 @@ def _percent(logp: float) -> str:
 
 # -- HTML ----------------------------------------------------------------------------------------------------------
 
+_HOVER = f"<br>Full colour from {FULL_COLOUR:g} nats. Hover over a token for its values."
+
 _STYLE = """
 :root { color-scheme: light }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -135,7 +137,7 @@ def html_page(picture: Picture) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>"
-        f"<p>{html.escape(picture.remark)} Hover over a token for its values.{legend}</p>\n{sections}\n</body></html>\n"
+        f"<p>{html.escape(picture.remark)}{legend}{legend and _HOVER}</p>\n{sections}\n</body></html>\n"
     )
 
 
