@@ -39,7 +39,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout scored by the teacher. The context is None if the teacher did not score it."""
+    """A rollout with the values of its tokens. The context is None if the teacher did not score it."""
 
     name: str
     prompt: str
@@ -225,7 +225,8 @@ class _Page:
                         self.pen.text((min(x, _WIDTH - _MARGIN), self.y), "…", _GREY, font)
                         self.y += _LINE
                         return
-                    x, self.y, part = left, self.y + _LINE, part.lstrip()
+                    x, self.y = left, self.y + _LINE
+                    part = part if i else part.lstrip()  # after a newline, spaces are indentation
                     width = self.pen.textlength(part, font)
                 self._piece(part, background, ink, font, x)
                 x += width
