@@ -1,8 +1,22 @@
-"""Compares the methods on the embedded task: `python benchmarks/compare_methods.py --out runs/compare`.
+"""Compares the methods on the embedded task, with its trap and without.
+
+    python benchmarks/compare_methods.py --out runs/compare --seeds 200-215
 
 All methods run with the same seeds. A run is the README's command with the method's config and a seed, on one thread.
-Finished runs are skipped. Prints a table of mean and standard deviation over seeds and of the difference from GRPO with
-the same seed, and writes the metrics of every run to `OUT/runs.csv`.
+The control has questions without the trap, and a model that `tools/warm_start.py --no-trap` makes first (about eight
+minutes, kept in OUT/control-weights). Finished runs are skipped, and refused if they had other settings or weights; a
+run that was interrupted starts anew.
+
+Writes to RESULTS, which is OUT unless it is given:
+    runs.csv     metrics of every run
+    labels.csv   reward and share of each way in every epoch of every run
+    labels.png   the shares over the epochs
+and prints the table below. Without --out nothing is trained: the table and the plot are made from the two files.
+
+The table has means ± standard deviations over seeds. A run is caught at the end if less than half of its responses to
+the held-out problems are `careful` after training. "reward minus GRPO's" is the mean difference between runs with the
+same seed, with the paired 95 % interval of Student's t (quantiles from a table, as the standard library has none). It
+assumes that the differences are about normally distributed, which they are not if a few runs are caught.
 
 Questions, sampling and the choice of siblings have separate random streams, so runs with the same seed see the same
 questions in the same order, whatever the method.
@@ -11,13 +25,21 @@ questions in the same order, whatever the method.
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import hashlib
+import json
 import os
-import statistics
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
@@ -31,77 +53,273 @@ METHODS = {
     "GRPO + entropy": "grpo_entropy",
     "DIVER": "diver",
 }
+SOURCES = ("tools/warm_start.py", "rlrt_lightning/tasks/last_digit/task.py")
+"""What the control's model depends on."""
+
+CONDITIONS = ("trap", "control")
+WAYS = ("guess", "skip", "quick", "careful", "other")
 COLUMNS = {  # name in the table: tag, and how the curve is reduced to one number
     "reward": ("rollout/reward", "mean"),
     "avg@8 middle": ("eval/heldout/avg@8", "middle"),
     "avg@8 end": ("eval/heldout/avg@8", "last"),
     "longer end": ("eval/longer/avg@8", "last"),
-    "complete end": ("eval/heldout/labels/complete", "last"),
+    "careful end": ("eval/heldout/labels/careful", "last"),
 }
+T975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+"""97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. Above 30, the last one is slightly too large."""
 
 
-def train(out: Path, method: str, seed: int, extra: list[str]) -> None:
-    folder = out / METHODS[method] / f"seed-{seed}"
+class Run(NamedTuple):
+    """One training run."""
+
+    condition: str
+    method: str
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        return out / self.condition / METHODS[self.method] / f"seed-{self.seed}"
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def make_control_weights(out: Path) -> None:
+    """Makes the control's model in OUT/control-weights, unless it is complete."""
+    folder, made = out / "control-weights", digest_of_sources()
     if (folder / "done").exists():
+        if (folder / "done").read_text() != made:
+            raise SystemExit(
+                f"{folder} was made by another version of {' or '.join(SOURCES)}; delete it to make it anew"
+            )
         return
-    command = [sys.executable, "-m", "rlrt_lightning", "fit", "--config", str(ROOT / "configs" / "rlrt.yaml")]
-    command += ["--config", str(ROOT / "configs" / "methods" / f"{METHODS[method]}.yaml"), f"--seed_everything={seed}"]
-    command += [f"--trainer.logger.save_dir={out / METHODS[method]}", f"--trainer.logger.name=seed-{seed}"]
-    command += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
-    command += ["--reversed_signal.picture_every_n_epochs=0", *extra]
+    shutil.rmtree(folder, ignore_errors=True)
+    print("making the weights of the control, about eight minutes", flush=True)
+    execute([str(ROOT / SOURCES[0]), "--no-trap", "--out", str(folder)], "weights of the control")
+    (folder / "done").write_text(made)
+
+
+def digest_of_sources() -> str:
+    """Changes with the code that makes the control's model, but not with its comments."""
+    trees = [ast.dump(ast.parse((ROOT / path).read_text(encoding="utf-8"))) for path in SOURCES]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()
+
+
+def execute(arguments: list[str], name: str) -> None:
+    """Runs Python on one thread; exits with the end of its messages if it fails."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{method}, seed {seed}: {done.stderr[-2000:]}")
-    (folder / "done").touch()
-    print(f"{method}, seed {seed}: done", flush=True)
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
 
 
-def figures(folder: Path) -> dict[str, float]:
-    from rlrt_lightning.analysis.events import scalars
+def settings(run: Run, out: Path, extra: list[str]) -> list[str]:
+    """The flags that decide a run's results, besides its config files."""
+    flags = [f"--seed_everything={run.seed}", *extra]
+    if run.condition == "control":
+        flags += [f"--model.policy.path={out / 'control-weights'}"]
+        flags += ["--data.task.trap=false", "--data.benchmarks.longer.task.trap=false"]
+    return flags
 
-    (events,) = folder.glob("**/events.out.tfevents.*")
-    curves = scalars(events.parent)
+
+def fingerprint(run: Run, out: Path, extra: list[str]) -> str:
+    """Changes with the settings and the weights of a run."""
+    from rlrt_lightning.policy.model import EMBEDDED
+
+    weights = EMBEDDED if run.condition == "trap" else out / "control-weights"
+    configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in config_files(run)]
+    digest = hashlib.sha256(json.dumps([run, extra, configs]).encode())
+    digest.update((weights / "model.safetensors").read_bytes())
+    return digest.hexdigest()
+
+
+def config_files(run: Run) -> list[Path]:
+    return [ROOT / "configs" / "rlrt.yaml", ROOT / "configs" / "methods" / f"{METHODS[run.method]}.yaml"]
+
+
+def train(run: Run, out: Path, extra: list[str]) -> None:
+    """Trains one run, unless it is finished."""
+    folder, made = run.folder(out), fingerprint(run, out, extra)
+    name = f"{run.condition}, {run.method}, seed {run.seed}"
+    if (folder / "done").exists():
+        if (folder / "done").read_text() != made:
+            raise SystemExit(f"{folder} was trained with other settings or weights; set --out to another folder")
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    command = ["-m", "rlrt_lightning", "fit", *(f"--config={path}" for path in config_files(run))]
+    command += [f"--trainer.logger.save_dir={folder.parent}", f"--trainer.logger.name={folder.name}"]
+    command += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
+    command += ["--reversed_signal.picture_every_n_epochs=0", *settings(run, out, extra)]
+    execute(command, name)
+    (folder / "done").write_text(made)
+    print(f"{name}: done", flush=True)
+
+
+def train_all(runs: list[Run], out: Path, extra: list[str], jobs: int) -> None:
+    """Trains the runs in parallel; the first failure cancels those that have not started."""
+    if any(run.condition == "control" for run in runs):
+        make_control_weights(out)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, run, out, extra) for run in runs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+def summary(curves: dict[str, list[tuple[int, float]]]) -> dict[str, float]:
+    """The values of `COLUMNS` of one run. A label that is missing from an evaluation has the share 0.
+
+    Args:
+        curves: Steps and values of every metric, by tag.
+    """
     values = {}
     for name, (tag, how) in COLUMNS.items():
-        curve = [value for _, value in curves.get(tag, [(0, 0.0)])]
-        values[name] = {"mean": statistics.fmean(curve), "middle": curve[len(curve) // 2], "last": curve[-1]}[how]
+        steps = [step for step, _ in curves["eval/heldout/avg@8" if "/labels/" in tag else tag]]
+        found = dict(curves.get(tag, []))
+        curve = [found.get(step, 0.0) for step in steps]
+        values[name] = {"mean": fmean(curve), "middle": curve[len(curve) // 2], "last": curve[-1]}[how]
     return values
 
 
+def epochs(curves: dict[str, list[tuple[int, float]]]) -> list[dict[str, float]]:
+    """Reward and share of each way in every epoch; a label that is missing from an epoch has the share 0."""
+    shares = {way: dict(curves.get(f"labels/{way}", [])) for way in WAYS}
+    return [
+        {"epoch": epoch, "reward": reward, **{way: shares[way].get(step, 0.0) for way in WAYS}}
+        for epoch, (step, reward) in enumerate(curves["rollout/reward"])
+    ]
+
+
+def collect(runs: list[Run], out: Path, results: Path) -> None:
+    """Writes runs.csv and labels.csv from the events of the runs."""
+    from rlrt_lightning.analysis.events import scalars
+
+    runs_rows, labels_rows = [], []
+    for run in runs:
+        (events,) = run.folder(out).glob("**/events.out.tfevents.*")
+        curves = scalars(events.parent)
+        runs_rows.append({**run._asdict(), **rounded(summary(curves), 4)})
+        labels_rows += [{**run._asdict(), **rounded(row, 3)} for row in epochs(curves)]
+    results.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("runs", runs_rows), ("labels", labels_rows)):
+        with (results / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def rounded(values: dict[str, float], digits: int) -> dict[str, str]:
+    """Numbers as short texts: 0.25 instead of 0.2500."""
+    return {name: f"{round(value, digits):g}" for name, value in values.items()}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of runs.csv or labels.csv, with numbers as numbers."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; set --out to train")
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v if k in ("condition", "method") else float(v) for k, v in row.items()} for row in rows]
+
+
+# -- table ---------------------------------------------------------------------------------------------------------
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown, one table per condition: the trap first, the control below."""
+    parts = []
+    for condition in CONDITIONS:
+        chosen = [row for row in rows if row["condition"] == condition]
+        if chosen:
+            seeds = sorted({int(row["seed"]) for row in chosen})
+            name = {"trap": "With the trap", "control": "Control without the trap"}[condition]
+            parts.append(f"{name}, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):\n\n{table(chosen)}")
+    return "\n\n".join(parts)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One row of Markdown per method."""
+    names = ["method", *COLUMNS, "caught at the end (careful below half)", "reward minus GRPO's (95 % interval)"]
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+    rewards = {(row["method"], row["seed"]): row["reward"] for row in rows}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        cells = [spread([row[name] for row in own]) for name in COLUMNS]
+        caught = sum(row["careful end"] < 0.5 for row in own)
+        gains = [r["reward"] - rewards["GRPO", r["seed"]] for r in own if ("GRPO", r["seed"]) in rewards]
+        compared = method != "GRPO" and len(gains) > 1
+        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(gains)) if compared else "-"
+        lines.append(f"| {method} | {' | '.join(cells)} | {caught} of {len(own)} | {difference} |")
+    return "\n".join(lines)
+
+
 def spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+    """Mean ± standard deviation."""
+    return f"{fmean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+def paired(differences: list[float]) -> tuple[float, float, float]:
+    """The mean of at least two paired differences, and its 95 % interval by Student's t."""
+    mean, freedom = fmean(differences), len(differences) - 1
+    width = T975[min(freedom, len(T975)) - 1] * stdev(differences) / len(differences) ** 0.5
+    return mean, mean - width, mean + width
+
+
+# -- command -------------------------------------------------------------------------------------------------------
+
+
+def seed_range(text: str) -> list[int]:
+    """`200-215` is these seeds, both ends included; `8` is the seeds 0 to 7."""
+    first, dash, last = text.partition("-")
+    try:
+        seeds = list(range(int(first), int(last) + 1)) if dash else list(range(int(first)))
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a range such as 200-215 nor a count such as 8")
+    return seeds
+
+
+def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for the runs; without it nothing is trained")
+    parser.add_argument("--results", type=Path, help="folder for runs.csv, labels.csv and labels.png (default: OUT)")
+    parser.add_argument("--figures", type=Path, help="folder for labels.png (default: RESULTS)")
+    parser.add_argument("--seeds", type=seed_range, default=range(8), help="a range such as 200-215, or a count from 0")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods (default: all)")
+    parser.add_argument("--plotted", nargs="+", choices=METHODS, help="methods in labels.png (default: up to four)")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs")
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True, help="also run the control")
+    parser.add_argument("extra", nargs="*", help="further flags for every run, after --")
+    args = parser.parse_args(words)
+    if not (args.out or args.results):
+        parser.error("set --out to train, or --results to the folder with runs.csv and labels.csv")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and runs.csv")
-    parser.add_argument("--seeds", type=int, default=8, help="number of seeds per method, from 0")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods (default: all)")
-    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs")
-    parser.add_argument("extra", nargs="*", help="further flags for every run, after --")
-    args = parser.parse_args()
-    work = [(method, seed) for seed in range(args.seeds) for method in args.methods]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda w: train(args.out, *w, args.extra), work))
+    from label_plot import plot
 
-    runs = {(m, s): figures(args.out / METHODS[m] / f"seed-{s}") for m, s in work}
-    with (args.out / "runs.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "seed", *COLUMNS])
-        writer.writerows([m, s, *(f"{v:.4f}" for v in values.values())] for (m, s), values in runs.items())
-
-    print(f"\n| method | {' | '.join(COLUMNS)} | reward - GRPO's (seeds above 0) | stuck (complete < 1/2) |")
-    print("| --- |" + " --- |" * (len(COLUMNS) + 2))
-    for method in args.methods:
-        rows = [runs[method, s] for s in range(args.seeds)]
-        cells = [spread([row[c] for row in rows]) for c in COLUMNS]
-        paired = "-"
-        if method != "GRPO" and "GRPO" in args.methods:
-            gains = [row["reward"] - runs["GRPO", s]["reward"] for s, row in enumerate(rows)]
-            paired = f"{statistics.fmean(gains):+.3f} ({sum(g > 0 for g in gains)}/{len(gains)})"
-        stuck = sum(row["complete end"] < 0.5 for row in rows)
-        print(f"| {method} | {' | '.join(cells)} | {paired} | {stuck}/{args.seeds} |")
+    args = arguments()
+    results = args.results or args.out
+    if args.out:
+        conditions = CONDITIONS if args.control else CONDITIONS[:1]
+        runs = [Run(c, m, s) for s in args.seeds for c in conditions for m in args.methods]
+        out = args.out.absolute()
+        train_all(runs, out, args.extra, args.jobs)
+        collect(sorted(runs, key=lambda r: (CONDITIONS.index(r.condition), [*METHODS].index(r.method))), out, results)
+    print(f"\n{tables(read(results / 'runs.csv'))}\n")
+    path = (args.figures or results) / "labels.png"
+    plot(read(results / "labels.csv"), path, args.plotted)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

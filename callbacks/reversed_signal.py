@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from PIL import Image
 
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.runtime.errors import ConfigError
@@ -14,22 +15,23 @@ from rlrt_lightning.runtime.ranks import Mean, mean_over_ranks
 from rlrt_lightning.runtime.run_files import claim_path
 
 from .boards import tensorboards
-from .signal_picture import Scored, Token, draw, html_page
+from .signal_picture import Picture, Scored, Token, draw, effects, html_page
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
 
 QUANTILES = (0.05, 0.5, 0.95)
+TOWARDS = "the loss pulls the student towards the teacher"
 
 
 class ReversedSignalLogger(Callback):
     """Logs D_t = log P_S - log P_T of each epoch's scored rollouts under `signal/`, and shows it token by token.
 
     Args:
-        picture_every_n_epochs: Interval, in epochs and starting with the first, of pictures that show a few correct
-            rollouts with each token coloured by D_t: an image in TensorBoard, and `signal/epoch-N.html` in the run's
-            folder. 0 disables them.
+        picture_every_n_epochs: Interval, in epochs and starting with the first, of pictures that show the correct
+            rollouts with the largest |D_t|, one per problem, with each token coloured by D_t: `signal/epoch-N.html` and
+            `.png` in the run's folder, and the image in TensorBoard. 0 disables them.
         rollouts: Number of rollouts in a picture.
     """
 
@@ -51,35 +53,33 @@ class ReversedSignalLogger(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's signal before training on it."""
         data = cast("RolloutDataModule", cast(Any, trainer).datamodule)
-        epoch = data.epoch
-        module = cast("RLRTModule", pl_module)
-        if epoch is None or module.method.context == "none":
+        epoch, module = data.epoch, cast("RLRTModule", pl_module)
+        if epoch is None:
             return
-        data.rollout_metrics |= mean_over_ranks(signal_statistics(epoch))
+        if module.method.context != "none":
+            self._log(trainer, data, epoch)
         folder = claim_path(trainer, "signal")
-        if not trainer.is_global_zero or not epoch.has_context.any():
-            return
-        scored = epoch.mask & epoch.has_context[:, None]
-        for board in tensorboards(trainer):
-            board.add_histogram("signal/asymmetry", epoch.credit.asymmetry[scored].numpy(), trainer.global_step)
-        if self.picture_every_n_epochs and trainer.current_epoch % self.picture_every_n_epochs == 0:
-            self._picture(trainer, module, epoch, folder)
+        every = self.picture_every_n_epochs
+        if trainer.is_global_zero and every and trainer.current_epoch % every == 0:
+            title = f"{type(module.method).__name__}, epoch {trainer.current_epoch}"
+            title += f", training reward {data.rollout_metrics['rollout/reward']:.2f}"
+            _publish(trainer, make_picture(module, epoch, title, self.rollouts), folder)
 
-    def _picture(self, trainer: Trainer, module: RLRTModule, epoch: EpochRecord, folder: Path) -> None:
-        shown = (epoch.has_context & epoch.correct).nonzero()[:, 0].tolist()
-        # One rollout per problem, sorted by the largest D_t.
-        shown.sort(key=lambda i: -float(epoch.credit.asymmetry[i].max()))
-        of_problem: dict[int, int] = {}
-        for i in shown:
-            of_problem.setdefault(epoch.rollouts[i].group, i)
-        scored = [describe(module, epoch, i) for i in list(of_problem.values())[: self.rollouts]]
-        if not scored:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        title = f"Epoch {trainer.current_epoch}"
-        (folder / f"epoch-{trainer.current_epoch}.html").write_text(html_page(title, scored), encoding="utf-8")
-        for board in tensorboards(trainer):
-            board.add_image("signal/rollouts", draw(title, scored), trainer.global_step, dataformats="HWC")
+    def _log(self, trainer: Trainer, data: RolloutDataModule, epoch: EpochRecord) -> None:
+        data.rollout_metrics |= mean_over_ranks(signal_statistics(epoch))
+        if trainer.is_global_zero and epoch.has_context.any():
+            scored = epoch.mask & epoch.has_context[:, None]
+            for board in tensorboards(trainer):
+                board.add_histogram("signal/asymmetry", epoch.credit.asymmetry[scored].numpy(), trainer.global_step)
+
+
+def _publish(trainer: Trainer, picture: Picture, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file, image = folder / f"epoch-{trainer.current_epoch}", draw(picture)
+    file.with_suffix(".html").write_text(html_page(picture), encoding="utf-8")
+    Image.fromarray(image).save(file.with_suffix(".png"))
+    for board in tensorboards(trainer):
+        board.add_image("signal/rollouts", image, trainer.global_step, dataformats="HWC")
 
 
 def signal_statistics(epoch: EpochRecord) -> dict[str, float]:
@@ -124,6 +124,58 @@ def _quantiles(values: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
     return ranked[(cuts * (len(ranked) - 1)).round().long()]
 
 
+def choose(epoch: EpochRecord, count: int) -> list[int]:
+    """The correct rollouts with the largest |D_t| of a scored token, one per problem, sorted by it. If the teacher
+    scored none of the correct rollouts, the first correct rollout of each problem.
+
+    Args:
+        epoch: The epoch's rollouts with their credit.
+        count: The largest number of rollouts.
+
+    Returns:
+        Indices of rollouts.
+    """
+    correct = epoch.correct & epoch.nonempty
+    scored = correct & epoch.has_context
+    rows = (scored if scored.any() else correct).nonzero()[:, 0].tolist()
+    of_problem: dict[int, int] = {}
+    for i in sorted(rows, key=lambda i: -float(epoch.credit.asymmetry[i].abs().max())):
+        of_problem.setdefault(epoch.rollouts[i].group, i)
+    return list(of_problem.values())[:count]
+
+
+def make_picture(module: RLRTModule, epoch: EpochRecord, title: str, count: int) -> Picture:
+    """Chooses and describes the rollouts of a picture.
+
+    Args:
+        module: The module, with its method and policy.
+        epoch: The epoch's rollouts with their credit.
+        title: Title of the picture.
+        count: The largest number of rollouts.
+    """
+    rows = choose(epoch, count)
+    shown = [describe(module, epoch, i) for i in rows]
+    pull = epoch.credit.distillation
+    pulls = pull is not None and bool(pull[rows].any())
+    against, with_teacher = (meaning and (TOWARDS if pulls else meaning) for meaning in effects(shown))
+    return Picture(title, _remark(module, shown), against, with_teacher, shown)
+
+
+def _remark(module: RLRTModule, shown: list[Scored]) -> str:
+    """One or two sentences below the title: how the rollouts were chosen, and why nothing is coloured if so."""
+    if not shown:
+        return "No rollout of this epoch was correct."
+    if any(rollout.strongest for rollout in shown):
+        return "Correct rollouts, one per problem, with the largest |D|, D = log P_student - log P_teacher."
+    if module.method.context == "none":
+        reason = "This method has no teacher, so nothing is coloured."
+    elif shown[0].context is None:
+        reason = "The teacher scored none of them, so nothing is coloured."
+    else:
+        reason = "Student and teacher agree on every word, so nothing is coloured."
+    return f"Correct rollouts, one per problem. {reason}"
+
+
 def describe(module: RLRTModule, epoch: EpochRecord, row: int) -> Scored:
     """Collects a scored rollout's tokens and their values for a picture."""
     rollout, policy = epoch.rollouts[row], module.policy
@@ -139,4 +191,4 @@ def describe(module: RLRTModule, epoch: EpochRecord, row: int) -> Scored:
         )
         for t, token in enumerate(rollout.response_ids)
     ]
-    return Scored(problem.id, problem.question, epoch.contexts[row] or "", float(epoch.advantages[row]), tokens)
+    return Scored(problem.id, problem.question, epoch.contexts[row], float(epoch.advantages[row]), tokens)

@@ -57,10 +57,10 @@ if TYPE_CHECKING:
     from rlrt_lightning.tasks import (
         DatasetTask,
         ExactMatch,
+        LastDigit,
         MathReward,
         Problem,
         ReasoningGym,
-        StrategySum,
         Task,
         Verdict,
     )

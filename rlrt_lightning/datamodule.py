@@ -33,7 +33,7 @@ from rlrt_lightning.runtime.run_files import claim_metrics
 from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.runtime.stopping import StopSignal
 from rlrt_lightning.runtime.trainer_checks import set_up_trainer
-from rlrt_lightning.tasks import Problem, StrategySum, Task
+from rlrt_lightning.tasks import LastDigit, Problem, Task
 from rlrt_lightning.tasks.sending import pickled
 from rlrt_lightning.tasks.verifier import Verifier
 
@@ -116,7 +116,7 @@ class RolloutDataModule(LightningDataModule):
         )
         if sampling.temperature == 0:
             raise ConfigError("data.sampling.temperature is 0, so all rollouts of a prompt are equal; set it to 1")
-        self.task: Task = task or StrategySum()
+        self.task: Task = task or LastDigit()
         self.engine: RolloutEngine = engine or TransformersEngine()
         self.sampling = sampling
         self.prompts_per_epoch = prompts_per_epoch

@@ -46,7 +46,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 # The constructors use these for null. Set explicitly, they appear in `--print_config`, and their settings can be given
 # without the class (`--data.engine.max_rows=64`, `--data.benchmarks.heldout.samples=4`).
 CLASS_DEFAULTS: dict[str, Any] = {
-    "data.task": {"class_path": "rlrt_lightning.StrategySum"},
+    "data.task": {"class_path": "rlrt_lightning.LastDigit"},
     "data.engine": {"class_path": "rlrt_lightning.TransformersEngine"},
     "data.benchmarks": {"heldout": {}},
 }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = Path(__file__).parents[1] / "tasks" / "strategy_sum" / "model"
+EMBEDDED = Path(__file__).parents[1] / "tasks" / "last_digit" / "model"
 
 
 @final

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rlrt_lightning import ConfigError, Policy
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.callbacks.evaluation import _escape_cell
-from rlrt_lightning.callbacks.signal_picture import Scored, Token, html_page
+from rlrt_lightning.callbacks.signal_picture import Picture, Scored, Token, html_page
 from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, _Server, server_command
 from rlrt_lightning.runtime.credentials import masked, refuse_credentials
@@ -190,9 +190,10 @@ def test_a_data_sets_script_is_never_executed(tmp_path: Path, canary: Path, monk
 
 def test_markup_in_completions_is_escaped() -> None:
     text = "<script>alert(1)</script>` | ![x](http://h)"
-    page = html_page(text, [Scored(text, text, text, 1.0, [Token(text, 1.0, -1.0, -2.0, 1.0, 1.0)])])
+    rollout = Scored(text, text, text, 1.0, [Token(text, 1.0, -1.0, -2.0, 1.0, 1.0)])
+    page = html_page(Picture(text, text, text, text, [rollout]))
     assert "<script" not in page
-    assert page.count("&lt;script&gt;") == 6
+    assert page.count("&lt;script&gt;") == 10
     cell = _escape_cell(text)
     assert cell[1:-1].count("`") == cell.count("|") == 0
 
