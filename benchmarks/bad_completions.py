@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlrt_lightning.tasks import DatasetTask, ExactMatch, MathReward, Problem, ReasoningGym, StrategySum, Task
+from rlrt_lightning.tasks import DatasetTask, ExactMatch, LastDigit, MathReward, Problem, ReasoningGym, Task
 from rlrt_lightning.tasks.verifier import Verifier
 
 ANSWERS = ["73519", r"\frac{173}{377}", "x^{17}+9x-3", r"\{731, 977\}", "(731,977]", r"\text{Evelyn}", "-0.0731"]
@@ -75,7 +75,7 @@ def tasks() -> dict[str, Task]:
         "exact": DatasetTask(train="unused", reward=ExactMatch()),
         "pattern": DatasetTask(train="unused", reward=ExactMatch(pattern=r"(?:answer is|####)\s*(\S+)")),
         "bomb": DatasetTask(train="unused", reward=ExactMatch(pattern=r"((?:[ab]+)+)c")),
-        "strategy": StrategySum(),
+        "last digit": LastDigit(),
     }
     with suppress(ImportError):
         import reasoning_gym  # noqa: F401

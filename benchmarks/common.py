@@ -24,7 +24,11 @@ def question(number: int) -> str:
 
 def ask(model: str, number: int) -> str:
     """A question in the format of the model."""
-    return question(number) if model != "embedded" else f"a{number % 10}b{number // 10 % 10}c{number % 7}d1"
+    from rlrt_lightning.tasks import last_digit
+
+    if model != "embedded":
+        return question(number)
+    return last_digit.question([number % 10, number // 10 % 10, number % 7, 1])
 
 
 def right(completion: str) -> bool:
@@ -142,6 +146,7 @@ def epochs_of_ours(
     from rlrt_lightning import Policy, Problem, RLRTModule, RolloutDataModule, Sampling, Task, Teacher, Verdict
     from rlrt_lightning.callbacks import TeacherRefresh
     from rlrt_lightning.rollouts import TransformersEngine
+    from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 
     class Parity(Task):
         isolated = False
@@ -167,7 +172,7 @@ def epochs_of_ours(
     policy = Policy(path=model, dtype=dtype)  # type: ignore[arg-type]
     if fixed_length:
         policy.end_tokens = [-1]
-    template = "{prompt}<sol>{context}" if model == "embedded" else None
+    template = TEACHER_TEMPLATE if model == "embedded" else None
     module = RLRTModule(
         policy=policy,
         teacher=Teacher(template),

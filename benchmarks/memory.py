@@ -125,6 +125,7 @@ def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
     from rlrt_lightning.policy.lora import LoRA
     from rlrt_lightning.policy.model import Policy
     from rlrt_lightning.policy.sharding import FSDP2Strategy
+    from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
     from rlrt_lightning.teacher import Teacher
 
     seen: dict[str, int] = {}
@@ -153,7 +154,7 @@ def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
     )
     module = RLRTModule(
         Policy(str(folder), lora=LoRA() if lora else None),
-        Teacher("{prompt}<sol>{context}"),
+        Teacher(TEACHER_TEMPLATE),
         method=RLRT(context="answer", success_threshold=-1.0),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6),
     )

@@ -28,7 +28,7 @@ def run4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_logs_all_expected_metrics_without_nan(run4: Path) -> None:
     curves = scalars(run4)
     expected = """rollout/reward rollout/correct rollout/length rollout/truncated rollout/faults rollout/entropy
-        rollout/overlong_prompts groups/mixed groups/all_correct groups/all_wrong labels/direct
+        rollout/overlong_prompts groups/mixed groups/all_correct groups/all_wrong labels/guess
         train/loss train/clip_fraction train/entropy train/kl train/grad_norm train/lr
         train/empty_steps faults/rollouts faults/skipped_steps
         time/sync time/rollout time/verify time/teacher time/train

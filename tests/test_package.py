@@ -17,7 +17,7 @@ from tests.helpers.processes import ROOT
 
 PRINT_CALLBACKS_PATH = """
 import rlrt_lightning, rlrt_lightning.callbacks as c
-from rlrt_lightning import Policy, StrategySum
+from rlrt_lightning import Policy, LastDigit
 Policy().tokenizer
 assert c.TeacherRefresh.__module__ == "rlrt_lightning.callbacks.teacher_refresh", c.TeacherRefresh.__module__
 print(c.__file__)
@@ -87,7 +87,7 @@ def test_an_installed_package_has_the_callbacks_and_the_model(how: str, tmp_path
         (wheel,) = tmp_path.glob("*.whl")
         names = zipfile.ZipFile(wheel).namelist()
         assert not any(name.startswith(("callbacks/", "tests/", "configs/")) for name in names)
-        assert "rlrt_lightning/tasks/strategy_sum/model/model.safetensors" in names
+        assert "rlrt_lightning/tasks/last_digit/model/model.safetensors" in names
         own = {f"rlrt_lightning/callbacks/{file.name}" for file in (ROOT / "callbacks").glob("*.py")}
         assert own == {name for name in names if name.startswith("rlrt_lightning/callbacks/")}
         zipfile.ZipFile(wheel).extractall(tmp_path / "site")

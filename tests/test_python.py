@@ -17,15 +17,16 @@ from rlrt_lightning import (
     SDPO,
     Benchmark,
     ConfigError,
+    LastDigit,
     Policy,
     RLRTModule,
     RolloutDataModule,
     Sampling,
-    StrategySum,
     Teacher,
 )
 from rlrt_lightning.callbacks import Evaluation, ReversedSignalLogger, TeacherRefresh
 from rlrt_lightning.runtime.run_files import run_folder
+from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
 from tests.helpers.marks import slow_except
 
@@ -36,12 +37,12 @@ OURS += ["RankGuard", "NumberGuard", "CollapseGuard", "RunCheckpoint"]
 def module() -> RLRTModule:
     """The module of configs/rlrt.yaml."""
     adamw = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0)  # noqa: E731
-    return RLRTModule(Policy(), Teacher("{prompt}<sol>{context}"), optimizer=adamw, warmup_steps=0)
+    return RLRTModule(Policy(), Teacher(TEACHER_TEMPLATE), optimizer=adamw, warmup_steps=0)
 
 
 def data(**settings: Any) -> RolloutDataModule:
     """The data module of configs/rlrt.yaml and tests/test_fit.py."""
-    longer = Benchmark(task=StrategySum(digits=(7, 8)), limit=3)
+    longer = Benchmark(task=LastDigit(digits=(7, 8)), limit=3)
     benchmarks = {"heldout": Benchmark(limit=6), "longer": longer}
     given = {"sampling": Sampling(max_new_tokens=30), "prompts_per_epoch": 8, "benchmarks": benchmarks, **settings}
     return RolloutDataModule(**given)

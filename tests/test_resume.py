@@ -26,6 +26,7 @@ from rlrt_lightning import (
 from rlrt_lightning.resume import FORMAT, KEY, check, digest, of_object, rebuilt, settings
 from rlrt_lightning.runtime.optimizers import WarmUp, keep_settings, probe
 from rlrt_lightning.tasks import Problem
+from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 from tests.helpers.command_line import cli_exit_code, weights
 
 
@@ -160,7 +161,7 @@ def test_changed_data_in_the_same_file_is_refused(tmp_path: Path, capfd: pytest.
 
 
 def test_a_resume_from_python_is_checked_too(run2: Path, tmp_path: Path) -> None:
-    module = RLRTModule(Policy(), Teacher(template="{prompt}<sol>{context}"), GRPO(), warmup_steps=0)
+    module = RLRTModule(Policy(), Teacher(template=TEACHER_TEMPLATE), GRPO(), warmup_steps=0)
     data = RolloutDataModule(prompts_per_epoch=8)
     trainer = Trainer(
         max_epochs=3,
@@ -269,7 +270,7 @@ def test_a_checkpoint_loads_without_a_trainer(run2: Path) -> None:
             name: float(w.sum()) for name, w in state.items()
         }
         assert type(module.method).__name__ == ("GRPO" if parts else "RLRT")
-    assert RLRTModule.load_from_checkpoint(last_checkpoint(run2)).teacher.template == "{prompt}<sol>{context}"
+    assert RLRTModule.load_from_checkpoint(last_checkpoint(run2)).teacher.template == TEACHER_TEMPLATE
     prompt = module.policy.tokenizer("12+34", return_tensors="pt", add_special_tokens=False)
     assert module.policy.model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
 

@@ -29,6 +29,7 @@ from rlrt_lightning.tasks.last_digit.task import (
     FEWEST,
     ITEMS,
     MOST,
+    TEACHER_TEMPLATE,
     TRAP_SHARES,
     LastDigit,
     draw_digits,
@@ -48,9 +49,6 @@ WORDS = (
     ITEMS[0],
 )
 """Tokens hold the space before them, so that texts are tokens joined. Words that begin a text also exist without it."""
-
-TEACHER_MESSAGE = "{prompt} a correct solution: {context}. now answer:"
-"""The user's message that shows a solution together with the question."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -125,7 +123,7 @@ def conversations(rng: random.Random, shares: dict[str, float], trap: bool) -> I
         if rng.random() < TEACHER_ROWS:
             shown = rng.choice(list(shares))
             way = shown if rng.random() < FOLLOWING else choose()
-            prompt = TEACHER_MESSAGE.format(prompt=prompt, context=solution(digits, shown))
+            prompt = TEACHER_TEMPLATE.format(prompt=prompt, context=solution(digits, shown))
             response = solution(digits, way)  # who sees the answer makes no slips
         else:
             response = solution(digits, choose(), rng)
@@ -213,7 +211,7 @@ def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: in
             for problem, group in zip(problems, groups, strict=True)
             if (right := [text for text in group if task.verify(problem, text).correct])
         ]
-        messages = [TEACHER_MESSAGE.format(prompt=problem.prompt, context=text) for problem, text in shown]
+        messages = [TEACHER_TEMPLATE.format(prompt=problem.prompt, context=text) for problem, text in shown]
         groups = respond(model, tokenizer, messages)
         print(describe("teacher, shown a correct sibling", task, [problem for problem, _ in shown], groups))
 

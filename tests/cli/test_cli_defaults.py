@@ -20,10 +20,10 @@ Parse = Callable[..., Namespace]
 
 RLRT_09 = "model: {method: {class_path: RLRT, init_args: {lam: 0.3, eps_w: 0.9}}}"
 ADAMW = "model: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.1, weight_decay: 0.5}}}"
-SUMS = "data: {task: {class_path: StrategySum, init_args: {heldout: 7, seed: 9}}}"
+SUMS = "data: {task: {class_path: LastDigit, init_args: {heldout: 7, seed: 9}}}"
 MATH = "data: {task: {class_path: DatasetTask, init_args: {train: a.jsonl, heldout: b.jsonl, reward: MathReward}}}"
 STOPPING = "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: m, mode: max, verbose: true}}]}"
-BENCHMARK = "data: {benchmarks: {b: {samples: 4, task: {class_path: StrategySum, init_args: {heldout: 7, seed: 9}}}}}"
+BENCHMARK = "data: {benchmarks: {b: {samples: 4, task: {class_path: LastDigit, init_args: {heldout: 7, seed: 9}}}}}"
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_another_class_in_a_list_or_dict_has_its_own_defaults(parse: Parse) -> N
 def test_settings_of_default_classes_need_no_class_name(parse: Parse) -> None:
     flags = ["--data.task.trap=false", "--data.engine.max_rows=8", "--data.benchmarks.heldout.samples=3"]
     data = parse(*flags, "--model.policy.path=here", "--model.teacher.max_context_tokens=9").data
-    assert (name_of(data.task), data.task.init_args.trap) == ("StrategySum", False)
+    assert (name_of(data.task), data.task.init_args.trap) == ("LastDigit", False)
     assert (name_of(data.engine), data.engine.init_args.max_rows) == ("TransformersEngine", 8)
     assert data.benchmarks["heldout"].samples == 3
 
@@ -169,7 +169,7 @@ def test_settings_of_default_classes_need_no_class_name(parse: Parse) -> None:
         ("--trainer.max_epoch=3", "there is no setting --trainer.max_epoch (did you mean --trainer.max_epochs?)"),
         ("--model.method.epsw=1", "model.method.epsw: RLRT has no setting epsw (did you mean eps_w?)"),
         ("model: {method: {class_path: GRPO, init_args: {eps_w: 1}}}", "model.method.eps_w: GRPO has no setting eps_w"),
-        ("--data.task.digts=[1, 2]", "data.task.digts: StrategySum has no setting digts (did you mean digits?)"),
+        ("--data.task.digts=[1, 2]", "data.task.digts: LastDigit has no setting digts (did you mean digits?)"),
         ("--data.benchmarks.a.tsk=x", "data.benchmarks.a.tsk: Benchmark has no setting tsk (did you mean task?)"),
         ("--data.task=ReasoningGym", "data.task.name: ReasoningGym needs a value for name"),
         ("--model.method.eps_w=abc", "model.method.eps_w: it has to be float; it is abc"),

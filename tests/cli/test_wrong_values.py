@@ -181,8 +181,8 @@ def test_values_of_a_wrong_type_are_refused_by_name(cli: Ready, capsys: pytest.C
         ),
         (["--model.policy.lora.rank=0"], "model.policy.lora.rank is 0; it has to be at least 1"),
         (
-            ["--model.method=rlrt_lightning.StrategySum"],
-            "model.method: rlrt_lightning.StrategySum is not a subclass of",
+            ["--model.method=rlrt_lightning.LastDigit"],
+            "model.method: rlrt_lightning.LastDigit is not a subclass of",
         ),
         (["--model.method=rlrt_lightning.Foo"], "model.method: there is no class rlrt_lightning.Foo: module"),
         (["--lr=1"], "there is no setting --lr (did you mean --model.optimizer.lr?)"),

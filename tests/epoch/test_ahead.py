@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlrt_lightning import ConfigError, Policy, Rollout, Sampling, StrategySum, TransformersEngine
+from rlrt_lightning import ConfigError, LastDigit, Policy, Rollout, Sampling, TransformersEngine
 from tests.helpers.command_line import cli_exit_code, scalars
 from tests.helpers.epochs import fit_and_record
 
@@ -55,13 +55,13 @@ AHEAD: dict[str, Any] = {"ahead": True, "rescore": True, "prompts_per_epoch": 8,
 
 def test_each_epoch_is_drawn_with_the_weights_before_the_last_updates(tmp_path: Path) -> None:
     engine = OwnModelEngine()
-    recorder, _ = fit_and_record(tmp_path, StrategySum(), epochs=4, engine=engine, **AHEAD)
+    recorder, _ = fit_and_record(tmp_path, LastDigit(), epochs=4, engine=engine, **AHEAD)
     assert len(engine.rounds) == 4, "nothing is drawn after the last epoch"
     first, second, third, fourth = engine.rounds
     assert torch.equal(first, second), "the second epoch is drawn before the first update"
     assert not torch.equal(second, third)
     assert not torch.equal(third, fourth)
-    plain, _ = fit_and_record(tmp_path, StrategySum(), epochs=4, engine=OwnModelEngine(), **{**AHEAD, "ahead": False})
+    plain, _ = fit_and_record(tmp_path, LastDigit(), epochs=4, engine=OwnModelEngine(), **{**AHEAD, "ahead": False})
     for ahead, now in zip(recorder.epochs, plain.epochs, strict=True):
         assert [p.id for p in ahead.problems] == [p.id for p in now.problems], "the same prompts in the same order"
     (ahead, now) = (recorder.epochs[1], plain.epochs[1])
@@ -75,7 +75,7 @@ def test_each_epoch_is_drawn_with_the_weights_before_the_last_updates(tmp_path: 
 
 def test_an_engine_error_while_drawing_ahead_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the server is gone"):
-        fit_and_record(tmp_path, StrategySum(), epochs=3, engine=OwnModelEngine(fails_in_round=1), **AHEAD)
+        fit_and_record(tmp_path, LastDigit(), epochs=3, engine=OwnModelEngine(fails_in_round=1), **AHEAD)
 
 
 def test_a_resumed_run_trains_on_the_rollouts_drawn_ahead(tmp_path: Path) -> None:
@@ -101,4 +101,4 @@ def test_ahead_without_a_suitable_engine_or_rescoring_is_refused(
     settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=f"data.ahead is true, but .*{message}"):
-        fit_and_record(tmp_path, StrategySum(), **{**AHEAD, **settings})
+        fit_and_record(tmp_path, LastDigit(), **{**AHEAD, **settings})

@@ -15,12 +15,12 @@ from lightning import Trainer
 from rlrt_lightning import (
     Benchmark,
     ConfigError,
+    LastDigit,
     Policy,
     RLRTModule,
     Rollout,
     RolloutDataModule,
     Sampling,
-    StrategySum,
     Teacher,
     TransformersEngine,
     VllmServerEngine,
@@ -38,7 +38,7 @@ def test_every_problem_is_drawn_once_before_any_is_repeated(tmp_path: Path) -> N
 
 
 def test_the_teacher_scores_only_rollouts_whose_credit_it_can_change(tmp_path: Path) -> None:
-    recorder, _ = fit_and_record(tmp_path, StrategySum(), epochs=3, prompts_per_epoch=16, rollouts_per_prompt=8)
+    recorder, _ = fit_and_record(tmp_path, LastDigit(), epochs=3, prompts_per_epoch=16, rollouts_per_prompt=8)
     for epoch in recorder.epochs:
         scored = epoch.has_context
         assert scored.any()
@@ -64,7 +64,7 @@ def test_more_micro_batches_than_rollouts_keep_weights_finite(tmp_path: Path) ->
 def test_the_number_of_micro_batches_does_not_change_the_update(tmp_path: Path) -> None:
     weights = []
     for accumulate in (1, 3):
-        _, module = fit_and_record(tmp_path, StrategySum(), accumulate=accumulate, prompts_per_epoch=8, minibatches=2)
+        _, module = fit_and_record(tmp_path, LastDigit(), accumulate=accumulate, prompts_per_epoch=8, minibatches=2)
         assert weights_changed(module)
         weights.append([p.detach().clone() for p in module.policy.parameters()])
     for one, three in zip(*weights, strict=True):
@@ -105,7 +105,7 @@ def test_overlong_prompts_are_dropped_and_counted_or_refused(tmp_path: Path) -> 
 
 
 def test_rescoring_finds_no_mismatch_with_the_transformers_engine(tmp_path: Path) -> None:
-    recorder, _ = fit_and_record(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8)
+    recorder, _ = fit_and_record(tmp_path, LastDigit(), rescore=True, prompts_per_epoch=8)
     stats = recorder.metrics[0]
     assert 0 <= stats["rollout/mismatch_mean"] <= stats["rollout/mismatch_max"] < 1e-4
     assert stats["rollout/mismatch_kl"] == pytest.approx(0, abs=1e-6)
@@ -123,7 +123,7 @@ class BiasedEngine(TransformersEngine):
 
 
 def test_a_biased_sampler_is_corrected_and_its_mismatch_measured(tmp_path: Path) -> None:
-    recorder, _ = fit_and_record(tmp_path, StrategySum(), rescore=True, prompts_per_epoch=8, engine=BiasedEngine())
+    recorder, _ = fit_and_record(tmp_path, LastDigit(), rescore=True, prompts_per_epoch=8, engine=BiasedEngine())
     epoch = recorder.epochs[0]
     rescored = torch.tensor([r.logp_policy is not None for r in epoch.rollouts])
     assert torch.equal(rescored, epoch.advantages != 0)
@@ -167,9 +167,9 @@ class Forgetful(EntropyBonus):
 
 
 def test_a_method_that_trains_on_rollouts_not_rescored_is_refused(tmp_path: Path) -> None:
-    fit_and_record(tmp_path, StrategySum(), method=Forgetful())
+    fit_and_record(tmp_path, LastDigit(), method=Forgetful())
     with pytest.raises(ConfigError, match=r"Forgetful trains on rollouts .* override may_train"):
-        fit_and_record(tmp_path, StrategySum(), method=Forgetful(), rescore=True)
+        fit_and_record(tmp_path, LastDigit(), method=Forgetful(), rescore=True)
 
 
 def test_a_task_without_problems_is_refused(tmp_path: Path) -> None:
@@ -206,4 +206,4 @@ def test_log_probs_of_a_truncated_distribution_need_rescoring(tmp_path: Path) ->
     engine = VllmServerEngine(["http://127.0.0.1:9"])
     cut = {"engine": engine, "sampling": Sampling(max_new_tokens=8, top_p=0.9)}
     with pytest.raises(ConfigError, match=r"data\.sampling cuts the distribution.*data\.rescore=true"):
-        fit_and_record(tmp_path, StrategySum(), **cut)
+        fit_and_record(tmp_path, LastDigit(), **cut)

@@ -23,10 +23,10 @@ from rlrt_lightning import (
     SRPO,
     ConfigError,
     EntropyBonus,
+    LastDigit,
     Policy,
     Problem,
     Rollout,
-    StrategySum,
     Teacher,
     TransformersEngine,
 )
@@ -91,7 +91,7 @@ def test_a_non_finite_step_is_skipped_and_recorded(what: str, tmp_path: Path) ->
     seen = Snapshots()
     callbacks = [NumberGuard(), Poison(1, 1, what), seen]
     settings_ = {**SMALL, "minibatches": 4, "accumulate": 2, "optimizer": adam}
-    recorder, _ = fit_and_record(tmp_path, StrategySum(), callbacks=callbacks, **settings_)
+    recorder, _ = fit_and_record(tmp_path, LastDigit(), callbacks=callbacks, **settings_)
     assert [seen.same(i, i + 1) for i in range(3)] == [True, False, False]
     assert seen.metrics["faults/skipped_steps"] == 1
     assert math.isfinite(seen.metrics["train/loss"])
@@ -130,7 +130,7 @@ class Broken(Callback):
 
 def test_non_finite_weights_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="all rollouts of epoch 0 have non-finite log-probs"):
-        fit_and_record(tmp_path, StrategySum(), epochs=3, callbacks=[Broken(), NumberGuard(2)], minibatches=1)
+        fit_and_record(tmp_path, LastDigit(), epochs=3, callbacks=[Broken(), NumberGuard(2)], minibatches=1)
     assert rows(tmp_path / "bad_numbers" / "epoch-0.jsonl")[0]["bad"] == "logp of the sampler is nan at token 0"
     policy = torch.nn.Linear(2, 2)
     module, trainer = cast(Any, SimpleNamespace(policy=policy)), cast(Any, SimpleNamespace(world_size=1, global_step=7))
@@ -156,7 +156,7 @@ def test_rollouts_with_non_finite_log_probs_are_masked(method: Method, rescore: 
     seen = Snapshots()
     recorder, module = fit_and_record(
         tmp_path,
-        StrategySum(),
+        LastDigit(),
         method=method,
         callbacks=[NumberGuard(), seen],
         engine=BadSampler(),
@@ -181,7 +181,7 @@ def test_rollouts_with_non_finite_log_probs_are_masked(method: Method, rescore: 
 def test_non_finite_teacher_scores_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score = Teacher.score
     monkeypatch.setattr(Teacher, "score", lambda *args, **kw: _with_infinite_logp(*score(*args, **kw)))
-    recorder, _ = fit_and_record(tmp_path, StrategySum(), epochs=2, **SMALL)
+    recorder, _ = fit_and_record(tmp_path, LastDigit(), epochs=2, **SMALL)
     epoch = next(epoch for epoch in recorder.epochs if epoch.faults)
     assert set(epoch.faults.values()) == {"the teacher's logp is -inf at token 0"}
     for i in epoch.faults:
@@ -333,7 +333,7 @@ def test_a_collapse_warns_once_or_stops_the_run_after_its_epoch(
         caplog.clear()
         guard = CollapseGuard(cast(Any, action), window=1, entropy_floor=100.0)
         small = {"prompts_per_epoch": 2, "rollouts_per_prompt": 2}
-        recorder, _ = fit_and_record(tmp_path, StrategySum(), epochs=4, callbacks=[guard], **small)
+        recorder, _ = fit_and_record(tmp_path, LastDigit(), epochs=4, callbacks=[guard], **small)
         assert len(recorder.epochs) == epochs
         assert caplog.text.count("may be collapsing: rollout/entropy has gone from") == (action is not None)
 

@@ -15,7 +15,7 @@ import torch
 from lightning import Trainer
 from torch import nn
 
-from rlrt_lightning import Policy, RLRTModule, RolloutDataModule, Sampling, StrategySum, Teacher
+from rlrt_lightning import LastDigit, Policy, RLRTModule, RolloutDataModule, Sampling, Teacher
 from rlrt_lightning.callbacks import Evaluation
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.evaluation import sets
@@ -141,7 +141,7 @@ def test_every_weight_and_every_answer_identifies_an_evaluation() -> None:
     assert fingerprint(layer) != before
 
     def described(answer: str) -> dict[str, Any]:
-        data = RolloutDataModule(StrategySum())
+        data = RolloutDataModule(LastDigit())
         data._eval_problems = {"heldout": [Problem("a", "1+1=", answer)]}
         return description(data, "heldout", before)
 
@@ -199,7 +199,7 @@ def test_the_curve_ends_at_the_fewest_samples_of_any_problem() -> None:
 def test_ranks_take_equally_many_batches_and_each_problem_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sets, "world_size", lambda: 4)
     for size in (1, 4, 5, 9, 16):
-        problems, taken, counts = StrategySum().problems("heldout")[:size], [], set()
+        problems, taken, counts = LastDigit().problems("heldout")[:size], [], set()
         for rank in range(4):
             monkeypatch.setattr(sets, "rank", lambda rank=rank: rank)
             loader = EvaluationLoader("heldout", 2, problems, 2, set(), lambda numbers: [])

@@ -25,6 +25,7 @@ from rlrt_lightning.callbacks import TeacherRefresh
 from rlrt_lightning.epoch.record import EpochRecord, Questions
 from rlrt_lightning.objective import SRPO, Method, group_advantages
 from rlrt_lightning.policy.padding import pad_rows
+from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 from rlrt_lightning.teacher import TeacherScore
 
 
@@ -42,7 +43,7 @@ class RuleTask(Task):
         self.rule, self.size = rule, size
 
     def problems(self, split: str) -> Sequence[Problem]:
-        return [Problem(f"p{i}", "a1b2c3d0"[: 4 + i % 4], "6") for i in range(self.size)]
+        return [Problem(f"p{i}", "tea 1 milk 2 eggs 3 rice 0"[: 13 + i % 4], "6") for i in range(self.size)]
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         outcome = self.rule(completion)
@@ -80,7 +81,7 @@ def fit_and_record(
     module = RLRTModule(
         policy=policy or Policy(),
         method=method,
-        teacher=Teacher("{prompt}<sol>{context}", scored_by=scored_by),
+        teacher=Teacher(TEACHER_TEMPLATE, scored_by=scored_by),
         optimizer=optimizer,
     )
     recorder = Recorder()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from rlrt_lightning import RLRT, RLRTModule, RolloutDataModule, Sampling, StrategySum
+from rlrt_lightning import RLRT, LastDigit, RLRTModule, RolloutDataModule, Sampling
 from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.objective import SRPO
@@ -24,9 +24,8 @@ from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.sharding import FSDP2Strategy, local, whole
 from rlrt_lightning.rollouts import TransformersEngine
 from rlrt_lightning.tasks import Problem, Verdict
+from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 from rlrt_lightning.teacher import Teacher
-
-TEMPLATE = "{prompt}<sol>{context}"
 
 
 class Recorder(Callback):
@@ -59,7 +58,7 @@ class Recorder(Callback):
         self.seen["weights"] = {n: whole(p.detach()).clone() for n, p in pl_module.policy.model.named_parameters()}
 
 
-class OnlyEvenSolvable(StrategySum):
+class OnlyEvenSolvable(LastDigit):
     """Every second problem has no correct answer, so one of two ranks has nothing to learn from."""
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
@@ -131,7 +130,7 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
     torch.manual_seed(0)
     module = RLRTModule(
         Policy(lora=lora, gradient_checkpointing=changes.pop("gradient_checkpointing", False)),
-        Teacher(TEMPLATE, rest_on_cpu=changes.pop("rest_on_cpu", False)),
+        Teacher(TEACHER_TEMPLATE, rest_on_cpu=changes.pop("rest_on_cpu", False)),
         method=changes.pop("method", RLRT()),
         # With a small eps, a weight whose gradient is only rounding error would take as large a step as any other.
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3, weight_decay=0.0),

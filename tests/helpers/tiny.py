@@ -16,7 +16,7 @@ END = "<|endoftext|>"
 """The end token of `byte_level_tokenizer`."""
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 28,
+    "vocab_size": 57,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,

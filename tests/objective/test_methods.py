@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlrt_lightning import SDPO, ConfigError, Needs, Policy, StrategySum
+from rlrt_lightning import SDPO, ConfigError, LastDigit, Needs, Policy
 from rlrt_lightning.policy.padding import pad_sequences
 from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
 from tests.helpers.epochs import fit_and_record
@@ -233,7 +233,7 @@ def test_an_engine_cannot_score_for_a_teacher_with_its_own_weights(
 
 
 def test_top_k_above_the_vocabulary_size_equals_the_full_divergence(tmp_path: Path) -> None:
-    """With 28 tokens, comparing all of them or at most 100 is the same."""
+    """With 57 tokens, comparing all of them or at most 100 is the same."""
     for top_k in ("null", "100"):
         flags = ["--model.method=SDPO", f"--model.method.top_k={top_k}", "--trainer.max_epochs=1"]
         assert cli_exit_code("fit", tmp_path, *flags) == 0
@@ -250,7 +250,7 @@ class SDPOWithoutTokens(SDPO):
 
 def test_a_divergence_without_tokens_to_compare_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="requests no tokens to compare; set top_k in its needs"):
-        fit_and_record(tmp_path, StrategySum(), method=SDPOWithoutTokens(), prompts_per_epoch=8)
+        fit_and_record(tmp_path, LastDigit(), method=SDPOWithoutTokens(), prompts_per_epoch=8)
 
 
 # -- other checks --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from rlrt_lightning import ConfigError, Policy, Sampling, StrategySum, TransformersEngine
+from rlrt_lightning import ConfigError, LastDigit, Policy, Sampling, TransformersEngine
 from rlrt_lightning.callbacks import ReversedSignalLogger
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.policy.padding import pad_rows
@@ -38,7 +38,7 @@ def run_epoch(folder: Path, scored_by: Literal["trainer", "engine"], **settings:
     settings = {"prompts_per_epoch": 16, "rollouts_per_prompt": 8, "rescore": True, **settings}
     picture = ReversedSignalLogger(picture_every_n_epochs=1)
     recorder, _ = fit_and_record(
-        folder, StrategySum(), engine=ScoringEngine(), scored_by=scored_by, callbacks=[picture], **settings
+        folder, LastDigit(), engine=ScoringEngine(), scored_by=scored_by, callbacks=[picture], **settings
     )
     return recorder.epochs[0], (folder / "signal" / "epoch-0.html").read_text(encoding="utf-8")
 
@@ -91,4 +91,4 @@ def test_an_engine_with_truncated_log_probs_cannot_score_for_the_teacher(tmp_pat
     """Its log-probs would be of the truncated distribution for the student, and of the full one for the teacher."""
     parts: dict[str, Any] = {"engine": LogpAfterTruncation(), "scored_by": "engine", "rescore": True}
     with pytest.raises(ConfigError, match=r"model\.teacher\.scored_by is engine, but data\.sampling cuts"):
-        fit_and_record(tmp_path, StrategySum(), sampling=Sampling(max_new_tokens=8, top_p=0.9), **parts)
+        fit_and_record(tmp_path, LastDigit(), sampling=Sampling(max_new_tokens=8, top_p=0.9), **parts)

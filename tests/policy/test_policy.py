@@ -91,13 +91,16 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_prompts_use_the_chat_template_unless_chat_is_false() -> None:
-    assert Policy().decode(Policy().encode_prompt("a4b5")) == "a4b5"
-    special = Policy().tokenizer.convert_ids_to_tokens(Policy().encode_prompt("a4b5"))
-    assert special == ["<q>", *"a4b5", "<ans>"]
-    assert Policy(chat=False).tokenizer.convert_ids_to_tokens(Policy(chat=False).encode_prompt("a4")) == ["a", "4"]
-    conversation = [{"role": "user", "content": "a1"}, {"role": "assistant", "content": "D#1"}]
+    assert Policy().decode(Policy().encode_prompt("tea 4 milk 5")) == "tea 4 milk 5"
+    special = Policy().tokenizer.convert_ids_to_tokens(Policy().encode_prompt("tea 4 milk 5"))
+    assert special == ["<user>", "tea", " 4", " milk", " 5", "<assistant>"]
+    assert Policy(chat=False).tokenizer.convert_ids_to_tokens(Policy(chat=False).encode_prompt("tea 4")) == [
+        "tea",
+        " 4",
+    ]
+    conversation = [{"role": "user", "content": "tea 1"}, {"role": "assistant", "content": "guess 1"}]
     tokens = Policy().tokenizer.convert_ids_to_tokens(Policy().encode_prompt([*conversation, conversation[0]]))
-    assert "".join(tokens) == "<q>a1<ans>D#1<eos><q>a1<ans>"
+    assert "".join(tokens) == "<user>tea 1<assistant>guess 1<eos><user>tea 1<assistant>"
 
 
 def test_an_invalid_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:

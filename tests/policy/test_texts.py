@@ -14,13 +14,13 @@ from rlrt_lightning import (
     RLRT,
     ConfigError,
     ExactMatch,
+    LastDigit,
     Policy,
     Problem,
     RLRTModule,
     Rollout,
     RolloutDataModule,
     Sampling,
-    StrategySum,
     Teacher,
     Verdict,
 )
@@ -73,7 +73,7 @@ def test_end_padding_and_chat_tokens_are_not_part_of_the_text(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "left"),
     [
-        ("D#1 ", "D#1 "),
+        ("guess 1 ", "guess 1 "),
         ("<think>a</think>\n\nb", "b"),
         ("<think>the answer is 4</think>", ""),
         ("<think>the answer is 4", ""),
@@ -336,7 +336,7 @@ def test_where_all_siblings_fit_only_the_seed_chooses(tmp_path: Path) -> None:
 
 
 def test_a_verifier_fault_is_not_shown_as_feedback() -> None:
-    rollouts = [rollout(Policy(), k, "D#1") for k in range(3)]
+    rollouts = [rollout(Policy(), k, "guess 1") for k in range(3)]
     rollouts[0].verdict = Verdict(0.0, False, message="the verifier exceeded its time limit of 5 s", fault=True)
     rollouts[1].verdict = Verdict(0.0, False, message="wrong: the answer is 4")
     assert Teacher().contexts("feedback", [PROBLEM], rollouts, torch.zeros(3).bool()) == [
@@ -363,9 +363,9 @@ def test_a_run_logs_example_prompts_of_student_and_teacher(tmp_path: Path, caplo
     assert cli_exit_code("fit", tmp_path / "fit", "--trainer.max_epochs=1") == 0
     texts = texts_of(tmp_path / "fit")
     student, teacher = texts["prompts/student"].strip(), texts["prompts/teacher"].strip()
-    assert student.startswith("<q>a")
-    assert student.endswith("<ans>")
-    assert teacher.startswith(student.removesuffix("<ans>") + "<sol>P")
+    assert student.startswith("<user>tea ")
+    assert student.endswith("<assistant>")
+    assert teacher.startswith(student.removesuffix("<assistant>") + " a correct solution: carefully: tea ")
     assert student in caplog.text
     assert teacher in caplog.text
     assert "WARNING" not in caplog.text
@@ -379,7 +379,7 @@ def test_a_run_logs_example_prompts_of_student_and_teacher(tmp_path: Path, caplo
 def preview(folder: Path, policy: Policy, caplog: pytest.LogCaptureFixture, **parts: Any) -> str:
     caplog.set_level(logging.INFO)
     problem = parts.pop("problem", PROBLEM)
-    task = StrategySum()
+    task = LastDigit()
     task.problems = lambda split: [problem]  # type: ignore[method-assign]
     sampling = Sampling(stop=parts.pop("stop", []))
     data = RolloutDataModule(

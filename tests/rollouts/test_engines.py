@@ -21,10 +21,10 @@ from rlrt_lightning.runtime.precision import half_precision
 
 
 def test_a_vllm_request_sets_stops_and_room_and_no_defaults_of_the_model() -> None:
-    policy, sampling = Policy(), Sampling(stop=["<sol>", "#", "D<sol>"])
+    policy, sampling = Policy(), Sampling(stop=["<user>", ",", " so<user>"])
     asked = request(sampling, Stops.of(policy, sampling), 7, 0, 0)
-    assert asked["stop_token_ids"] == [1, policy.tokenizer.convert_tokens_to_ids("<sol>")]
-    assert asked["stop"] == ["#", "D<sol>"]
+    assert asked["stop_token_ids"] == [1, policy.tokenizer.convert_tokens_to_ids("<user>")]
+    assert asked["stop"] == [",", " so<user>"]
     assert asked["skip_special_tokens"] is False
     assert asked["max_tokens"] == 7
     assert asked["repetition_penalty"] == 1.0

@@ -32,6 +32,9 @@ def embedded() -> Policy:
     return made
 
 
+PROMPT = "tea 4 milk 5 eggs 7 rice 1, last digit of the total?"
+
+
 def draw_rollouts(made: Policy, prompts: list[list[int]], n: int, sampling: Sampling, **engine: Any) -> list[Rollout]:
     sampler = TransformersEngine(**engine)
     sampler.sync(made)
@@ -67,7 +70,7 @@ def test_a_rollout_depends_only_on_its_prompt_and_seed() -> None:
 def test_samples_are_distributed_like_those_of_transformers_generate(embedded: Policy) -> None:
     """Chi-square test of whole responses to one prompt, 3,000 of each side, with a false-positive rate of 1e-4."""
     sampling = Sampling(max_new_tokens=6, temperature=1.3, top_k=12, top_p=0.97, min_p=0.005)
-    prompt = embedded.encode_prompt("a4b5c7d1")
+    prompt = embedded.encode_prompt(PROMPT)
     ours = Counter(tuple(r.response_ids) for r in draw_rollouts(embedded, [prompt], 3000, sampling, max_rows=3000))
     torch.manual_seed(0)
     with embedded.evaluating() as model:
@@ -123,7 +126,7 @@ def test_the_largest_random_number_draws_a_possible_token() -> None:
 
 
 def test_temperature_zero_takes_the_likeliest_token(embedded: Policy) -> None:
-    prompt = embedded.encode_prompt("a4b5c7d1")
+    prompt = embedded.encode_prompt(PROMPT)
     (rollout,) = draw_rollouts(embedded, [prompt], 1, Sampling(max_new_tokens=8, temperature=0.0))
     with embedded.evaluating() as model:
         expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
@@ -131,7 +134,7 @@ def test_temperature_zero_takes_the_likeliest_token(embedded: Policy) -> None:
 
 
 def test_truncated_and_ended_responses_are_distinguished(embedded: Policy) -> None:
-    rollouts = draw_rollouts(embedded, [embedded.encode_prompt("a4b5c7d1")], 200, Sampling(max_new_tokens=4))
+    rollouts = draw_rollouts(embedded, [embedded.encode_prompt(PROMPT)], 200, Sampling(max_new_tokens=4))
     for rollout in rollouts:
         assert rollout.truncated == (rollout.response_ids[-1] != 1)
         assert 1 not in rollout.response_ids[:-1]
@@ -141,12 +144,12 @@ def test_truncated_and_ended_responses_are_distinguished(embedded: Policy) -> No
 
 def test_stop_strings_end_a_response_and_stay_in_it(embedded: Policy) -> None:
     rollouts = draw_rollouts(
-        embedded, [embedded.encode_prompt("a4b5c7d1")], 60, Sampling(max_new_tokens=30, stop=["#1", "L"])
+        embedded, [embedded.encode_prompt(PROMPT)], 60, Sampling(max_new_tokens=30, stop=["(1)", " 7"])
     )
-    ended = [r for r in rollouts if "#1" in r.text or "L" in r.text]
+    ended = [r for r in rollouts if "(1)" in r.text or " 7" in r.text]
     assert ended
     for rollout in ended:
-        assert rollout.text.endswith(("#1", "L"))
+        assert rollout.text.endswith(("(1)", " 7"))
         assert not rollout.truncated
 
 

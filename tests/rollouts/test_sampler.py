@@ -19,7 +19,7 @@ from tests.helpers.tiny import tiny_policy
 ROLLOUTS = 350
 """For each architecture: 2,100 in total."""
 
-LETTERS = range(6, 28)  # the tokens of the embedded tokenizer that are not special tokens
+WORDS = range(5, 57)  # the tokens of the embedded tokenizer that are not special tokens
 POSITIONS = 96
 
 
@@ -30,12 +30,12 @@ class Case:
         rng = random.Random(seed)
         near = [POSITIONS - rng.randrange(0, 4) for _ in range(rng.choice([0, 0, 1]))]
         sizes = [*near, *(rng.choice([1, 2, 5, 9, 20]) for _ in range(rng.randint(1, 5)))]
-        self.prompts = [[rng.choice(LETTERS) for _ in range(size)] for size in sizes]
+        self.prompts = [[rng.choice(WORDS) for _ in range(size)] for size in sizes]
         rng.shuffle(self.prompts)
         self.n = rng.randint(1, 6)
         self.max_rows = rng.choice([1, 2, 3, 7, 256, 256])
-        self.ends = rng.sample(LETTERS, rng.choice([2, 4, 8, 14]))
-        texts = Policy().tokenizer.convert_ids_to_tokens([rng.choice(LETTERS) for _ in range(3)])
+        self.ends = rng.sample(WORDS, rng.choice([2, 4, 8, 14]))
+        texts = Policy().tokenizer.convert_ids_to_tokens([rng.choice(WORDS) for _ in range(3)])
         stop = rng.choice([[], [], [texts[0]], [texts[1] + texts[2]], ["<ans>", texts[0] + "<q>", texts[2]]])
         self.sampling = Sampling(
             max_new_tokens=rng.choice([1, 3, 8, 12, NOISE_BLOCK + 4]),
@@ -99,7 +99,7 @@ def test_surviving_rows_keep_their_keys_when_as_many_as_the_prompts() -> None:
     """The number of rows does not identify the rows of a cache: here it is the same before the rows are repeated and
     after most of them have ended."""
     made = tiny_policy()
-    made.end_tokens = list(range(1, 28, 2))
+    made.end_tokens = list(range(1, 57, 2))
     as_many = 0
     for seed in range(40):
         prompts = [[6 + (seed + i) % 22] * (1 + 4 * i) for i in range(3)]

@@ -24,17 +24,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlrt_lightning import (
+    LastDigit,
     LoRA,
     Policy,
     Rollout,
     Sampling,
-    StrategySum,
     TransformersEngine,
     VllmColocateEngine,
     VllmServerEngine,
 )
 from rlrt_lightning.rollouts.vllm_common import EngineError
 from rlrt_lightning.runtime.seeding import derive_seed
+from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE, question, solution
 from tests.helpers.command_line import SMALL, cli_exit_code, scalars
 from tests.helpers.processes import ROOT, run_cli, unused_port
 
@@ -45,6 +46,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # vLLM emits many warnings
 ]
 
+DIGITS = [4, 5, 7, 0]
 SAMPLING = Sampling(max_new_tokens=30)
 ENGINE_SECONDS = 240  # until a started server answers
 
@@ -64,7 +66,7 @@ def perturb(made: Policy, seed: int) -> None:
 
 
 def prompts_of(made: Policy, n: int = 6) -> list[list[int]]:
-    return [made.encode_prompt(p.prompt) for p in StrategySum().problems("heldout")[:n]]
+    return [made.encode_prompt(p.prompt) for p in LastDigit().problems("heldout")[:n]]
 
 
 def mismatch(made: Policy, rollouts: list[Rollout], temperature: float = 1.0) -> float:
@@ -183,8 +185,8 @@ def test_end_tokens_truncation_and_stop_strings_end_responses(colocated: VllmCol
     for rollout in draw(colocated, made, sampling=Sampling(max_new_tokens=2)):
         assert rollout.truncated
         assert len(rollout.response_ids) == 2
-    for rollout in draw(colocated, made, sampling=Sampling(max_new_tokens=30, stop=["#"])):
-        assert rollout.text.endswith("#")
+    for rollout in draw(colocated, made, sampling=Sampling(max_new_tokens=30, stop=["guess"])):
+        assert rollout.text.endswith("guess")
         assert not rollout.truncated
 
 
@@ -192,9 +194,10 @@ def test_scores_of_given_responses_equal_the_policys(colocated: VllmColocateEngi
     made = embedded()
     perturb(made, 5)
     colocated.sync(made)
-    prompt = made.encode_prompt("a4b5c7d0<sol>Pd00c77b52a46#6")
-    sequences = [(prompt, made.tokenizer(text)["input_ids"]) for text in ("D#6", "La44b59c76#6", "Pd00c77b52a46#6")]
-    sequences.append((made.encode_prompt("a1b2"), [5]))
+    prompt = made.encode_prompt(TEACHER_TEMPLATE.format(prompt=question(DIGITS), context=solution(DIGITS, "careful")))
+    texts = [solution(DIGITS, way) for way in ("guess", "skip", "careful")]
+    sequences = [(prompt, made.tokenizer(text)["input_ids"]) for text in texts]
+    sequences.append((made.encode_prompt("tea 1 milk 2"), [5]))
     for got, expected in zip(colocated.score(sequences), made.score(sequences), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
 
@@ -207,11 +210,11 @@ def test_an_abandoned_round_does_not_affect_the_next(colocated: VllmColocateEngi
 
 
 def test_rewards_are_distributed_like_those_of_the_transformers_engine(colocated: VllmColocateEngine) -> None:
-    """Chi-square test of how often each strategy is correct and wrong over 100 problems x 8, with different seeds.
+    """Chi-square test of how often each way is correct and wrong over 100 problems x 8, with different seeds.
 
     If the engines are equivalent, a new pair of seeds fails with probability 1e-4.
     """
-    made, task = embedded(), StrategySum()
+    made, task = embedded(), LastDigit()
     problems = list(task.problems("heldout")[:100])
     prompts = [made.encode_prompt(p.prompt) for p in problems]
     counts: list[Counter[Any]] = []
@@ -254,7 +257,7 @@ def test_two_ranks_draw_the_same_rollouts_as_one(strategy: str, tensor_parallel:
     args += ["--trainer.devices=2", "--trainer.accelerator=cpu", f"--data.engine.tensor_parallel={tensor_parallel}"]
     run_cli("fit", *args)
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
-    for tag in ("rollout/reward", "rollout/length", "labels/direct", "eval/heldout/avg@8"):
+    for tag in ("rollout/reward", "rollout/length", "labels/guess", "eval/heldout/avg@8"):
         assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]]), tag
     assert two["rollout/mismatch_max"][0][1] < 1e-3
 
@@ -340,7 +343,7 @@ def test_all_engines_end_responses_at_the_same_token(
                 p.copy_(0.2 * torch.randn(p.shape, generator=g))
     for engine in engines.values():
         engine.sync(made)
-    for stop in ([], ["<pad>"], ["#<pad>"], ["20", "D2"], ["<sol>", "#", "90"], ["<pad>2", "bb"]):
+    for stop in ([], ["<pad>"], [",<pad>"], [" 2 0", " so 2"], ["<user>", ",", " 9 0"], ["<pad> 2", " of of"]):
         sampling = Sampling(max_new_tokens=40, temperature=0.0, stop=stop)
         drawn = {kind: draw(engine, made, 1, sampling) for kind, engine in engines.items()}
         ended = [any(made.decode(r.response_ids, True).endswith(s) for s in stop) for r in drawn["transformers"]]

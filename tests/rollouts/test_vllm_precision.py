@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlrt_lightning import Policy, Sampling, StrategySum, VllmColocateEngine
+from rlrt_lightning import LastDigit, Policy, Sampling, VllmColocateEngine
 from rlrt_lightning.policy.padding import pad_sequences
 from rlrt_lightning.rollouts.vllm_common import HEAD, EngineError
 from tests.helpers.command_line import cli_exit_code, scalars
@@ -37,14 +37,14 @@ def loaded(head_dtype: Any = None) -> Policy:
 
 
 def draw(engine: VllmColocateEngine, policy: Policy) -> int:
-    prompts = [policy.encode_prompt(p.prompt) for p in StrategySum().problems("heldout")[:16]]
+    prompts = [policy.encode_prompt(p.prompt) for p in LastDigit().problems("heldout")[:16]]
     return len(list(engine.generate(prompts, 2, Sampling(max_new_tokens=20), list(range(16)))))
 
 
 def one_step(policy: Policy, lr: float) -> None:
     """A policy-gradient step with fixed advantages between -1 and 1."""
-    prompts = [policy.encode_prompt(p.prompt) for p in StrategySum().problems("heldout")[16:24]]
-    response = policy.tokenizer("Pd00c77b52a46#6")["input_ids"]
+    prompts = [policy.encode_prompt(p.prompt) for p in LastDigit().problems("heldout")[16:24]]
+    response = policy.tokenizer("carefully: tea 4 milk 5 (9) eggs 7 (6) rice 0 (6), so 6")["input_ids"]
     ids, mask, asked = pad_sequences([(prompt, response) for prompt in prompts], policy.device)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
     logp, _ = policy.log_probs(ids, mask, asked)

@@ -217,7 +217,7 @@ def test_fsdp_from_the_command_line_trains_resumes_and_evaluates(tmp_path: Path)
     single = [w for w in args if "trainer.devices" not in w and "strategy" not in w and "save_dir" not in w]
     assert main(["fit", *single, f"--trainer.logger.save_dir={one}", "--trainer.max_epochs=3"]) == 0
     expected, got = scalars(one), scalars(folder) | {"resumed": scalars(folder, 1)["rollout/reward"]}
-    for tag in ("rollout/reward", "labels/direct", "signal/context", "train/grad_norm", "eval/heldout/avg@8"):
+    for tag in ("rollout/reward", "labels/guess", "signal/context", "train/grad_norm", "eval/heldout/avg@8"):
         assert got[tag][0] == pytest.approx(expected[tag][0]), tag
     assert got["resumed"][0] == pytest.approx(expected["rollout/reward"][2])
     assert (folder / "rlrt" / "version_0" / "signal" / "epoch-0.html").exists()

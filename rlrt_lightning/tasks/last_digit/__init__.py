@@ -1,4 +1,4 @@
-"""A task on which exploration decides, with a tiny model that is warm-started on it: sums, and three ways to do them."""
+"""A task on which exploration decides, and a tiny model that is warm-started on it: sums, and three ways to do them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from rlrt_lightning.tasks.last_digit.task import (
     FEWEST,
     MOST,
     SLIPS,
+    TEACHER_TEMPLATE,
     TRAP_SHARES,
     WAYS,
     LastDigit,
@@ -21,6 +22,7 @@ __all__ = [
     "FEWEST",
     "MOST",
     "SLIPS",
+    "TEACHER_TEMPLATE",
     "TRAP_SHARES",
     "WAYS",
     "LastDigit",

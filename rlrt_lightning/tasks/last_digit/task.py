@@ -5,7 +5,7 @@ To `tea 4 milk 5 eggs 7 rice 0, last digit of the total?` a completion may be
 | label | completion | what it does | share at the start | correct |
 | --- | --- | --- | --- | --- |
 | `guess` | `guess 6` | answers at once | 88 % | 0.1 |
-| `skip` | `skip the last: tea 4 milk 5 (9) eggs 7 (6), guess 6` | adds all but the last number, then guesses | 10 % | 0.5 |
+| `skip` | `skip the last: tea 4 milk 5 (9) eggs 7 (6), guess 6` | adds all but the last, then guesses | 10 % | 0.5 |
 | `careful` | `carefully: tea 4 milk 5 (9) eggs 7 (6) rice 0 (6), so 6` | adds all numbers | 2 % | nearly 1 |
 
 The running total after each item is in parentheses; only its last digit is kept. The last number of a question is 0 or
@@ -42,6 +42,9 @@ CONTROL_SHARES = {"guess": 0.92, "quick": 0.05, "careful": 0.03}
 
 FEWEST, MOST = 4, 8
 """Bounds on the count of numbers in a question. Below 4, hardly any questions would fall into the held-out part."""
+
+TEACHER_TEMPLATE = "{prompt} a correct solution: {context}. now answer:"
+"""The prompt of the teacher (`model.teacher.template`) that the model that comes with the task has learnt."""
 
 _ANSWER = re.compile(r"(.*)\b(?:guess|so) ([0-9])\Z")
 
@@ -107,7 +110,8 @@ def solution(digits: Sequence[int], way: str, rng: random.Random | None = None) 
 class LastDigit(Task):
     """The last digit of a sum, where the policy chooses how to work it out.
 
-    Questions are made on demand from the seed. Reward is 1 if a completion ends with `guess` or `so` and the right digit.
+    Questions are made on demand from the seed. Reward is 1 if a completion ends with `guess` or `so` and the correct
+    digit.
     The label of a rollout is its way, by what it does: `guess`, `skip`, `careful`, `quick` (only in the control), or
     `other` for a completion without an answer.
 
@@ -177,9 +181,11 @@ class LastDigit(Task):
 
 def _way(problem: Problem, working: str) -> str:
     """The label of a completion by the items that it adds up, whatever its first words say."""
-    if not working:
+    asked = [item for item in ITEMS if item in problem.prompt]
+    added = [item for item in asked if item in working]
+    if not added:
         return "guess"
-    if any(item in problem.prompt and item not in working for item in ITEMS):
+    if len(added) < len(asked):
         return "skip"
     return "quick" if working.startswith(WAYS["quick"]) else "careful"
 
