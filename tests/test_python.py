@@ -44,7 +44,7 @@ def data(**settings: Any) -> RolloutDataModule:
     """The data module of configs/rlrt.yaml and tests/test_fit.py."""
     longer = Benchmark(task=LastDigit(digits=(7, 8)), limit=3)
     benchmarks = {"heldout": Benchmark(limit=6), "longer": longer}
-    given = {"sampling": Sampling(max_new_tokens=30), "prompts_per_epoch": 8, "benchmarks": benchmarks, **settings}
+    given = {"sampling": Sampling(max_new_tokens=32), "prompts_per_epoch": 8, "benchmarks": benchmarks, **settings}
     return RolloutDataModule(**given)
 
 

@@ -95,9 +95,11 @@ def test_thinking_is_removed_and_long_contexts_lose_their_middle() -> None:
     encode = made.encode_prompt
     made.encode_prompt = lambda prompt: shown.append(prompt) or encode(prompt)
     assert not Teacher(TEMPLATE).prompt(made, problems()[0], "<think>9a9</think>\n\nguess 1")[1]
-    assert Teacher(TEMPLATE, max_context_tokens=29).prompt(made, problems()[0], "0" * 99 + "1" * 16)[1]
+    long = " ".join(["tea 0"] * 50 + ["milk 1"] * 8)
+    assert Teacher(TEMPLATE, max_context_tokens=29).prompt(made, problems()[0], long)[1]
     Teacher(TEMPLATE, strip_think=False).prompt(made, problems()[0], "<think>9</think>guess 1")
-    assert shown == ["tea 0 milk 2, so guess 1", CUT, "tea 0 milk 2, so <think>9</think>guess 1"]
+    cut = "tea 0 " * 4 + "tea ... " + " milk 1" * 8
+    assert shown == ["tea 0 milk 2, so guess 1", f"tea 0 milk 2, so {cut}", "tea 0 milk 2, so <think>9</think>guess 1"]
 
 
 def test_scores_match_a_plain_forward_pass_after_the_teachers_prompt() -> None:

@@ -75,8 +75,8 @@ def test_verifier_faults_count_as_wrong_until_they_exceed_max_fault_share(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def rule(text: str) -> bool:
-        if text.startswith("L"):
-            raise KeyError("no such strategy")
+        if text.startswith("skip"):
+            raise KeyError("no such way")
         return "1" in text
 
     recorder, _ = fit_and_record(tmp_path, RuleTask(rule), epochs=3, prompts_per_epoch=6, rollouts_per_prompt=8)
@@ -84,16 +84,16 @@ def test_verifier_faults_count_as_wrong_until_they_exceed_max_fault_share(
     assert faulty
     assert all(r.verdict.reward == 0 and not r.verdict.correct for r in faulty)
     assert "p" in caplog.text
-    assert "no such strategy" in caplog.text
-    with pytest.raises(ConfigError, match=r"failed on 16 of 16 .* data.max_fault_share .0.5.*no such strategy"):
-        fit_and_record(tmp_path, RuleTask(lambda text: rule("L")))
+    assert "no such way" in caplog.text
+    with pytest.raises(ConfigError, match=r"failed on 16 of 16 .* data.max_fault_share .0.5.*no such way"):
+        fit_and_record(tmp_path, RuleTask(lambda text: rule("skip")))
 
 
 def test_overlong_prompts_are_dropped_and_counted_or_refused(tmp_path: Path) -> None:
     task = RuleTask(lambda text: "1" in text)
     with pytest.warns(UserWarning, match=r"tokens is 7: 3 of 7 prompts .*problem p2: its prompt has 8 tokens.*dropped"):
         recorder, _ = fit_and_record(tmp_path, task, epochs=4, max_prompt_tokens=7)
-    assert {p.prompt for epoch in recorder.epochs for p in epoch.problems} == {"a1b2", "a1b2c"}
+    assert {p.prompt for epoch in recorder.epochs for p in epoch.problems} == {"tea 1 milk 2", "tea 1 milk 2 eggs"}
     assert recorder.metrics[-1]["rollout/overlong_prompts"] > 0
     with pytest.raises(ConfigError, match=r"problem p\d: its prompt has \d+ tokens"):
         fit_and_record(tmp_path, task, max_prompt_tokens=7, overlong_prompts="error")

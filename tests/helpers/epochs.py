@@ -43,7 +43,8 @@ class RuleTask(Task):
         self.rule, self.size = rule, size
 
     def problems(self, split: str) -> Sequence[Problem]:
-        return [Problem(f"p{i}", "tea 1 milk 2 eggs 3 rice 0"[: 13 + i % 4], "6") for i in range(self.size)]
+        words = "tea 1 milk 2 eggs 3 rice".split()
+        return [Problem(f"p{i}", " ".join(words[: 4 + i % 4]), "6") for i in range(self.size)]
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         outcome = self.rule(completion)
@@ -76,7 +77,7 @@ def fit_and_record(
     **settings: Any,
 ) -> tuple[Recorder, RLRTModule]:
     """Trains, and returns what was recorded and the trained module; `settings` are those of the data module."""
-    settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=30), **settings}
+    settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=32), **settings}
     data = RolloutDataModule(task=task, benchmarks={}, **settings)
     module = RLRTModule(
         policy=policy or Policy(),

@@ -139,7 +139,7 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
     data = changes.pop("data", RolloutDataModule)(
         task=changes.pop("task", None),
         engine=TransformersEngine(dtype=changes.pop("engine_dtype", None)),
-        sampling=Sampling(max_new_tokens=30),
+        sampling=Sampling(max_new_tokens=32),
         prompts_per_epoch=8,
         rollouts_per_prompt=4,
         benchmarks={"heldout": Benchmark(samples=2, limit=5)},

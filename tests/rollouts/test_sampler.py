@@ -36,7 +36,7 @@ class Case:
         self.max_rows = rng.choice([1, 2, 3, 7, 256, 256])
         self.ends = rng.sample(WORDS, rng.choice([2, 4, 8, 14]))
         texts = Policy().tokenizer.convert_ids_to_tokens([rng.choice(WORDS) for _ in range(3)])
-        stop = rng.choice([[], [], [texts[0]], [texts[1] + texts[2]], ["<ans>", texts[0] + "<q>", texts[2]]])
+        stop = rng.choice([[], [], [texts[0]], [texts[1] + texts[2]], ["<assistant>", texts[0] + "<user>", texts[2]]])
         self.sampling = Sampling(
             max_new_tokens=rng.choice([1, 3, 8, 12, NOISE_BLOCK + 4]),
             temperature=rng.choice([1.0, 1.0, 0.7, 1.6, 0.0]),
@@ -102,7 +102,7 @@ def test_surviving_rows_keep_their_keys_when_as_many_as_the_prompts() -> None:
     made.end_tokens = list(range(1, 57, 2))
     as_many = 0
     for seed in range(40):
-        prompts = [[6 + (seed + i) % 22] * (1 + 4 * i) for i in range(3)]
+        prompts = [[6 + (seed + i) % 51] * (1 + 4 * i) for i in range(3)]
         rollouts = draw_rollouts(made, prompts, 2, Sampling(max_new_tokens=6))
         as_many += sum(len(r.response_ids) > 1 for r in rollouts) == 3
         for rollout in rollouts:
