@@ -33,6 +33,7 @@ from rlrt_lightning import (
 from rlrt_lightning.callbacks import CollapseGuard, NumberGuard
 from rlrt_lightning.callbacks.collapse_guard import Curve
 from rlrt_lightning.objective import Method
+from rlrt_lightning.tasks.last_digit import ITEMS
 from tests.helpers.command_line import cli_exit_code, weights
 from tests.helpers.epochs import RuleTask, fit_and_record, weights_changed
 
@@ -264,7 +265,8 @@ class OneToken(RuleTask):
     """Prompts of one token, and empty prompts beyond the eighth."""
 
     def problems(self, split: str) -> Sequence[Problem]:
-        return [Problem(f"p{i}", "abcdefgh"[i : i + 1], "6") for i in range(self.size)]
+        prompts = [*(f" {item}" for item in ITEMS), ""]
+        return [Problem(f"p{i}", prompts[i], "6") for i in range(self.size)]
 
 
 def test_one_token_prompts_train_and_empty_prompts_are_refused(tmp_path: Path) -> None:

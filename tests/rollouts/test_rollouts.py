@@ -144,12 +144,12 @@ def test_truncated_and_ended_responses_are_distinguished(embedded: Policy) -> No
 
 def test_stop_strings_end_a_response_and_stay_in_it(embedded: Policy) -> None:
     rollouts = draw_rollouts(
-        embedded, [embedded.encode_prompt(PROMPT)], 60, Sampling(max_new_tokens=30, stop=["(1)", " 7"])
+        embedded, [embedded.encode_prompt(PROMPT)], 60, Sampling(max_new_tokens=30, stop=[" (1)", " 7"])
     )
-    ended = [r for r in rollouts if "(1)" in r.text or " 7" in r.text]
+    ended = [r for r in rollouts if " (1)" in r.text or " 7" in r.text]
     assert ended
     for rollout in ended:
-        assert rollout.text.endswith(("(1)", " 7"))
+        assert rollout.text.endswith((" (1)", " 7"))
         assert not rollout.truncated
 
 

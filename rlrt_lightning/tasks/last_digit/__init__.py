@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlrt_lightning.tasks.last_digit.task import (
     CONTROL_SHARES,
     FEWEST,
+    ITEMS,
     MOST,
     SLIPS,
     TEACHER_TEMPLATE,
@@ -20,6 +21,7 @@ from rlrt_lightning.tasks.last_digit.task import (
 __all__ = [
     "CONTROL_SHARES",
     "FEWEST",
+    "ITEMS",
     "MOST",
     "SLIPS",
     "TEACHER_TEMPLATE",
