@@ -61,8 +61,8 @@ CHAT_TEMPLATE = (
 
 ROWS = 64  # of a batch
 PHASES = (  # (steps, peak learning rate, whether the ways are balanced)
-    (1500, 3e-3, True),  # learn to work out the sums
-    (900, 2e-3, False),  # forget to want to: each way falls to its share
+    (800, 2e-3, True),  # learn to work out the sums
+    (450, 2e-3, False),  # forget to want to: each way falls to its share
 )
 TEACHER_ROWS = 0.4  # share of the rows that show a solution
 FOLLOWING = 0.8  # share of those rows whose response takes the way of the solution

@@ -4,9 +4,9 @@ To `tea 4 milk 5 eggs 7 rice 0, last digit of the total?` a completion may be
 
 | label | completion | what it does | share at the start | correct |
 | --- | --- | --- | --- | --- |
-| `guess` | `guess 6` | answers at once | 88 % | 0.1 |
-| `skip` | `skip the last: tea 4 milk 5 (9) eggs 7 (6), guess 6` | adds all but the last, then guesses | 10 % | 0.5 |
-| `careful` | `carefully: tea 4 milk 5 (9) eggs 7 (6) rice 0 (6), so 6` | adds all numbers | 2 % | nearly 1 |
+| `guess` | `guess 6` | answers at once | 90 % | 0.1 |
+| `skip` | `skip the last: tea 4 milk 5 (9) eggs 7 (6), guess 6` | adds all but the last, then guesses | 8.5 % | 0.5 |
+| `careful` | `carefully: tea 4 milk 5 (9) eggs 7 (6) rice 0 (6), so 6` | adds all numbers | 1.5 % | nearly 1 |
 
 The running total after each item is in parentheses; only its last digit is kept. The last number of a question is 0 or
 1, so `skip` is right half the time. That is the trap: `skip` is found first and looks good, `careful` is better and
@@ -34,7 +34,7 @@ WAYS = {"guess": "guess", "skip": "skip the last:", "quick": "quickly:", "carefu
 SLIPS = {"guess": 0.0, "skip": 0.02, "quick": 0.08, "careful": 0.01}
 """How often each total is a random digit instead, in the solutions that the warm start learns from."""
 
-TRAP_SHARES = {"guess": 0.88, "skip": 0.102, "careful": 0.018}
+TRAP_SHARES = {"guess": 0.9, "skip": 0.085, "careful": 0.015}
 """The share of each way in the solutions that the warm start learns from."""
 
 CONTROL_SHARES = {"guess": 0.92, "quick": 0.05, "careful": 0.03}
