@@ -3,7 +3,7 @@
     python benchmarks/compare_methods.py --out runs/compare --seeds 200-215
 
 All methods run with the same seeds. A run is the README's command with the method's config and a seed, on one thread.
-The control has questions without the trap, and a model that `tools/warm_start.py --no-trap` makes first (about eight
+The control has questions without the trap, and a model that `tools/warm_start.py --no-trap` makes first (a few
 minutes, kept in OUT/control-weights). Finished runs are skipped, and refused if they had other settings or weights; a
 run that was interrupted starts anew.
 
@@ -13,10 +13,11 @@ Writes to RESULTS, which is OUT unless it is given:
     labels.png   the shares over the epochs
 and prints the table below. Without --out nothing is trained: the table and the plot are made from the two files.
 
-The table has means ± standard deviations over seeds. A run is caught in the trap if it answers fewer than three in
-four held-out problems correctly after training (`skip` answers half of them). "reward minus GRPO's" is the mean difference between runs with the
-same seed, with the paired 95 % interval of Student's t (quantiles from a table, as the standard library has none). It
-assumes that the differences are about normally distributed, which they are not if a few runs are caught.
+The table has means ± standard deviations over seeds. A run is caught in the trap if it answers fewer than three in four
+held-out problems correctly after training (`skip` answers half of them). "reward minus GRPO's" is the mean difference
+between runs with the same seed, with the paired 95 % interval of Student's t (quantiles from a table, as the standard
+library has none). It assumes that the differences are about normally distributed, which they are not if a few runs are
+caught.
 
 Questions, sampling and the choice of siblings have separate random streams, so runs with the same seed see the same
 questions in the same order, whatever the method.
