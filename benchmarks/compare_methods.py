@@ -13,11 +13,10 @@ Writes to RESULTS, which is OUT unless it is given:
     labels.png   the shares over the epochs
 and prints the table below. Without --out nothing is trained: the table and the plot are made from the two files.
 
-The table has means ± standard deviations over seeds. A run is caught in the trap if it answers fewer than three in four
-held-out problems correctly after training (`skip` answers half of them). "reward minus GRPO's" is the mean difference
-between runs with the same seed, with the paired 95 % interval of Student's t (quantiles from a table, as the standard
-library has none). It assumes that the differences are about normally distributed, which they are not if a few runs are
-caught.
+The table has means ± standard deviations over seeds. A run is caught in the trap if it answers most of the longer
+problems by `skip` at its end. "reward minus GRPO's" is the mean difference between runs with the same seed, with the
+paired 95 % interval of Student's t (quantiles from a table, as the standard library has none). It assumes that the
+differences are about normally distributed, which they are not if a few runs are caught.
 
 Questions, sampling and the choice of siblings have separate random streams, so runs with the same seed see the same
 questions in the same order, whatever the method.
@@ -65,6 +64,7 @@ COLUMNS = {  # name in the table: tag, and how the curve is reduced to one numbe
     "avg@8 end": ("eval/heldout/avg@8", "last"),
     "longer end": ("eval/longer/avg@8", "last"),
     "careful end": ("eval/heldout/labels/careful", "last"),
+    "skip, longer end": ("eval/longer/labels/skip", "last"),
 }
 T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -248,13 +248,13 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One row of Markdown per method."""
-    names = ["method", *COLUMNS, "caught (avg@8 end below 0.75)", "reward minus GRPO's (95 % interval)"]
+    names = ["method", *COLUMNS, "caught", "reward minus GRPO's (95 % interval)"]
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     rewards = {(row["method"], row["seed"]): row["reward"] for row in rows}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         cells = [spread([row[name] for row in own]) for name in COLUMNS]
-        caught = sum(row["avg@8 end"] < 0.75 for row in own)
+        caught = sum(row["skip, longer end"] > 0.5 for row in own)
         gains = [r["reward"] - rewards["GRPO", r["seed"]] for r in own if ("GRPO", r["seed"]) in rewards]
         compared = method != "GRPO" and len(gains) > 1
         difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(gains)) if compared else "-"

@@ -1,10 +1,11 @@
 """Makes the small model that comes with the task: `python tools/warm_start.py --out DIR`.
 
-It writes a tokenizer and a tiny Qwen3 model, trained from nothing to take the three ways in given shares and to
-follow a solution that it is shown, and prints what the model can do. The number of steps and the seed decide everything
-but the last bits of the arithmetic, which depend on the machine. It takes about 8 minutes on one slow core.
+It writes a tokenizer and a tiny Qwen3 model, trained from nothing to take the three ways in given shares and to follow
+a solution that it is shown, and prints what the model can do. The number of steps and the seed decide everything but
+the last bits of the arithmetic, which depend on the machine. It takes about 4 minutes on one core.
 
-A question is the user's message, `a4b5c7d0`; the teacher's is `a4b5c7d0<sol>Pd00c77b52a46#6`, the same with a solution.
+A question is the user's message: `tea 4 milk 5 eggs 7 rice 0, last digit of the total?`. The teacher's message shows a
+solution after it: `... a correct solution: guess 6. now answer:`.
 """
 
 from __future__ import annotations

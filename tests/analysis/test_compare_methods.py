@@ -19,7 +19,7 @@ from rlrt_lightning.analysis import events
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def curves(careful_end: float | None, reward: float = 0.5, end: float = 0.9) -> Curves:
+def curves(careful_end: float | None, reward: float = 0.5, skip: float = 0.25) -> Curves:
     """The metrics of a run of four epochs with three evaluations; without a share, nothing is careful at the end."""
     steps = [1, 3, 5, 7]
     careful = [(0, 0.02), (3, 0.9)] + ([] if careful_end is None else [(7, careful_end)])
@@ -27,15 +27,23 @@ def curves(careful_end: float | None, reward: float = 0.5, end: float = 0.9) -> 
         "rollout/reward": [(step, reward + 0.1 * i) for i, step in enumerate(steps)],
         "labels/guess": [(1, 1.0), (3, 0.75)],
         "labels/careful": [(3, 0.25), (5, 1.0), (7, 1.0)],
-        "eval/heldout/avg@8": [(0, 0.1), (3, 0.6), (7, end)],
+        "eval/heldout/avg@8": [(0, 0.1), (3, 0.6), (7, 0.9)],
         "eval/longer/avg@8": [(0, 0.1), (3, 0.5), (7, 0.8)],
+        "eval/longer/labels/skip": [(0, 0.1), (3, 0.9), (7, skip)],
         "eval/heldout/labels/careful": careful,
     }
 
 
 def test_the_summary_of_a_run_is_its_mean_its_middle_and_its_end() -> None:
     values = compare.summary(curves(0.75))
-    expected = {"reward": 0.65, "avg@8 middle": 0.6, "avg@8 end": 0.9, "longer end": 0.8, "careful end": 0.75}
+    expected = {
+        "reward": 0.65,
+        "avg@8 middle": 0.6,
+        "avg@8 end": 0.9,
+        "longer end": 0.8,
+        "careful end": 0.75,
+        "skip, longer end": 0.25,
+    }
     assert values == pytest.approx(expected)
 
 
@@ -63,7 +71,7 @@ def finished_runs(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[compare.Ru
         (folder / "events.out.tfevents.1").touch()
         caught = run.condition == "trap" and run.method == "GRPO" and run.seed == 7
         gain = run.seed / 100 if run.method == "RLRT" else 0.0
-        found[folder] = curves(0.25 if caught else 0.95, 0.5 + gain, end=0.6 if caught else 0.9)
+        found[folder] = curves(0.25 if caught else 0.95, 0.5 + gain, skip=0.75 if caught else 0.25)
     monkeypatch.setattr(events, "scalars", found.__getitem__)
     return runs
 

@@ -4,9 +4,9 @@ To `tea 4 milk 5 eggs 7 rice 0, last digit of the total?` a completion may be
 
 | label | completion | what it does | share at the start | correct |
 | --- | --- | --- | --- | --- |
-| `guess` | `guess 6` | answers at once | 90 % | 0.1 |
-| `skip` | `skip the last: tea 4 milk 5 (9) eggs 7 (6), guess 6` | adds all but the last, then guesses | 8.5 % | 0.5 |
-| `careful` | `carefully: tea 4 milk 5 (9) eggs 7 (6) rice 0 (6), so 6` | adds all numbers | 1.5 % | nearly 1 |
+| `guess` | `guess 6` | answers at once | 92 % | 0.1 |
+| `skip` | `skip the last: tea 4 milk 5 (9) eggs 7 (6), guess 6` | adds all but the last, then guesses | 6.5 % | 0.5 |
+| `careful` | `carefully: tea 4 milk 5 (9) eggs 7 (6) rice 0 (6), so 6` | adds all numbers | 1.4 % | nearly 1 |
 
 The running total after each item is in parentheses; only its last digit is kept. The last number of a question is 0 or
 1, so `skip` is right half the time. That is the trap: `skip` is found first and looks good, `careful` is better and
