@@ -97,7 +97,7 @@ def make_control_weights(out: Path) -> None:
             )
         return
     shutil.rmtree(folder, ignore_errors=True)
-    print("making the weights of the control, about eight minutes", flush=True)
+    print("making the weights of the control, a few minutes", flush=True)
     execute([str(ROOT / SOURCES[0]), "--no-trap", "--out", str(folder)], "weights of the control")
     (folder / "done").write_text(made)
 
