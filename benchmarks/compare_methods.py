@@ -35,6 +35,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from math import comb
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -243,6 +244,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             seeds = sorted({int(row["seed"]) for row in chosen})
             name = {"trap": "With the trap", "control": "Control without the trap"}[condition]
             parts.append(f"{name}, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):\n\n{table(chosen)}")
+            parts += [sentence for method in METHODS if (sentence := caught_in_pairs(chosen, method))]
     return "\n\n".join(parts)
 
 
@@ -254,12 +256,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         cells = [spread([row[name] for row in own]) for name in COLUMNS]
-        caught = sum(row["skip, longer end"] > 0.5 for row in own)
+        caught = sum(map(is_caught, own))
         gains = [r["reward"] - rewards["GRPO", r["seed"]] for r in own if ("GRPO", r["seed"]) in rewards]
         compared = method != "GRPO" and len(gains) > 1
         difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(gains)) if compared else "-"
         lines.append(f"| {method} | {' | '.join(cells)} | {caught} of {len(own)} | {difference} |")
     return "\n".join(lines)
+
+
+def is_caught(row: dict[str, Any]) -> bool:
+    """Whether a run ends in the trap."""
+    return float(row["skip, longer end"]) > 0.5
+
+
+def caught_in_pairs(rows: list[dict[str, Any]], method: str) -> str:
+    """Compares how often a method and GRPO are caught with the same seed; empty if neither is."""
+    caught = {(row["method"], row["seed"]): is_caught(row) for row in rows}
+    seeds = [seed for name, seed in caught if name == method and method != "GRPO" and ("GRPO", seed) in caught]
+    both = sum(caught["GRPO", seed] and caught[method, seed] for seed in seeds)
+    only = [sum(caught[name, seed] for seed in seeds) - both for name in ("GRPO", method)]
+    if not both + sum(only):
+        return ""
+    n, fewer = sum(only), min(only)
+    p = min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) / 2**n)
+    return (
+        f"With the same seed, both GRPO and {method} are caught {both} times, only GRPO {only[0]}, only {method} "
+        f"{only[1]} (exact McNemar test: p = {p:.2f})."
+    )
 
 
 def spread(values: list[float]) -> str:
