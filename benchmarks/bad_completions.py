@@ -278,7 +278,7 @@ def cases(count: int, seed: int = 0, canary: str = "", port: int = 9) -> Iterato
     rng = random.Random(f"bad-completions/{seed}")
     judges = tasks()
     gym = [name for name in judges if name in SCORERS]
-    questions = {name: list(judges[name].problems("train")[:20]) for name in [*gym, "strategy"]}
+    questions = {name: list(judges[name].problems("train")[:20]) for name in [*gym, "last digit"]}
     names, weights = zip(*((kind, weight) for kind, (_, weight) in KINDS.items()), strict=True)
     for number in range(count):
         if number % 20 == 10:
@@ -286,7 +286,7 @@ def cases(count: int, seed: int = 0, canary: str = "", port: int = 9) -> Iterato
             continue
         kind = names[number % len(names)] if number < 2 * len(names) else rng.choices(names, weights)[0]
         evaluating = gym[:9] if kind in ("code", "huge") else []
-        name = rng.choice(["math"] * 6 + ["boxed", "exact", "pattern", "bomb", "strategy", *evaluating, *gym])
+        name = rng.choice(["math"] * 6 + ["boxed", "exact", "pattern", "bomb", "last digit", *evaluating, *gym])
         answer = KINDS[kind][0](rng).replace("CANARY", canary).replace("PORT", str(port))
         # A scorer reads only the text between tags, so an answer elsewhere would not test it.
         wrap = rng.choice(WRAPS[-2:] if name in gym else WRAPS)

@@ -216,7 +216,7 @@ def test_shift_requires_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "set --ckpt_path" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "P"])
+@pytest.mark.parametrize("text", ["", "carefully"])
 def test_reflection_inserts_the_text_at_positions_ordered_by_kl(text: str, trained: Path, tmp_path: Path) -> None:
     flags = ("--limit=40", f"--text={text}", "--continuations=2", "--context=solution")
     assert run_analysis("reflection", trained, tmp_path, *flags) == 0
@@ -231,8 +231,8 @@ def test_reflection_inserts_the_text_at_positions_ordered_by_kl(text: str, train
     assert {r["flipped"] for r in table} == {"True", "False"}
     summary = rows(tmp_path / "reflection_summary.csv")
     hard = {(r["text"], r["where"]): float(r["flipped"]) for r in summary if r["kind"] == "hard"}
-    if text:  # the complete strategy, inserted where the policy chooses one, solves problems that it could not
-        assert hard["P", "largest"] > hard["", "largest"]
+    if text:  # the careful way, inserted where the policy chooses one, solves problems that it could not
+        assert hard[text, "largest"] > hard["", "largest"]
     assert_plot_written(tmp_path, "reflection")
 
 

@@ -45,11 +45,13 @@ def weights(folder: Path, version: int = 0) -> dict[str, torch.Tensor]:
 
 
 def merged_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """The curves of all runs in a folder as one; runs that share a step must agree on its value."""
+    """The curves of all runs in a folder as one; runs that share a step must agree on its value. A step may have two
+    values of a run, one from the evaluation before training and one from an evaluation within the first epoch; the
+    second one counts."""
     curves: dict[str, dict[int, float]] = {}
     for version in range(len(list((folder / "rlrt").iterdir()))):
         for tag, curve in without_timings(scalars(folder, version)).items():
-            for step, value in curve:
+            for step, value in dict(curve).items():
                 assert curves.setdefault(tag, {}).setdefault(step, value) == value, (tag, step)
     return curves
 

@@ -102,12 +102,12 @@ def test_a_stop_string_does_not_begin_in_the_prompt(bytes_policy: Policy) -> Non
 
 
 def test_a_stop_string_is_found_across_tokens_without_text(bytes_policy: Policy) -> None:
-    """Embeddings that only pad the vocabulary, here token 39, can be drawn and have no text."""
-    made = tiny_policy("qwen3", {"vocab_size": 40})
-    one, two = made.tokenizer.convert_tokens_to_ids(["1", "2"])
-    rollout = say(made, [one, *[39] * 60, two], stop=["12"])
+    """Embeddings that only pad the vocabulary, here token 60, can be drawn and have no text."""
+    made = tiny_policy("qwen3", {"vocab_size": 64})
+    one, two = made.tokenizer.convert_tokens_to_ids([" 1", " 2"])
+    rollout = say(made, [one, *[60] * 60, two], stop=[" 1 2"])
     assert len(rollout.response_ids) == 62
-    assert rollout.text == "12"
+    assert rollout.text == " 1 2"
 
 
 def test_a_special_token_spelt_out_in_letters_does_not_stop(bytes_policy: Policy) -> None:
@@ -216,7 +216,7 @@ def test_tokens_without_embeddings_are_refused_before_rollouts(
     special = ("<new>", "<other>") if where != "end" else ()
     made = Policy(path=save_byte_level_model(tmp_path / "model", special, rows=257 if where != "end" else 256))
     monkeypatch.setattr(RolloutDataModule, "_roll_out", lambda *_: pytest.fail("rollouts are drawn"))
-    prompts = {"prompt": ["<new>1", "2"], "later prompt": [*"12345678", "a <new>"]}.get(where, ["1", "2"])
+    prompts = {"prompt": ["<new>1", "2"], "later prompt": [*"12345678", "a <new>"]}.get(where, [" 1", " 2"])
     module = RLRTModule(made, Teacher("{prompt}<new>{context}" if where == "teacher" else None))
     benchmarks = {"x": Benchmark(task_of("1", "<new>"))} if where == "benchmark" else {}
     data = RolloutDataModule(

@@ -117,7 +117,9 @@ def test_the_compared_runs_learn_and_evaluate(runs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", slow_except(["plain", "ema", "lora"], *IN_CI))
 def test_each_of_two_sharded_ranks_holds_half_of_the_parameters(runs: dict[str, Path], name: str) -> None:
-    assert 2 * recorded(runs["fsdp2"], name)["held"] == recorded(runs["one"], name)["held"]
+    """Except for a row of the embeddings, which has an odd number of them."""
+    whole = recorded(runs["one"], name)["held"]
+    assert abs(2 * recorded(runs["fsdp2"], name)["held"] - whole) < 0.001 * whole
 
 
 @pytest.mark.slow
