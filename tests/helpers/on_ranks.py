@@ -180,8 +180,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    strategy, folder, *names = sys.argv[1:]
+def main(args: list[str]) -> None:
+    strategy, folder, *names = args
     for name in names:
         if name == "exported":
             run(strategy, Path(folder), name, epochs=1, callbacks=[HFExport(str(Path(folder) / name))])
@@ -196,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

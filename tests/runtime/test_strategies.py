@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.policy.model import EMBEDDED
 from tests.helpers.command_line import SMALL, scalars
+from tests.helpers.forks import Fork, Forks
 from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT, run_cli
 
@@ -27,37 +27,31 @@ OTHERS = ["bf16", "bf16_true", "saved", "exported", "exported_adapter"]
 IN_CI = ["plain", "ema", "saved", "exported"]
 """The runs that the tests compare that are not marked as slow."""
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+FORKS = Forks()
 STORES: list[torch.distributed.TCPStore] = []
 """The rendezvous store of each run, as torchrun has one: this process chooses the port and keeps it."""
 
 
-def start(ranks: int, *args: str) -> list[subprocess.Popen[str]]:
+@pytest.fixture(scope="module", autouse=True)
+def _forks() -> Iterator[None]:
+    yield
+    FORKS.close()
+
+
+def start(ranks: int, *args: str) -> list[Fork]:
     """Starts each rank as a separate process, so no launcher ends one rank when another fails."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {}
     if ranks > 1:
         STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         env |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(ranks)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.on_ranks", *args],
-            cwd=ROOT,
-            env={**env, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    return [FORKS.start(args, {**env, **more}) for more in own]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 200) -> list[tuple[int, str]]:
+def finish(processes: list[Fork]) -> list[tuple[int, str]]:
     """Waits for the processes; the exit code and stderr of each rank."""
-    try:
-        return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout)]]
-    finally:
-        for p in processes:
-            p.kill()
+    return [(FORKS.wait(process), process.stderr.read_text()) for process in processes]
 
 
 def run_ranks(ranks: int, *args: str) -> None:
@@ -272,6 +266,6 @@ def test_when_a_rank_hangs_the_others_stop_after_the_timeout(tmp_path: Path) -> 
     processes = start(2, "ddp", str(tmp_path), "hangs")
     code, stderr = finish(processes[:1])[0]
     os.kill(processes[1].pid, signal.SIGKILL)
-    processes[1].communicate()
+    finish(processes[1:])
     assert code == 3
     assert "rank 1 did not respond for 10 s" in stderr
