@@ -140,9 +140,8 @@ def test_math500_reference_solutions_are_judged_correct(shared, step):
             for p, q in zip(problems, [*problems[1:], problems[0]], strict=True)
         ]
         assert sum(future.result(timeout=60).correct for future in right) == len(problems) == 500 / step
-        assert sum(future.result(timeout=60).correct for future in same) >= 0.9 * len(
-            problems
-        )  # after some answers + 0 is invalid
+        # After some answers + 0 is invalid.
+        assert sum(future.result(timeout=60).correct for future in same) >= 0.9 * len(problems)
         right_by_chance = [future for future in others if future.result(timeout=60).correct]
         assert len(right_by_chance) <= 0.01 * len(problems)
 
