@@ -195,6 +195,27 @@ def test_exported_adapters_load_in_peft(runs: dict[str, Path], strategy: str) ->
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
+def test_an_evaluation_on_two_ranks_gives_the_same_results_as_on_one(tmp_path: Path) -> None:
+    """The 3 problems of `longer` do not divide evenly: the second rank takes one batch of one problem."""
+    flags = [f"--config={ROOT / 'configs/rlrt.yaml'}", *SMALL, "--data.eval_prompts=2", "--trainer.accelerator=cpu"]
+    flags.append("--data.sampling.max_new_tokens=12")
+    one, two = (
+        ["validate", *flags, f"--evaluation.results={tmp_path / name}", f"--trainer.logger.save_dir={tmp_path / name}"]
+        for name in ("one", "two")
+    )
+    assert main(one) == 0
+    run_ranks(2, "command_line", *two, "--trainer.strategy=ddp", "--trainer.devices=2")
+    for name in ("heldout.parquet", "longer.parquet", "pass_at_k.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    expected, logged = (
+        {tag: curve for tag, curve in scalars(tmp_path / name).items() if tag.startswith("eval/")}
+        for name in ("one", "two")
+    )
+    assert logged.keys() == expected.keys() != set()
+    for tag, curve in logged.items():
+        assert curve[0][1] == pytest.approx(expected[tag][0][1], rel=1e-5), tag
+
+
 @pytest.mark.slow
 def test_fsdp_from_the_command_line_trains_resumes_and_evaluates(tmp_path: Path) -> None:
     """Training with validation, pictures and checkpoints, a resume from `last`, then an evaluation."""
