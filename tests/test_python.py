@@ -215,7 +215,8 @@ def test_the_teacher_follows_the_method_unless_the_users_callback_overrides_it(t
     ):
         model = module()
         model.method = method
-        trainer(tmp_path, fast_dev_run=True, enable_checkpointing=False, callbacks=list(callbacks)).fit(model, data())
+        made = trainer(tmp_path, fast_dev_run=True, enable_checkpointing=False, callbacks=list(callbacks))
+        made.fit(model, data(prompts_per_epoch=2, benchmarks={}))
         assert model.teacher.weights == expected, (method, callbacks)
         assert hasattr(model.teacher, "model") == (expected != "policy")
 
@@ -294,9 +295,11 @@ class RemoteLogger(Logger):
         (lambda root: False, None),
         (lambda root: CSVLogger(root, "csv"), "csv/version_0"),
         (lambda root: RemoteLogger(), "project/a1b2"),
-        (lambda root: RemoteLogger(3), "project/version_3"),
+        pytest.param(lambda root: RemoteLogger(3), "project/version_3", marks=pytest.mark.slow),
         (lambda root: RemoteLogger(save_dir="memory://runs"), "project/a1b2"),
-        (lambda root: RemoteLogger(save_dir=str(root / "wandb")), "wandb/project/a1b2"),
+        pytest.param(
+            lambda root: RemoteLogger(save_dir=str(root / "wandb")), "wandb/project/a1b2", marks=pytest.mark.slow
+        ),
         (lambda root: [RemoteLogger("first"), CSVLogger(root, "csv")], "project/first"),
     ],
     ids=["none", "csv", "no folder", "number", "url", "shared folder", "two loggers"],
@@ -306,9 +309,10 @@ def test_a_run_has_a_local_folder_with_any_logger(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "root"
-    made = trainer(root, logger=logger(root), max_epochs=1, check_val_every_n_epoch=1)
-    made.fit(module(), data())
-    made.validate(made.lightning_module, datamodule=data())
+    made = trainer(root, logger=logger(root), max_epochs=1, num_sanity_val_steps=0)
+    benchmarks = {"heldout": Benchmark(limit=2)}
+    made.fit(module(), data(benchmarks=benchmarks))
+    made.validate(made.lightning_module, datamodule=data(benchmarks=benchmarks))
     found = run_folder(made)
     assert found.is_relative_to(root)
     assert folder is None or found == root / folder

@@ -27,7 +27,7 @@ from rlrt_lightning.resume import FORMAT, KEY, check, digest, of_object, rebuilt
 from rlrt_lightning.runtime.optimizers import WarmUp, keep_settings, probe
 from rlrt_lightning.tasks import Problem
 from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
-from tests.helpers.command_line import cli_exit_code, weights
+from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, weights
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +80,22 @@ def test_changed_optimizer_and_trainer_settings_take_effect_and_are_named(
     ("flags", "names"),
     [
         (["--model.method=RLSD"], ["model.method"]),
-        (["--model.method.lam=0.4"], ["model.method.lam"]),
-        (["--seed_everything=1"], ["data.seed"]),
-        (["--data.task.trap=false"], ["data.task.trap"]),
-        (["--data.rollouts_per_prompt=4", "--data.sampling.temperature=0.9"], None),
-        (["--data.prompts_per_epoch=16", "--data.minibatches=4"], None),
-        (["--model.clip_high=0.3", "--model.teacher.strip_think=false"], None),
-        (["--teacher_refresh.every_n_epochs=2"], ["teacher_refresh.every_n_epochs"]),
         (["--model.method=SDPO"], ["model.method", "teacher_refresh.ema_decay"]),
-        (["--model.policy.chat_kwargs={enable_thinking: false}"], ["model.policy.chat_kwargs"]),
+        (["--seed_everything=1", "--model.method.lam=0.4"], ["data.seed", "model.method.lam"]),
+        (
+            [
+                "--data.task.trap=false",
+                "--data.rollouts_per_prompt=4",
+                "--data.sampling.temperature=0.9",
+                "--data.prompts_per_epoch=16",
+                "--data.minibatches=4",
+                "--model.clip_high=0.3",
+                "--model.teacher.strip_think=false",
+                "--model.policy.chat_kwargs={enable_thinking: false}",
+                "--teacher_refresh.every_n_epochs=2",
+            ],
+            None,
+        ),
     ],
     ids=str,
 )
@@ -287,7 +294,7 @@ def test_own_teacher_weights_and_adapters_load_without_a_trainer(tmp_path: Path)
 
 
 def test_a_teacher_declared_by_the_method_equals_one_set_by_flags(tmp_path: Path) -> None:
-    flags = ["--model.method=RLSD", "--data.prompts_per_epoch=4"]
+    flags = ["--model.method=RLSD", "--data.prompts_per_epoch=4", *TRAIN_ONLY]
     assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
     explicit = ["--teacher_refresh.every_n_epochs=null", "--ckpt_path=last"]
     assert cli_exit_code("fit", tmp_path, *flags, *explicit, "--trainer.max_epochs=2") == 0

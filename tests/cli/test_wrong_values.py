@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import yaml
+from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -21,6 +24,7 @@ from rlrt_lightning.cli.given import given
 from rlrt_lightning.cli.refusals import run
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.runtime.private.jsonargparse import actions, value_type
+from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
 
 NUMBERS = {int: ("-1", "0"), float: ("-1", ".nan")}
@@ -69,16 +73,34 @@ class Ready(RLRTCli):
 
     def run_args(self, *args: str) -> int:
         """Runs another command line on the same parser, which takes 0.2 s to build; returns the exit code."""
+        return run(lambda: self._run(self.parser.parse_args(["fit", *QUICK, *args])))
 
-        def command() -> None:
-            self._failure = None
-            self.config = self.parser.parse_args(["fit", *QUICK, *args])
-            self.before_instantiate_classes()
-            self.instantiate_classes()
-            self.after_instantiate_classes()
-            self._run_subcommand("fit")
+    def run_flag(self, setting: str, value: str) -> int:
+        """Runs with one more flag."""
+        return self.run_args(f"--{setting}={value}")
 
-        return run(command)
+    def run_changed(self, setting: str, value: str) -> int:
+        """Runs with a setting changed after parsing, which takes longer than the rest."""
+        config = self.quick.clone()
+        *groups, name = setting.split(".")
+        node = config.fit
+        for group in groups:
+            node = node[group]
+            node = node.get("init_args", node)
+        node[name] = yaml.safe_load(value)
+        return run(lambda: self._run(config))
+
+    @cached_property
+    def quick(self) -> Namespace:
+        return self.parser.parse_args(["fit", *QUICK])
+
+    def _run(self, config: Namespace) -> None:
+        self._failure = None
+        self.config = config
+        self.before_instantiate_classes()
+        self.instantiate_classes()
+        self.after_instantiate_classes()
+        self._run_subcommand("fit")
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +131,13 @@ def flat(type_: Any) -> Iterator[Any]:
         yield type_
 
 
-def refusal_defect(cli: Ready, capsys: pytest.CaptureFixture[str], setting: str, value: str) -> str:
+def refusal_defect(
+    run_with: Callable[[str, str], int], capsys: pytest.CaptureFixture[str], setting: str, value: str
+) -> str:
     """What is wrong with the refusal of a value; empty if one line names the setting."""
     capsys.readouterr()
     try:
-        code = cli.run_args(f"--{setting}={value}")
+        code = run_with(setting, value)
     except Exception as error:
         return f"{setting}={value}: {type(error).__name__}: {error}"
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Loading weights")]
@@ -126,25 +150,30 @@ def refusal_defect(cli: Ready, capsys: pytest.CaptureFixture[str], setting: str,
 def test_numbers_out_of_range_are_refused_by_name(
     most: int | None, tried: int, cli: Ready, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With one value for each setting, or with all."""
+    """With one value for each setting, which is parsed only if it is not refused without, or with all as flags."""
+
+    def defect(setting: str, value: str) -> str:
+        if most and not refusal_defect(cli.run_changed, capsys, setting, value):
+            return ""
+        return refusal_defect(cli.run_flag, capsys, setting, value)
+
     wrong = []
     for setting, types in settings(cli):
         values = {value for type_, numbers in NUMBERS.items() if type_ in types for value in numbers}
         values -= set(VALID.get(setting, "").split())
-        wrong += [refusal_defect(cli, capsys, setting, value) for value in sorted(values)[:most]]
+        wrong += [defect(setting, value) for value in sorted(values)[:most]]
     assert not [w for w in wrong if w]
     assert len(wrong) > tried
 
 
+@pytest.mark.parametrize("step", slow_except([1, 3], 3))
 @pytest.mark.filterwarnings("ignore")
-def test_values_of_a_wrong_type_are_refused_by_name(cli: Ready, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = [
-        refusal_defect(cli, capsys, setting, "certainly_not")
-        for setting, types in settings(cli)
-        if not types & {str, Path, Any}  # any text may be a valid name or path
-    ]
+def test_values_of_a_wrong_type_are_refused_by_name(step: int, cli: Ready, capsys: pytest.CaptureFixture[str]) -> None:
+    # Any text may be a valid name or path.
+    typed = [setting for setting, types in settings(cli) if not types & {str, Path, Any}]
+    assert len(typed) > 110
+    wrong = [refusal_defect(cli.run_flag, capsys, setting, "certainly_not") for setting in typed[::step]]
     assert not [w for w in wrong if w]
-    assert len(wrong) > 110
 
 
 @pytest.mark.parametrize(
@@ -362,10 +391,20 @@ def test_a_misspelt_command_suggests_the_right_one(capsys: pytest.CaptureFixture
     assert "(did you mean fit?)" in err
 
 
-def test_a_process_ends_with_exit_code_2_and_one_line(tmp_path: Path) -> None:
-    (tmp_path / "wrong.yaml").write_text("model: {clip_low: -1}")
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["curves", "nowhere"], "error: nowhere has to be NAME=FOLDER, such as RLRT=runs/rlrt"),
+        pytest.param(
+            ["fit", "--model.clip_low=-1", "--trainer.logger=false"],
+            "error: model.clip_low is -1.0; it has to be from 0 to below 1",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_process_ends_with_exit_code_2_and_one_line(args: list[str], line: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "rlrt_lightning", "fit", f"--config={tmp_path}/wrong.yaml", "--trainer.logger=false"],
+        [sys.executable, "-m", "rlrt_lightning", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -373,6 +412,4 @@ def test_a_process_ends_with_exit_code_2_and_one_line(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "Seed set" not in line] == [
-        "error: model.clip_low is -1.0; it has to be from 0 to below 1"
-    ]
+    assert [each for each in done.stderr.splitlines() if "Seed set" not in each] == [line]

@@ -209,8 +209,9 @@ def test_ranks_take_equally_many_batches_and_each_problem_once(monkeypatch: pyte
         assert len(counts) == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_results_as_one(uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """The 3 problems of `longer` do not divide evenly: the second rank takes one batch of one problem."""
+    """With ranks that Lightning launches; tests/runtime/test_strategies.py has the same test with torchrun's."""
     whole, metrics = uninterrupted
     flags = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu")
     args = [f"--config={ROOT / 'configs' / 'rlrt.yaml'}", *SMALL_DATA, *SMALL, *flags]

@@ -20,6 +20,9 @@ SMALL = [
     "--trainer.check_val_every_n_epoch=2",
 ]
 
+TRAIN_ONLY = ["--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0"]
+"""For a run whose evaluations are not tested."""
+
 
 def cli_exit_code(name: str, folder: Path, *flags: str, configs: tuple[str, ...] = ()) -> int:
     """Runs a subcommand with configs/rlrt.yaml, further configs and flags, and returns its exit code."""

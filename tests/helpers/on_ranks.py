@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 -m tests.helpers.on_ranks ddp FOLDER RUN...
 
-Each run writes what it recorded to FOLDER/RUN.pt."""
+Each run writes what it recorded to FOLDER/RUN.pt. With `command_line`, the other arguments are a command line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from lightning import Callback, Trainer
 
 from rlrt_lightning import RLRT, LastDigit, RLRTModule, RolloutDataModule, Sampling
+from rlrt_lightning.__main__ import main as command_line
 from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.objective import SRPO
@@ -179,8 +180,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    strategy, folder, *names = sys.argv[1:]
+def main(args: list[str]) -> None:
+    if args[0] == "command_line":
+        sys.exit(command_line(args[1:]))
+    strategy, folder, *names = args
     for name in names:
         if name == "exported":
             run(strategy, Path(folder), name, epochs=1, callbacks=[HFExport(str(Path(folder) / name))])
@@ -195,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -16,7 +16,7 @@ import torch
 
 from rlrt_lightning import SDPO, ConfigError, LastDigit, Needs, Policy
 from rlrt_lightning.policy.padding import pad_sequences
-from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
+from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, scalars, weights, without_timings
 from tests.helpers.epochs import fit_and_record
 from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
@@ -52,7 +52,7 @@ def test_each_method_has_a_config() -> None:
 @pytest.mark.parametrize("name", slow_except(SETTINGS, "rlrt", "srpo"))
 def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    flags = ("--trainer.max_epochs=3", "--data.rollouts_per_prompt=8", "--trainer.enable_checkpointing=false")
+    flags = ("--trainer.max_epochs=2", *TRAIN_ONLY, "--trainer.enable_checkpointing=false")
     assert cli_exit_code("fit", tmp_path, *flags, configs=(f"configs/methods/{name}.yaml",)) == 0
     (line,) = [message for message in caplog.messages if message.startswith("method: ")]
     assert SETTINGS[name] in line, "the log shows the effective settings"
@@ -135,17 +135,16 @@ def test_a_new_method_needs_only_one_file_and_a_config(new_method: Path, caplog:
     caplog.set_level(logging.INFO)
     for strength in ("0.5", "0.25"):
         caplog.clear()
-        flags = ["--trainer.max_epochs=2"]
+        flags = ["--trainer.max_epochs=2", *TRAIN_ONLY]
         if strength != "0.5":
             flags += [f"--model.method.strength={strength}"]
         assert cli_exit_code("fit", new_method, *flags, configs=(str(new_method / "new_method.yaml"),)) == 0
         assert f"method: Unsure(strength={strength}, normalize_std=True); the teacher has a copy" in caplog.text
-    assert cli_exit_code("fit", new_method, "--trainer.max_epochs=2", "--model.method=new_method.Unsure") == 0
-    one, half, flag = (scalars(new_method, version) for version in range(3))
-    for curves in (one, half, flag):
+    one, half = (scalars(new_method, version) for version in range(2))
+    for curves in (one, half):
         assert all(value > 0 for _, value in curves["train/divergence"])
     for tag in ("train/divergence", "train/grad_norm"):
-        assert len({curves[tag][-1][1] for curves in (one, half, flag)}) == 3, "the strength has an effect"
+        assert one[tag][-1] != half[tag][-1], "the strength has an effect"
     teacher, policy_ = (model_weights(weights(new_method), owner) for owner in ("teacher", "policy"))
     assert all(torch.equal(teacher[name], policy_[name]) for name in policy_), "refreshed after two epochs"
 
@@ -181,7 +180,7 @@ def average_of_policies(folder: Path, decay: float) -> dict[str, torch.Tensor]:
         pytest.param(["--model.method=SDPO"], 0.95, marks=pytest.mark.slow),
         (["--model.method=SDPO", "--teacher_refresh.ema_decay=0.5"], 0.5),
         pytest.param(["--model.method=SDPO", "--teacher_refresh.every_n_epochs=1"], None, marks=pytest.mark.slow),
-        (["--model.method=SDPO", "--teacher_refresh.ema_decay=0"], None),
+        pytest.param(["--model.method=SDPO", "--teacher_refresh.ema_decay=0"], None, marks=pytest.mark.slow),
         (["--model.method=RLSD"], 1.0),
         pytest.param(["--model.method=RLSD", "--model.method.gated=true"], None, marks=pytest.mark.slow),
         pytest.param(["--model.method=RLSD", "--teacher_refresh.ema_decay=0.9"], 0.9, marks=pytest.mark.slow),
@@ -193,7 +192,7 @@ def average_of_policies(folder: Path, decay: float) -> dict[str, torch.Tensor]:
 )
 def test_a_method_chosen_by_flag_uses_its_own_teacher(flags: list[str], decay: float | None, tmp_path: Path) -> None:
     """Unless teacher_refresh is set. A decay of 1: never refreshed; None: no copy."""
-    keep = ["--checkpoint.save_top_k=-1", "--trainer.max_epochs=3"]
+    keep = ["--checkpoint.save_top_k=-1", "--trainer.max_epochs=3", *TRAIN_ONLY]
     assert cli_exit_code("fit", tmp_path, *keep, *flags) == 0
     teacher = model_weights(weights(tmp_path), "teacher")
     if decay is None:
@@ -205,7 +204,7 @@ def test_a_method_chosen_by_flag_uses_its_own_teacher(flags: list[str], decay: f
 
 @pytest.mark.parametrize("method", slow_except(["SDPO", "RLSD"], "SDPO"))
 def test_a_resumed_run_keeps_the_methods_teacher(method: str, tmp_path: Path) -> None:
-    flags = [f"--model.method={method}"]
+    flags = [f"--model.method={method}", *TRAIN_ONLY]
     assert cli_exit_code("fit", tmp_path / "whole", *flags, "--trainer.max_epochs=3") == 0
     assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
     assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
@@ -217,7 +216,7 @@ def test_a_resumed_run_keeps_the_methods_teacher(method: str, tmp_path: Path) ->
 
 
 def test_resuming_with_another_methods_teacher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli_exit_code("fit", tmp_path, "--model.method=SDPO", "--trainer.max_epochs=1") == 0
+    assert cli_exit_code("fit", tmp_path, "--model.method=SDPO", "--trainer.max_epochs=1", *TRAIN_ONLY) == 0
     assert cli_exit_code("fit", tmp_path, "--model.method=RLRT", "--trainer.max_epochs=2", "--ckpt_path=last") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "model.method was SDPO and is RLRT; teacher_refresh.ema_decay was 0.95 and is 0.0; restore them" in line
@@ -235,7 +234,7 @@ def test_an_engine_cannot_score_for_a_teacher_with_its_own_weights(
 def test_top_k_above_the_vocabulary_size_equals_the_full_divergence(tmp_path: Path) -> None:
     """With 57 tokens, comparing all of them or at most 100 is the same."""
     for top_k in ("null", "100"):
-        flags = ["--model.method=SDPO", f"--model.method.top_k={top_k}", "--trainer.max_epochs=1"]
+        flags = ["--model.method=SDPO", f"--model.method.top_k={top_k}", "--trainer.max_epochs=1", *TRAIN_ONLY]
         assert cli_exit_code("fit", tmp_path, *flags) == 0
     one, other = (without_timings(scalars(tmp_path, version)) for version in range(2))
     assert one == other

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.policy.model import EMBEDDED
 from tests.helpers.command_line import SMALL, scalars
+from tests.helpers.forks import Fork, fork
 from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT, run_cli
 
@@ -31,33 +29,20 @@ STORES: list[torch.distributed.TCPStore] = []
 """The rendezvous store of each run, as torchrun has one: this process chooses the port and keeps it."""
 
 
-def start(ranks: int, *args: str) -> list[subprocess.Popen[str]]:
+def start(ranks: int, *args: str) -> list[Fork]:
     """Starts each rank as a separate process, so no launcher ends one rank when another fails."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {}
     if ranks > 1:
         STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         env |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(ranks)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.on_ranks", *args],
-            cwd=ROOT,
-            env={**env, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    return [fork(Path.cwd(), args, {**env, **more}) for more in own]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 200) -> list[tuple[int, str]]:
+def finish(processes: list[Fork]) -> list[tuple[int, str]]:
     """Waits for the processes; the exit code and stderr of each rank."""
-    try:
-        return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout)]]
-    finally:
-        for p in processes:
-            p.kill()
+    return [(process.wait(), process.stderr.read_text()) for process in processes]
 
 
 def run_ranks(ranks: int, *args: str) -> None:
@@ -203,6 +188,27 @@ def test_exported_adapters_load_in_peft(runs: dict[str, Path], strategy: str) ->
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
+def test_an_evaluation_on_two_ranks_gives_the_same_results_as_on_one(tmp_path: Path) -> None:
+    """The 3 problems of `longer` do not divide evenly: the second rank takes one batch of one problem."""
+    flags = [f"--config={ROOT / 'configs/rlrt.yaml'}", *SMALL, "--data.eval_prompts=2", "--trainer.accelerator=cpu"]
+    flags.append("--data.sampling.max_new_tokens=12")
+    one, two = (
+        ["validate", *flags, f"--evaluation.results={tmp_path / name}", f"--trainer.logger.save_dir={tmp_path / name}"]
+        for name in ("one", "two")
+    )
+    assert main(one) == 0
+    run_ranks(2, "command_line", *two, "--trainer.strategy=ddp", "--trainer.devices=2")
+    for name in ("heldout.parquet", "longer.parquet", "pass_at_k.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    expected, logged = (
+        {tag: curve for tag, curve in scalars(tmp_path / name).items() if tag.startswith("eval/")}
+        for name in ("one", "two")
+    )
+    assert logged.keys() == expected.keys() != set()
+    for tag, curve in logged.items():
+        assert curve[0][1] == pytest.approx(expected[tag][0][1], rel=1e-5), tag
+
+
 @pytest.mark.slow
 def test_fsdp_from_the_command_line_trains_resumes_and_evaluates(tmp_path: Path) -> None:
     """Training with validation, pictures and checkpoints, a resume from `last`, then an evaluation."""
@@ -273,7 +279,7 @@ def test_when_a_rank_is_killed_the_others_stop_and_name_it(tmp_path: Path) -> No
 def test_when_a_rank_hangs_the_others_stop_after_the_timeout(tmp_path: Path) -> None:
     processes = start(2, "ddp", str(tmp_path), "hangs")
     code, stderr = finish(processes[:1])[0]
-    os.kill(processes[1].pid, signal.SIGKILL)
-    processes[1].communicate()
+    processes[1].process.kill()
+    finish(processes[1:])
     assert code == 3
     assert "rank 1 did not respond for 10 s" in stderr

@@ -10,6 +10,7 @@ from rlrt_lightning.tasks import DatasetTask, ExactMatch, MathReward, Problem, V
 from rlrt_lightning.tasks.rewards import as_verdict, last_boxed
 from rlrt_lightning.tasks.verifier import Verifier
 from tests.helpers.grader_cases import DISAGREEMENTS, EQUAL, UNEQUAL
+from tests.helpers.marks import slow_except
 
 
 def judge(reward, answer, completion):
@@ -126,9 +127,10 @@ def test_endless_answers_time_out_without_delaying_others():
         assert all(future.result(timeout=60).correct for future in good)
 
 
-def test_math500_reference_solutions_are_judged_correct(shared):
+@pytest.mark.parametrize("step", slow_except([1, 5], 5))
+def test_math500_reference_solutions_are_judged_correct(shared, step):
     task = DatasetTask(heldout=str(shared / "data" / "math500.parquet"), solution="extra_info.solution")
-    problems = task.problems("heldout")
+    problems = list(task.problems("heldout"))[::step]
     with Verifier(task, workers=2) as verifier:
         right = [verifier.submit(problem, problem.solution) for problem in problems]
         # The same answers written differently, so that they have to be parsed, and answers of other problems.
@@ -137,10 +139,11 @@ def test_math500_reference_solutions_are_judged_correct(shared):
             verifier.submit(p, rf"\boxed{{{q.answer}}}")
             for p, q in zip(problems, [*problems[1:], problems[0]], strict=True)
         ]
-        assert sum(future.result(timeout=60).correct for future in right) == 500
-        assert sum(future.result(timeout=60).correct for future in same) >= 450  # after some answers + 0 is invalid
+        assert sum(future.result(timeout=60).correct for future in right) == len(problems) == 500 / step
+        # After some answers + 0 is invalid.
+        assert sum(future.result(timeout=60).correct for future in same) >= 0.9 * len(problems)
         right_by_chance = [future for future in others if future.result(timeout=60).correct]
-        assert len(right_by_chance) <= 5
+        assert len(right_by_chance) <= 0.01 * len(problems)
 
 
 @pytest.mark.parametrize(
