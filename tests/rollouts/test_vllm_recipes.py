@@ -27,11 +27,12 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # vLLM emits many warnings
 ]
 
-NO_THINKING = "<think>\n\n</think>\n\n"
 SWITCHED = CHATML.replace(
     "assistant\n{% endif %}",
-    f"assistant\n{{% if enable_thinking is defined and enable_thinking is false %}}{NO_THINKING}{{% endif %}}{{% endif %}}",
+    "assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}",
 )
+"""Qwen3's template: without thinking the response begins after an empty block."""
 BOXES = [r"\boxed{1}", r"\boxed{2}"]
 """Single tokens of the stand-in, so that its random responses are sometimes right."""
 
@@ -169,7 +170,6 @@ def test_a_recipe_trains_and_evaluates(recipe: str, tmp_path: Path) -> None:
     assert max(curves["rollout/correct"]) > 0
     assert max(curves["groups/mixed"]) > 0
     assert max(curves["signal/context"]) > 0, "the teacher scores rollouts with a demonstration"
-    assert max(curves["signal/context_truncated"]) == 0, "demonstrations are shown whole"
     assert max(curves["train/grad_norm"]) > 0
     assert all(0 < value < 0.1 for value in curves["rollout/mismatch_mean"]), "sampler and trainer round differently"
     assert max(curves["faults/rollouts"] + curves["faults/skipped_steps"] + curves["rollout/faults"]) == 0
