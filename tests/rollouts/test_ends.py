@@ -161,9 +161,7 @@ def test_max_positions_limits_responses_and_is_part_of_a_runs_settings() -> None
     assert [len(r.response_ids) for r in rollouts[3:]] == [1, 1, 1, 0, 0, 0]
     assert of_object(made, "model.policy")["model.policy.max_positions"] == 16
     assert tiny_policy("qwen3").max_positions == 128
-    with pytest.raises(
-        ConfigError, match=r"model\.policy\.max_positions is 129, but .* has 128 positions"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.policy\.max_positions is 129, but .* has 128 positions"):
         _ = tiny_policy("qwen3", max_positions=129).max_positions
     with pytest.raises(ConfigError, match=r"model\.policy\.max_positions is 1; it has to be at least 2"):
         Policy(max_positions=1)
