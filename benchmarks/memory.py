@@ -1,6 +1,6 @@
 """Memory per GPU for each strategy: a formula for any model, and its check against two CPU processes.
 
-python benchmarks/memory.py                     # the table for 4B and 8B models
+python benchmarks/memory.py                     # the table for the recipes' models
 python benchmarks/memory.py --check             # formula and measurement for a model of 250 M weights in float32
 """
 
@@ -84,16 +84,31 @@ def table(ranks: int) -> str:
     """The table in docs/strategies.md."""
     from transformers import Qwen3Config
 
-    # Dimensions from the models' config.json.
-    shared = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
-    small = Qwen3Config(**shared, hidden_size=2560, intermediate_size=9728, head_dim=128, tie_word_embeddings=True)
-    large = Qwen3Config(**shared, hidden_size=4096, intermediate_size=12288, head_dim=128, tie_word_embeddings=False)
-    models = [Model.of("Qwen3-4B", small), Model.of("Qwen3-8B", large)]
+    # Dimensions from the models' config.json: hidden and intermediate size, layers, attention heads.
+    dimensions = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16)}
+    dimensions |= {"4B": (2560, 9728, 36, 32), "8B": (4096, 12288, 36, 32)}
+    models = [
+        Model.of(
+            f"Qwen3-{name}",
+            Qwen3Config(
+                vocab_size=151936,
+                hidden_size=hidden,
+                intermediate_size=inner,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=8,
+                head_dim=128,
+                tie_word_embeddings=name != "8B",
+            ),
+        )
+        for name, (hidden, inner, layers, heads) in dimensions.items()
+    ]
     lines = [
         "| strategy | trained | teacher's weights | " + " | ".join(f"{m.name}, GB" for m in models) + " |",
         "| --- | --- | --- | " + " | ".join("---:" for _ in models) + " |",
     ]
-    for strategy in ("ddp", "fsdp2"):
+    names = {"one GPU": "one GPU", "ddp": "`ddp`", "fsdp2": f"`fsdp2`, {ranks} GPUs"}
+    for strategy, where in names.items():
         for lora in (False, True):
             for teacher in ("policy's", "own"):
                 sizes = []
@@ -103,7 +118,6 @@ def table(ranks: int) -> str:
                     total = held(model, strategy, ranks, kind, lora, BF16) + gathered
                     sizes.append(f"{total / GB:.1f}")
                 trained = "adapters (bf16 base)" if lora else "all, float32"
-                where = f"`{strategy}`" if strategy == "ddp" else f"`{strategy}`, {ranks} GPUs"
                 lines.append(f"| {where} | {trained} | {teacher} | {' | '.join(sizes)} |")
     return "\n".join(lines)
 

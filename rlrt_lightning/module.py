@@ -68,7 +68,8 @@ class RLRTModule(LightningModule):
         importance: Level of the importance weight min(P_trainer / P_sampler, importance_cap): token, sequence or off.
             With `data.rescore`, it multiplies each token's loss (surrogate, divergence to the teacher, entropy bonus).
         importance_cap: Upper bound of the importance weight; the paper uses 2.
-        optimizer: Class path and settings of the optimizer; the paper uses AdamW with lr 1e-6.
+        optimizer: Class path and settings of the optimizer; the paper uses AdamW with lr 1e-6. The default has no
+            weight decay.
         warmup_steps: Optimizer steps over which the learning rate rises linearly to its constant value.
         allow_changes: Settings that may differ from the checkpoint's when resuming (`--ckpt_path`), such as
             [data.seed, model.method]; a name includes all settings below it. Settings of the optimizer (except its
@@ -86,7 +87,7 @@ class RLRTModule(LightningModule):
         aggregation: Aggregation = "token-mean",
         importance: Importance = "token",
         importance_cap: float = 2.0,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
         warmup_steps: int = 10,
         allow_changes: list[str] | None = None,
     ) -> None:

@@ -36,6 +36,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     # The data module assigns each rank its share.
     "use_distributed_sampler": False,
     "log_every_n_steps": 1,
+    "gradient_clip_val": 1.0,
     "enable_model_summary": False,
     "logger": {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",

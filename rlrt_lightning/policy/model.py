@@ -47,6 +47,9 @@ class Policy(ForwardPasses):
         chat_kwargs: Variables of the chat template, such as `enable_thinking: false`; the template has to read them.
         system_prompt: System message added to each conversation; requires a chat template with a system role.
         lora: Train low-rank adapters and freeze the other weights; null trains all weights.
+        max_positions: Maximum length of a sequence (prompt and response), in tokens; null: the model's. vLLM needs a
+            key-value cache for at least one sequence of this length, which can exceed its memory in models with very
+            long contexts.
     """
 
     def __init__(
@@ -62,11 +65,16 @@ class Policy(ForwardPasses):
         chat_kwargs: dict[str, Any] | None = None,
         system_prompt: str | None = None,
         lora: LoRA | None = None,
+        max_positions: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"logits_chunk": logits_chunk, "score_tokens": score_tokens}.items():
-            if value < 1:
-                raise ConfigError(f"model.policy.{name} is {value}; it has to be at least 1")
+        for name, value, least in (
+            ("logits_chunk", logits_chunk, 1),
+            ("score_tokens", score_tokens, 1),
+            ("max_positions", max_positions, 2),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"model.policy.{name} is {value}; it has to be at least {least}")
         for name, given in {"system_prompt": system_prompt is not None, "chat_kwargs": bool(chat_kwargs)}.items():
             if given and chat is False:
                 raise ConfigError(f"model.policy.{name} requires a chat template, but model.policy.chat is false")
@@ -81,6 +89,7 @@ class Policy(ForwardPasses):
         self.chat_kwargs = chat_kwargs or {}
         self.system_prompt = system_prompt
         self.lora = lora
+        self._max_positions = max_positions
         if lora is not None and importlib.util.find_spec("peft") is None:
             raise ConfigError(
                 "model.policy.lora needs peft, which is not installed: pip install 'rlrt-lightning[lora]'"

@@ -25,6 +25,7 @@ class TokenSide:
     chat: bool | None
     chat_kwargs: dict[str, Any]
     system_prompt: str | None
+    _max_positions: int | None
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -95,10 +96,23 @@ class TokenSide:
 
     @property
     def max_positions(self) -> int | None:
-        """Maximum sequence length of the model; None if its config does not set one. With longrope (Phi-3) it is the
-        original length, beyond which a sequence changes the position frequencies of the whole batch."""
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return positions if positions is None else min([positions, *self._positions_before_longrope])
+        """Maximum sequence length: the setting `max_positions`, or the model's; None if its config does not set one.
+        With longrope (Phi-3) the model's is the original length, beyond which a sequence changes the position
+        frequencies of the whole batch.
+
+        Raises:
+            ConfigError: If the setting exceeds the model's maximum.
+        """
+        limits = [getattr(self.config.get_text_config(), "max_position_embeddings", None)]
+        own = min([n for n in (*limits, *self._positions_before_longrope) if n is not None], default=None)
+        if self._max_positions is None or own is None:
+            return self._max_positions if own is None else own
+        if self._max_positions > own:
+            raise ConfigError(
+                f"model.policy.max_positions is {self._max_positions}, but the model at {self.path!r} has {own} "
+                "positions; set it to at most this number, or to null"
+            )
+        return self._max_positions
 
     @property
     def _positions_before_longrope(self) -> list[int]:

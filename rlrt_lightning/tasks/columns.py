@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from decimal import Decimal
 from typing import Any, cast
 
@@ -69,6 +70,26 @@ def _parsed(text: str) -> Any:
         return parsed(text)
     except RepeatedKey as error:
         raise BadRow(str(error), excerpt(text)) from None
+
+
+def extracted(pattern: re.Pattern[str], text: Any, what: str) -> str:
+    """The part of a text that a pattern finds: the last match, or its first group if the pattern has groups.
+
+    Args:
+        pattern: The pattern.
+        text: The text.
+        what: Description of the text and the setting, for error messages.
+
+    Raises:
+        BadRow: If the value is not text, or the pattern finds nothing in it.
+    """
+    if not isinstance(text, str):
+        raise BadRow(f"{what} finds nothing, because the value is not text but {_kind(text)}", excerpt(text))
+    match = next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+    found = None if match is None else match[1 if pattern.groups else 0]
+    if found is None or not found.strip():
+        raise BadRow(f"{what} finds nothing", excerpt(text))
+    return found.strip()
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,7 +11,16 @@ from typing import Any, Literal
 
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.base import Messages, Problem, Split, Task, Verdict
-from rlrt_lightning.tasks.columns import check_text, conversation, decoded, ground_truth, is_empty, look_up, solution
+from rlrt_lightning.tasks.columns import (
+    check_text,
+    conversation,
+    decoded,
+    extracted,
+    ground_truth,
+    is_empty,
+    look_up,
+    solution,
+)
 from rlrt_lightning.tasks.readers import BadRow, BadRows, Row, excerpt, printable, read_rows
 from rlrt_lightning.tasks.rewards import MathReward, Reward, RewardFunction, as_verdict
 
@@ -37,14 +47,21 @@ class DatasetTask(Task):
         solution: Column of a reference solution: a string, a list of strings, of which the first is used, or a
             conversation, of which the last assistant message is used. None: the data has no solutions.
         id: Column of the problem's name, unique in every row. None: problems are numbered.
+        prompt_pattern: Regular expression that finds the question in the last user message, to drop other text, such
+            as instructions on the answer's format that do not suit the reward; `prompt_template` can add new ones. The
+            last match is used, or the first group of that match if the pattern has groups. None: the whole message.
+        answer_pattern: Regular expression that finds the ground truth in its column, as `prompt_pattern` does for the
+            question: `####(.*)` in GSM8K, where the column holds a solution that ends with the answer. None: the whole
+            column.
         prompt_template: Template for the last user message, in which `{prompt}` is replaced by the original message;
             for example, it can ask for an answer in `\boxed{}`. Other braces are left unchanged.
         reward: Judges completions: a class with settings, such as `ExactMatch`, or the import path of a function
             `(problem, completion)` that returns a number, a bool or a `Verdict`. None: `MathReward`. The row's other
             columns are available in `problem.info`.
         bad_rows: How to handle unusable rows: those without a prompt or an answer, with a wrong type, not UTF-8, not
-            JSON, with a repeated key, or with the name of an earlier row. All rows are read first; then `error` stops
-            the run and `skip` drops the bad rows with a warning. Both report a count and the first rows of each cause.
+            JSON, with a repeated key, in which a pattern finds nothing, or with the name of an earlier row. All rows
+            are read first; then `error` stops the run and `skip` drops the bad rows with a warning. Both report a count
+            and the first rows of each cause.
     """
 
     def __init__(
@@ -55,6 +72,8 @@ class DatasetTask(Task):
         answer: str = "reward_model.ground_truth",
         solution: str | None = None,
         id: str | None = None,
+        prompt_pattern: str | None = None,
+        answer_pattern: str | None = None,
         prompt_template: str = "{prompt}",
         reward: Reward | RewardFunction | None = None,
         bad_rows: Literal["error", "skip"] = "error",
@@ -75,6 +94,10 @@ class DatasetTask(Task):
         self.answer = answer
         self.solution = solution
         self.id = id
+        self.prompt_pattern = prompt_pattern
+        self.answer_pattern = answer_pattern
+        self._prompt_finder = _compiled(prompt_pattern, "prompt_pattern")
+        self._answer_finder = _compiled(answer_pattern, "answer_pattern")
         self.prompt_template = prompt_template
         self.reward: Reward | RewardFunction = MathReward() if reward is None else reward
         self.bad_rows = bad_rows
@@ -145,7 +168,10 @@ class DatasetTask(Task):
 
     def _problem(self, row: Row, default_id: str) -> Problem:
         prompt = conversation(look_up(row, self.prompt), self.prompt)
-        answer = ground_truth(look_up(row, self.answer), self.answer, self.reward)
+        truth = look_up(row, self.answer)
+        if self._answer_finder is not None and not is_empty(truth):
+            truth = extracted(self._answer_finder, truth, f"answer_pattern in {self.answer}")
+        answer = ground_truth(truth, self.answer, self.reward)
         return Problem(
             id=default_id if self.id is None else _name(look_up(row, self.id), self.id),
             prompt=self._apply_template(prompt),
@@ -155,11 +181,23 @@ class DatasetTask(Task):
         )
 
     def _apply_template(self, prompt: str | Messages) -> str | Messages:
-        """Applies the template to a prompt's last message."""
+        """Applies pattern and template to a prompt's last message."""
         if isinstance(prompt, str):
-            return self.prompt_template.replace("{prompt}", prompt)
-        content = self.prompt_template.replace("{prompt}", prompt[-1]["content"])
-        return [*prompt[:-1], {**prompt[-1], "content": content}]
+            return self._rewritten(prompt)
+        return [*prompt[:-1], {**prompt[-1], "content": self._rewritten(prompt[-1]["content"])}]
+
+    def _rewritten(self, question: str) -> str:
+        if self._prompt_finder is not None:
+            question = extracted(self._prompt_finder, question, f"prompt_pattern in {self.prompt}")
+        return self.prompt_template.replace("{prompt}", question)
+
+
+def _compiled(pattern: str | None, setting: str) -> re.Pattern[str] | None:
+    """A pattern in which the dot matches line breaks, as in `ExactMatch`."""
+    try:
+        return None if pattern is None else re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"{setting} {pattern!r} is not a regular expression: {error}") from None
 
 
 def _name(value: Any, column: str) -> str:

@@ -1,84 +1,49 @@
-"""The paper's configs have the paper's settings, and run."""
+"""The recipes are complete, and the paper's have its settings."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import pytest
 import yaml
 
-from rlrt_lightning.__main__ import main
 from rlrt_lightning.cli.commands import RLRTCli
+from rlrt_lightning.tasks import DatasetTask
 from tests.helpers.command_line import ParsingCli
 from tests.helpers.processes import ROOT
-from tests.helpers.tiny import tiny_policy
 
-RLRT_YAML = f"--config={ROOT / 'configs' / 'rlrt.yaml'}"
-
-
-@pytest.fixture
-def resolved(capsys: pytest.CaptureFixture[str]) -> Any:
-    """The settings that a command line resolves to."""
-
-    def run(*flags: str) -> dict[str, Any]:
-        with pytest.raises(SystemExit) as stopped:
-            main(["fit", RLRT_YAML, *flags, "--print_config"])
-        assert stopped.value.code in (0, None)
-        return yaml.safe_load(capsys.readouterr().out)
-
-    return run
+CONFIGS = ROOT / "configs"
+RLRT_YAML = f"--config={CONFIGS / 'rlrt.yaml'}"
 
 
-def method(settings: dict[str, Any]) -> tuple[str, float | None, float | None]:
-    spec = settings["model"]["method"]
-    init = spec.get("init_args", {})
-    return spec["class_path"].split(".")[-1], init.get("lam"), init.get("eps_w")
+class Recipe(NamedTuple):
+    """What a recipe should resolve to.
+
+    Args:
+        path: The model.
+        eps_w: The paper's clip range for this kind of model.
+        positions: Positions of the model, from its config.json.
+        chat_kwargs: Variables of the chat template.
+    """
+
+    path: str
+    eps_w: float
+    positions: int
+    chat_kwargs: dict[str, Any] | None
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "eps_w"),
-    [
-        ("qwen3-4b-base", "Qwen/Qwen3-4B-Base", 1.0),
-        ("qwen3-8b-base", "Qwen/Qwen3-8B-Base", 1.0),
-        ("qwen3-4b-instruct", "Qwen/Qwen3-4B-Instruct-2507", 0.5),
-        ("qwen3-8b", "Qwen/Qwen3-8B", 0.2),
-    ],
-)
-def test_model_configs_have_the_papers_settings(name: str, path: str, eps_w: float, resolved: Any) -> None:
-    settings = resolved(f"--config={ROOT / 'configs' / 'models' / name}.yaml")
-    assert method(settings) == ("RLRT", 0.5, eps_w)
-    model, data = settings["model"], settings["data"]
-    assert model["policy"]["path"] == path
-    assert (model["optimizer"]["init_args"]["lr"], model["warmup_steps"]) == (1e-6, 10)
-    assert (model["clip_low"], model["clip_high"], model["aggregation"]) == (0.2, 0.28, "token-mean")
-    assert (data["prompts_per_epoch"], data["rollouts_per_prompt"], data["minibatches"]) == (256, 8, 2)
-    assert (data["sampling"]["temperature"], data["sampling"]["max_new_tokens"]) == (1.0, 20480)
-    assert data["benchmarks"] == {"heldout": {"task": None, "samples": 16, "limit": None, "sampling": None}}
-    assert (data["max_prompt_tokens"], settings["trainer"]["max_epochs"]) == (2048, 100)
-
-
-@pytest.mark.filterwarnings("ignore:.*prompts of data.* are longer")
-def test_the_papers_config_runs_on_a_tiny_random_model(tmp_path: Path, shared: Path) -> None:
-    small = tiny_policy("qwen3")
-    small.model.save_pretrained(tmp_path / "model")
-    small.tokenizer.save_pretrained(tmp_path / "model")
-    flags = [
-        f"--config={ROOT / 'configs' / 'models' / 'qwen3-4b-base.yaml'}",
-        f"--model.policy.path={tmp_path / 'model'}",
-        f"--data.task.train={shared / 'data' / 'dapo_math_512.parquet'}",
-        f"--data.task.heldout={shared / 'data' / 'aime24.parquet'}",
-        "--data.prompts_per_epoch=4",
-        "--data.rollouts_per_prompt=2",
-        "--data.sampling.max_new_tokens=4",
-        "--data.benchmarks={heldout: {samples: 2, limit: 2}}",
-        "--trainer.accumulate_grad_batches=2",
-        "--trainer.max_epochs=1",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.logger.save_dir={tmp_path}",
-    ]
-    # Most prompts are longer than the 128 positions of the tiny model, and are dropped.
-    assert main(["fit", RLRT_YAML, *flags]) == 0
+RECIPES = {
+    "gsm8k-qwen3-0.6b": Recipe("Qwen/Qwen3-0.6B", 0.2, 40960, {"enable_thinking": False}),
+    "gsm8k-qwen3-1.7b": Recipe("Qwen/Qwen3-1.7B", 0.2, 40960, {"enable_thinking": False}),
+    "paper-qwen3-4b-base": Recipe("Qwen/Qwen3-4B-Base", 1.0, 32768, None),
+    "paper-qwen3-8b-base": Recipe("Qwen/Qwen3-8B-Base", 1.0, 32768, None),
+    "paper-qwen3-4b-instruct": Recipe("Qwen/Qwen3-4B-Instruct-2507", 0.5, 262144, None),
+    "paper-qwen3-8b": Recipe("Qwen/Qwen3-8B", 0.2, 40960, {"enable_thinking": True}),
+}
+PAPER_SETS = {"aime24", "aime25", "aime26", "hmmt26", "amc23", "math500"}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +51,133 @@ def cli() -> RLRTCli:
     return ParsingCli(["fit"])
 
 
+@pytest.fixture
+def resolved(cli: RLRTCli) -> Callable[..., dict[str, Any]]:
+    """The settings that configs, given by their names, resolve to, as `--print_config` shows them."""
+
+    def resolve(*names: str) -> dict[str, Any]:
+        parsed = cli.parser.parse_args(["fit", *(f"--config={CONFIGS / name}.yaml" for name in names)])
+        return cast("dict[str, Any]", yaml.safe_load(cli.parser.dump(parsed, skip_none=False))["fit"])
+
+    return resolve
+
+
+def class_name(spec: dict[str, Any]) -> str:
+    return str(spec["class_path"].split(".")[-1])
+
+
+def test_each_recipe_has_a_test() -> None:
+    assert set(RECIPES) == {path.stem for path in (CONFIGS / "recipes").iterdir()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete_and_has_no_setting_of_the_embedded_task(name: str, resolved: Any) -> None:
+    settings, expected = resolved(f"recipes/{name}"), RECIPES[name]
+    for word in ("LastDigit", "embedded", "a correct solution: {context}. now answer:", "TransformersEngine"):
+        assert word not in yaml.safe_dump(settings, width=10_000)
+    model, data, trainer = settings["model"], settings["data"], settings["trainer"]
+    assert class_name(model["method"]) == "RLRT"
+    assert (model["method"]["init_args"]["lam"], model["method"]["init_args"]["eps_w"]) == (0.5, expected.eps_w)
+    assert (model["policy"]["path"], model["policy"]["chat_kwargs"]) == (expected.path, expected.chat_kwargs)
+    assert (class_name(model["optimizer"]), model["warmup_steps"]) == ("AdamW", 10)
+    assert (model["optimizer"]["init_args"]["lr"], model["optimizer"]["init_args"]["weight_decay"]) == (1e-6, 0.0)
+    assert (model["clip_low"], model["clip_high"], model["aggregation"]) == (0.2, 0.28, "token-mean")
+    assert (model["importance"], model["importance_cap"], data["rescore"]) == ("token", 2.0, True)
+    assert (class_name(data["task"]), class_name(data["engine"])) == ("DatasetTask", "VllmColocateEngine")
+    assert set(data["benchmarks"]) == ({"gsm8k"} if name.startswith("gsm8k") else {"aime24"})
+    assert (trainer["precision"], trainer["gradient_clip_val"], settings["seed_everything"]) == ("bf16-mixed", 1.0, 0)
+    devices = (1, "auto") if name.startswith("gsm8k") else (8, "fsdp")
+    assert (trainer["devices"], trainer["strategy"]) == devices
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("paper")])
+def test_the_papers_recipes_have_its_settings(name: str, resolved: Any) -> None:
+    settings = resolved(f"recipes/{name}")
+    data = settings["data"]
+    assert (data["prompts_per_epoch"], data["rollouts_per_prompt"], data["minibatches"]) == (256, 8, 2)
+    assert (data["sampling"]["temperature"], data["sampling"]["max_new_tokens"]) == (1.0, 20480)
+    assert (data["max_prompt_tokens"], settings["trainer"]["max_epochs"]) == (2048, 100)
+    assert settings["model"]["policy"]["gradient_checkpointing"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_demonstrations_are_limited_only_by_the_models_positions(name: str, resolved: Any) -> None:
+    settings, own = resolved(f"recipes/{name}"), RECIPES[name].positions
+    data, limit = settings["data"], settings["model"]["policy"]["max_positions"]
+    assert settings["model"]["teacher"]["max_context_tokens"] is None
+    positions = own if limit is None else limit
+    assert positions <= own
+    prompt, response = data["max_prompt_tokens"], data["sampling"]["max_new_tokens"]
+    spare = positions - prompt - response
+    if own > 32768:  # thinking, which is most of a long response, is cut out of demonstrations of Qwen3-8B
+        assert spare >= (response if name != "paper-qwen3-8b" else 16384)
+    else:
+        assert spare >= 8192
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_papers_evaluation_sets_can_be_added_to_a_recipe(name: str, resolved: Any) -> None:
+    alone, layered = resolved(f"recipes/{name}"), resolved(f"recipes/{name}", "evaluation/paper")
+    assert set(layered["data"]["benchmarks"]) == PAPER_SETS
+    assert layered["data"].pop("eval_prompts") == 16
+    for settings in (alone, layered):
+        settings["data"].pop("benchmarks")
+        settings["data"].pop("eval_prompts", None)
+    assert layered == alone
+
+
+def test_smollm2_resolves_to_the_same_settings_with_and_without_the_embedded_tasks_config(resolved: Any) -> None:
+    assert resolved("models/smollm2") == resolved("rlrt", "models/smollm2")
+
+
+# -- data as published ---------------------------------------------------------------------------------------------
+
+QUESTION = "Find $x$.\n\nThe last line of the figure is $AB$. Answer: the shaded region."
+PUBLISHED = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    f"$Answer (without quotes) where $Answer is the answer to the problem.\n\n{QUESTION}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def task_of(name: str, train: Path, rows: list[dict[str, Any]]) -> DatasetTask:
+    """The task of a data config, with rows of its own."""
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    spec = yaml.safe_load((CONFIGS / name / "data.yaml").read_text(encoding="utf-8"))["task"]
+    return DatasetTask(**{**spec["init_args"], "train": str(train), "heldout": None})
+
+
+@pytest.mark.parametrize("text", [PUBLISHED, f"{QUESTION}\n{BOX}", QUESTION])
+def test_the_papers_prompts_ask_once_for_a_box_in_every_copy_of_the_data(text: str, tmp_path: Path) -> None:
+    truth = {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}
+    prompts = [text, [{"role": "user", "content": text}]]
+    task = task_of("paper", tmp_path / "dapo.jsonl", [{"prompt": p, "reward_model": truth} for p in prompts])
+    plain, chat = task.problems("train")
+    assert plain.prompt == f"{QUESTION}\n\n{BOX}"
+    assert chat.prompt == [{"role": "user", "content": plain.prompt}]
+    assert task.verify(plain, "So \\boxed{34}").correct
+    assert not task.verify(plain, "So \\boxed{43}").correct
+
+
+def test_gsm8ks_answers_are_read_from_its_solutions(tmp_path: Path) -> None:
+    steps = "He has 2*620=<<2*620=1240>>1240 eggs."
+    rows = [{"question": "How many eggs?", "answer": f"{steps}\n#### {end}"} for end in ("1,240", "-3", "0.5")]
+    task = task_of("gsm8k", tmp_path / "gsm8k.jsonl", rows)
+    for problem, right, wrong in zip(task.problems("train"), ("1240", "-3", "1/2"), ("620", "3", "5"), strict=True):
+        assert problem.prompt == f"How many eggs?\n\n{BOX}"
+        assert problem.solution is not None
+        assert problem.solution.startswith(steps)
+        assert "####" not in problem.answer_text
+        assert task.verify(problem, f"\\boxed{{{right}}}").correct
+        assert not task.verify(problem, f"\\boxed{{{wrong}}}").correct
+
+
+# -- other configs -------------------------------------------------------------------------------------------------
+
+
 def test_no_config_overrides_the_methods_teacher() -> None:
-    for path in (ROOT / "configs").glob("**/*.yaml"):
+    for path in CONFIGS.glob("**/*.yaml"):
         assert "teacher_refresh" not in yaml.safe_load(path.read_text(encoding="utf-8")), path
 
 
@@ -103,7 +193,7 @@ def test_no_config_overrides_the_methods_teacher() -> None:
     ],
 )
 def test_a_later_method_config_fully_replaces_an_earlier_one(first: str, last: str, cli: RLRTCli) -> None:
-    before, after = (f"--config={ROOT / 'configs' / 'methods' / name}.yaml" for name in (first, last))
+    before, after = (f"--config={CONFIGS / 'methods' / name}.yaml" for name in (first, last))
     layered, alone = (cli.parser.parse_args(["fit", RLRT_YAML, *flags]).fit for flags in ((before, after), (after,)))
     assert layered.model.method == alone.model.method
     assert (
@@ -113,9 +203,8 @@ def test_a_later_method_config_fully_replaces_an_earlier_one(first: str, last: s
 
 @pytest.mark.parametrize("name", ["paper", "local"])
 def test_evaluation_configs_replace_the_default_evaluation_sets(name: str, resolved: Any) -> None:
-    benchmarks = resolved(f"--config={ROOT / 'configs' / 'evaluation' / name}.yaml")["data"]["benchmarks"]
-    paper = {"aime24", "aime25", "aime26", "hmmt26", "amc23", "math500"}
-    assert set(benchmarks) == (paper if name == "paper" else paper - {"aime26", "hmmt26"})
+    benchmarks = resolved("rlrt", f"evaluation/{name}")["data"]["benchmarks"]
+    assert set(benchmarks) == (PAPER_SETS if name == "paper" else PAPER_SETS - {"aime26", "hmmt26"})
     for benchmark in benchmarks.values():
         assert benchmark["samples"] == 16
         assert benchmark["task"]["init_args"]["heldout"]

@@ -26,6 +26,7 @@ from rlrt_lightning import (
 )
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.callbacks import Evaluation
+from rlrt_lightning.resume import of_object
 from rlrt_lightning.rollouts.base import Rollout, Stops, room
 from tests.helpers.epochs import RuleTask, fit_and_record
 from tests.helpers.sampling import draw_rollouts, unbatched_logits
@@ -150,6 +151,20 @@ def test_each_row_gets_the_positions_that_its_prompt_leaves() -> None:
         assert rollout.truncated == (1 not in rollout.response_ids)
     assert max(len(r.response_ids) for r in together if r.group == 1) > 1
     assert all(r.response_ids == [] and r.truncated and not len(r.logp_sampler) for r in together if r.group in (2, 3))
+
+
+def test_max_positions_limits_responses_and_is_part_of_a_runs_settings() -> None:
+    made = tiny_policy("qwen3", max_positions=16)
+    assert made.max_positions == 16
+    rollouts = draw_rollouts(made, [[5, 6, 7], [6] * 15, [7] * 30], 3, Sampling(max_new_tokens=25))
+    assert max(len(r.response_ids) for r in rollouts[:3]) <= 13
+    assert [len(r.response_ids) for r in rollouts[3:]] == [1, 1, 1, 0, 0, 0]
+    assert of_object(made, "model.policy")["model.policy.max_positions"] == 16
+    assert tiny_policy("qwen3").max_positions == 128
+    with pytest.raises(ConfigError, match=r"model\.policy\.max_positions is 129, but .* has 128 positions"):
+        _ = tiny_policy("qwen3", max_positions=129).max_positions
+    with pytest.raises(ConfigError, match=r"model\.policy\.max_positions is 1; it has to be at least 2"):
+        Policy(max_positions=1)
 
 
 def test_a_long_row_does_not_change_the_positions_of_other_rows() -> None:

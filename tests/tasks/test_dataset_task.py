@@ -301,3 +301,46 @@ def test_the_result_of_a_reward_function_becomes_a_verdict():
     assert not DatasetTask(train="a", reward=ExactMatch()).isolated
     assert task.verify(Problem("p", "q"), "four") == Verdict(0.4, False)
     assert task.verify(Problem("p", "q"), "fiver") == Verdict(0.5, True)
+
+
+# -- patterns ------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_pattern_finds_the_question_in_the_last_user_message_before_the_template_is_applied(tmp_path):
+    asked = "Q: old Q: 1+1?\nSay {it}. A:"
+    chat = [{"role": "user", "content": "Q: no A:"}, {"role": "assistant", "content": "0"}]
+    rows = [row(asked), row([*chat, {"role": "user", "content": asked}])]
+    settings = {"prompt_pattern": r"Q:((?:(?!Q:).)*)A:", "prompt_template": "{prompt} In a box."}
+    plain, messages = read(write(tmp_path / "a.jsonl", rows), **settings)
+    assert plain.prompt == "1+1?\nSay {it}. In a box."
+    assert messages.prompt == [*chat, {"role": "user", "content": plain.prompt}]
+
+
+def test_a_pattern_without_groups_keeps_its_last_match(tmp_path):
+    (problem,) = read(write(tmp_path / "a.jsonl", [row("1+1? 2+2?", "so 1, so 2")]), answer_pattern=r"\d")
+    assert (problem.prompt, problem.answer) == ("1+1? 2+2?", "2")
+
+
+@pytest.mark.parametrize(
+    ("setting", "prompt", "answer", "cause"),
+    [
+        ("answer_pattern", "1+1?", "no hashes", "answer_pattern in reward_model.ground_truth finds nothing"),
+        ("answer_pattern", "1+1?", "#### ", "answer_pattern in reward_model.ground_truth finds nothing"),
+        ("answer_pattern", "1+1?", 7, "because the value is not text but int"),
+        ("prompt_pattern", "1+1?", "2", "prompt_pattern in prompt finds nothing"),
+        ("prompt_pattern", [{"role": "user", "content": "1+1?"}], "2", "prompt_pattern in prompt finds nothing"),
+    ],
+)
+def test_a_row_in_which_a_pattern_finds_nothing_is_bad(tmp_path, setting, prompt, answer, cause):
+    path = write(tmp_path / "a.jsonl", [row("#### a", "#### b"), row(prompt, answer)])
+    with pytest.raises(ConfigError, match=rf"1 of 2 rows cannot be used: row 2: .*{cause}"):
+        read(path, **{setting: "####(.*)"})
+    with pytest.warns(UserWarning, match=cause):
+        (problem,) = read(path, **{setting: "####(.*)"}, bad_rows="skip")
+    assert (problem.prompt, problem.answer) == (("#### a", "b") if setting == "answer_pattern" else ("a", "#### b"))
+
+
+@pytest.mark.parametrize("setting", ["prompt_pattern", "answer_pattern"])
+def test_an_invalid_pattern_is_refused(setting):
+    with pytest.raises(ConfigError, match=rf"{setting} '\(' is not a regular expression"):
+        DatasetTask(train="a.jsonl", **{setting: "("})
