@@ -68,6 +68,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         precision = self.precision_plugin
         return isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
 
+    @property
+    def computes_in_half(self) -> bool:
+        """Whether models compute in half precision, whatever the dtype of their weights."""
+        return str(self.precision_plugin.precision).startswith(("bf16", "16"))
+
     def setup_environment(self) -> None:
         """See `Strategy.setup_environment`."""
         shard_over_all_ranks(self)
@@ -110,6 +115,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             head_in_float32: Whether to gather the head, the embeddings and the last norm in the weights' dtype, even if
                 decoder layers are gathered in bfloat16.
         """
+        self.precision_plugin.convert_module(model)  # Lightning would do so when FSDP has recorded the dtype
         half = torch.bfloat16 if self._computes_in_bf16 else None
         settings: Any = {
             "mesh": self.device_mesh["data_parallel"],
