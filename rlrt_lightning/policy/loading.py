@@ -131,7 +131,7 @@ def tensor_files(path: str, config: Any) -> Files:
     if (single := _find(path, "model.safetensors")) is not None:
         parts = [single]
     elif (index := _find(path, "model.safetensors.index.json")) is not None:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
         parts = [found for name in names if (found := _find(path, name))]
         if len(parts) < len(names):
             raise NeedsTransformers("files of its index are missing")

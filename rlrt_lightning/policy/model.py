@@ -137,12 +137,15 @@ class Policy(ForwardPasses):
                 attn_implementation=self.attention,
                 trust_remote_code=False,
                 weights_only=True,  # for a pytorch_model.bin, which is a pickle
+                ignore_mismatched_sizes=True,  # refused below, with their names
                 output_loading_info=True,
             )
         except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
             raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {reason(error)}") from error
-        if missing := sorted(found["missing_keys"]):  # transformers would initialize them at random
-            raise ConfigError(f"model.policy: {self.path!r} lacks {len(missing)} weights, such as {missing[0]}")
+        mismatched = sorted(name for name, *_ in found["mismatched_keys"])
+        if unread := mismatched or sorted(found["missing_keys"]):  # transformers initialized them at random
+            what = "has other shapes for" if mismatched else "lacks"
+            raise ConfigError(f"model.policy: {self.path!r} {what} {len(unread)} weights, such as {unread[0]}")
         return cast("PreTrainedModel", model)
 
     def _load_shards(self, strategy: FSDP2Strategy) -> bool:
