@@ -52,9 +52,11 @@ def meta_model(path: str, config: Any, dtype: torch.dtype, attention: str) -> Pr
     from transformers.initialization import no_init_weights
 
     settings: Any = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    config = copy.deepcopy(config)
+    config.dtype = dtype  # which `from_config` records in later releases only
     try:
         with _parameters_on_meta(), no_init_weights():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **settings)
+            model = AutoModelForCausalLM.from_config(config, **settings)
         model.init_weights()  # recomputes buffers and ties weights; on the meta device it draws no random numbers
     except (NotImplementedError, RuntimeError) as error:
         raise NeedsTransformers("its initialization needs the values of weights") from error

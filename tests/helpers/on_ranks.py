@@ -152,7 +152,10 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
     READ.clear()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     sharding = changes.pop("sharding", {})
-    chosen: Any = {"fsdp2": FSDP2Strategy(**sharding), "one": "auto"}.get(strategy, strategy)
+    if strategy == "hybrid":
+        sharding = {"dp_shard_size": 2, **sharding}
+    sharded = FSDP2Strategy(**sharding)
+    chosen: Any = {"fsdp2": sharded, "hybrid": sharded, "one": "auto"}.get(strategy, strategy)
     recorder = Recorder()
     callbacks = [TeacherRefresh(**changes.pop("refresh", {})), Evaluation(table=0), RankGuard(timeout_s=10), recorder]
     callbacks.append(ReversedSignalLogger(picture_every_n_epochs=0))
