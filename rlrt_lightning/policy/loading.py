@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,8 +28,24 @@ from rlrt_lightning.runtime.private.transformers import kept_in_float32
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Files = dict[str, Path]
-"""The safetensors file of each tensor of a checkpoint, by the tensor's name."""
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint.
+
+    Args:
+        name: Its name.
+        file: The safetensors file that contains it.
+        shape: Its shape.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+
+
+Files = dict[str, Stored]
+"""The tensors of a checkpoint by name."""
 
 
 class NeedsTransformers(Exception):
@@ -139,7 +156,7 @@ def tensor_files(path: str, config: Any) -> Files:
             raise NeedsTransformers("files of its index are missing")
     else:
         raise NeedsTransformers("it has no safetensors files")
-    return {name: part for part in parts for name in _shapes(part)}
+    return {tensor.name: tensor for part in parts for tensor in _header(part)}
 
 
 def _find(path: str, name: str) -> Path | None:
@@ -151,13 +168,13 @@ def _find(path: str, name: str) -> Path | None:
         return None
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in a file, from its header."""
+def _header(file: Path) -> list[Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            names = tensors.keys()
+            return [Stored(name, file, tuple(tensors.get_slice(name).get_shape())) for name in names]
     except SafetensorError as error:
         raise NeedsTransformers(f"{file.name} cannot be read") from error
 
@@ -182,13 +199,14 @@ def check_names(model: PreTrainedModel, files: Files, dtype: torch.dtype) -> Non
         raise NeedsTransformers("transformers converts its tensors")
     parameters = _named_parameters(model)
     tied = {name for names, _ in parameters for name in names if len(names) > 1}
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: shape for file in set(files.values()) for name, shape in _shapes(file).items()}
     for names, _ in parameters:
-        if sum(name in found for name in names) > 1:
-            raise NeedsTransformers(f"it contains tied weights twice ({names[0]} and {names[-1]})")
-        if not any(name in found for name in names):
-            raise NeedsTransformers(f"it has no tensor {names[0]}")
+        stored = [name for name in names if name in files]
+        if len(stored) != 1:
+            raise NeedsTransformers(
+                f"it contains the tied weights {' and '.join(stored)}" if stored else f"it has no tensor {names[0]}"
+            )
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in files.items()}
     differ = {n for n in found.keys() | (shapes.keys() - tied) if found.get(n) != shapes.get(n)}
     if differ:
         raise NeedsTransformers(f"{len(differ)} of its tensors do not match the model, such as {min(differ)}")
@@ -209,33 +227,33 @@ def fill(model: nn.Module, files: Files, device: torch.device) -> None:
     filled: dict[str, nn.Parameter] = {}
     for names, weight in _named_parameters(model):
         if weight.is_meta:
-            stored = {name: name.replace(".base_layer.", ".") for name in names}  # a layer that got an adapter
-            name = next(found for found in stored.values() if found in files)
-            filled |= dict.fromkeys(names, _read_shard(cast(DTensor, weight), files[name], name, device))
+            stored = (name.replace(".base_layer.", ".") for name in names)  # a layer that got an adapter
+            tensor = next(files[name] for name in stored if name in files)
+            filled |= dict.fromkeys(names, _read_shard(cast(DTensor, weight), tensor, device))
     model.load_state_dict(filled, strict=False, assign=True)
     for name, buffer in model.named_buffers():
         if name in files:
-            _read(buffer, files[name], name, slice(None))
+            _read(buffer, files[name], slice(None))
 
 
-def _read_shard(weight: DTensor, file: Path, name: str, device: torch.device) -> nn.Parameter:
+def _read_shard(weight: DTensor, tensor: Stored, device: torch.device) -> nn.Parameter:
     """This rank's shard of a parameter; FSDP splits the first dimension as `torch.chunk` does."""
     mesh, shard = weight.device_mesh, torch.empty_like(local(weight), device=device)
     rows, sharded = weight.shape[0], mesh.ndim - 1
     size = math.ceil(rows / mesh.size(sharded))
     start = min(size * mesh.get_local_rank(sharded), rows)
-    _read(shard, file, name, slice(start, min(start + size, rows)))
+    _read(shard, tensor, slice(start, min(start + size, rows)))
     return _as_sharded(shard, weight)
 
 
-def _read(into: Tensor, file: Path, name: str, rows: slice) -> None:
+def _read(into: Tensor, tensor: Stored, rows: slice) -> None:
     """Copies rows of a tensor from a file. The file is opened for each tensor: it is mapped into memory, and pages that
     were read count as this process's memory until it is closed."""
     from safetensors import safe_open
 
     if into.numel():
-        with safe_open(file, framework="pt") as tensors:
-            into.copy_(tensors.get_slice(name)[rows])
+        with safe_open(tensor.file, framework="pt") as tensors:
+            into.copy_(tensors.get_slice(tensor.name)[rows])
 
 
 def _as_sharded(shard: Tensor, like: DTensor) -> nn.Parameter:

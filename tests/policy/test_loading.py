@@ -179,7 +179,7 @@ def tied_twice(tensors: dict[str, Any]) -> None:
 LEFT_TO_TRANSFORMERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "base_model_prefix": (edited(without_prefix), "it has no tensor model.embed_tokens.weight"),
     "pickle": (pickled, "it has no safetensors files"),
-    "tied_twice": (edited(tied_twice), "it contains tied weights twice"),
+    "tied_twice": (edited(tied_twice), "it contains the tied weights "),
     "one_more": (edited(lambda tensors: tensors.update(extra=torch.ones(1))), "do not match the model, such as extra"),
 }
 
