@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,14 +173,15 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def tied_twice(tensors: dict[str, Any]) -> None:
+def head_is_stored(tensors: dict[str, Any], difference: float = 0.0) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += difference
 
 
 LEFT_TO_TRANSFORMERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "base_model_prefix": (edited(without_prefix), "it has no tensor model.embed_tokens.weight"),
     "pickle": (pickled, "it has no safetensors files"),
-    "tied_twice": (edited(tied_twice), "it contains the tied weights "),
+    "tied_weights": (edited(partial(head_is_stored, difference=1e-3)), "its tied weights "),
     "one_more": (edited(lambda tensors: tensors.update(extra=torch.ones(1))), "do not match the model, such as extra"),
 }
 
@@ -196,6 +198,14 @@ def test_transformers_loads_what_does_not_match_one_to_one(
     assert "each rank first loads the whole model: " in caplog.text
     assert why in caplog.text
     assert not isinstance(ours.model, FSDPModule)
+    assert_same(ours.model, theirs.model)
+
+
+def test_a_tied_head_may_be_stored_as_well(strategy: FSDP2Strategy, tmp_path: Path) -> None:
+    path = folder_of("qwen3", tmp_path, size="1GB", tie_word_embeddings=True)
+    edited(head_is_stored)(tmp_path)
+    ours, theirs = both(strategy, path)
+    assert isinstance(ours.model, FSDPModule)
     assert_same(ours.model, theirs.model)
 
 
