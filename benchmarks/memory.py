@@ -2,6 +2,7 @@
 
 python benchmarks/memory.py                     # the table for the recipes' models
 python benchmarks/memory.py --check             # formula and measurement for a model of 250 M weights in float32
+python benchmarks/memory.py --loading           # the peak of each rank's host memory while it loads the weights
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import torch
 
@@ -178,17 +181,19 @@ def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
     print(json.dumps({"rank": trainer.global_rank, "held": seen["held"]}), flush=True)
 
 
-def check() -> str:
-    """The table of formula and measurement."""
+def save_model(
+    folder: Path, layers: int = 15, vocabulary: int = 57, file_size: str = "5GB", dtype: torch.dtype = torch.float32
+) -> Model:
+    """Writes a random model with the embedded tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     from rlrt_lightning.policy.model import EMBEDDED
 
     config = LlamaConfig(
-        vocab_size=28,
+        vocab_size=vocabulary,
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=15,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=128,
@@ -197,29 +202,95 @@ def check() -> str:
         bos_token_id=None,
         tie_word_embeddings=True,
     )
-    model = Model.of("", config)
-    lines = [
-        f"{model.weights / 1e6:.0f} M weights, two ranks, GB per rank",
-        "| strategy | trained | teacher's weights | formula | measured |",
-        "| --- | --- | --- | ---: | ---: |",
-    ]
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder, max_shard_size=file_size)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    return Model.of("", config)
+
+
+def check() -> str:
+    """The table of formula and measurement."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+        model = save_model(folder)
+        lines = [
+            f"{model.weights / 1e6:.0f} M weights, two ranks, GB per rank",
+            "| strategy | trained | teacher's weights | formula | measured |",
+            "| --- | --- | --- | ---: | ---: |",
+        ]
         for strategy in ("ddp", "fsdp2"):
             for lora in (False, True):
                 for teacher in ("policy", "own"):
                     formula = held(model, strategy, 2, teacher, lora)
-                    measured = max(launch(strategy, teacher, lora, folder))
+                    words = ["--rank", strategy, teacher, str(int(lora)), str(folder)]
+                    measured = max(rank["held"] for rank in launch(2, words))
                     trained = "adapters" if lora else "all"
                     lines.append(f"| {strategy} | {trained} | {teacher} | {formula / GB:.2f} | {measured / GB:.2f} |")
                     print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
 
-def launch(strategy: str, teacher: str, lora: bool, folder: Path) -> list[int]:
-    """Starts two ranks and returns the measurement of each, in bytes."""
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+def peak() -> int:
+    """The highest resident memory of this process so far, in bytes. It includes pages of mapped files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def load_one(way: str, folder: Path) -> None:
+    """Loads a sharded policy and prints the increase of the peak, in bytes."""
+    from lightning import LightningModule, Trainer
+    from transformers import AutoModelForCausalLM
+
+    from rlrt_lightning.policy import model
+    from rlrt_lightning.policy.loading import NeedsTransformers
+    from rlrt_lightning.policy.sharding import FSDP2Strategy
+
+    def adopt(policy: Any, loaded: Any, **_: Any) -> None:
+        policy.model = loaded  # without the checks of the architecture: on CPUs they would gather into host memory
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    trainer: Any = Trainer(accelerator="cpu", devices=ranks, strategy=FSDP2Strategy(), logger=False)
+    trainer.strategy.connect(LightningModule())
+    trainer.strategy.setup_environment()
+    policy: Any = model.Policy(str(folder))
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(policy.config)  # imports the model's code, which is no part of the loading
+    # Raises an exception instead of finding the files, so that transformers loads the model.
+    files = model.tensor_files if way == "shards" else Mock(side_effect=NeedsTransformers("the whole model is loaded"))
+    before = peak()
+    with patch.object(model.Policy, "adopt", adopt), patch.object(model, "tensor_files", files):
+        policy.load(trainer.strategy)
+    if way == "whole":
+        trainer.strategy.shard(policy.model)
+    print(json.dumps({"peak": peak() - before}), flush=True)
+
+
+def loading() -> str:
+    """The table of the peaks while loading."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, rows = Path(name), 32768
+        model = save_model(folder, layers=8, vocabulary=rows, file_size="200MB", dtype=torch.bfloat16)
+        lines = [
+            f"{model.weights / 1e6:.0f} M weights, bfloat16 in the files and float32 in memory; the largest tensor has "
+            f"{FP32 * 1024 * rows / 1e6:.0f} MB; median and range of all ranks of three runs",
+            "| ranks | reads | whole model, MB | its shards, MB | peak, MB |",
+            "| --- | --- | ---: | ---: | ---: |",
+        ]
+        for ranks in (2, 4):
+            for way in ("whole", "shards"):
+                runs = [launch(ranks, ["--load", way, str(folder)]) for _ in range(3)]
+                seen = [rank["peak"] / 1e6 for run in runs for rank in run]
+                size = FP32 * model.weights / 1e6
+                measured = f"{statistics.median(seen):.0f} ({min(seen):.0f} to {max(seen):.0f})"
+                lines.append(f"| {ranks} | {way} | {size:.0f} | {size / ranks:.0f} | {measured} |")
+                print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def launch(count: int, words: list[str]) -> list[dict[str, int]]:
+    """Starts ranks with the arguments `words`, and returns what each one measured, in bytes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -228,31 +299,39 @@ def launch(strategy: str, teacher: str, lora: bool, folder: Path) -> list[int]:
         "TORCHELASTIC_RUN_ID": "memory",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
         "MALLOC_MMAP_THRESHOLD_": "65536",  # freed memory returns to the system, so that RSS is the memory in use
         "CUDA_VISIBLE_DEVICES": "",
     }
-    words = [sys.executable, __file__, "--rank", strategy, teacher, str(int(lora)), str(folder)]
     ranks = [
         subprocess.Popen(
-            words, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, __file__, *words],
+            env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
-        for r in range(2)
+        for r in range(count)
     ]
     outputs = [rank.communicate(timeout=600)[0].decode().strip().splitlines() for rank in ranks]
-    return [json.loads(lines[-1])["held"] for lines in outputs]
+    return [json.loads(lines[-1]) for lines in outputs]
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare the formula with two CPU processes")
+    parser.add_argument("--loading", action="store_true", help="measure the peak while the weights are loaded")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs in the fsdp2 rows of the table")
     parser.add_argument("--rank", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.rank:
         strategy, teacher, lora, folder = words.rank
         one_rank(strategy, teacher, bool(int(lora)), Path(folder))
+    elif words.load:
+        load_one(words.load[0], Path(words.load[1]))
+    elif words.loading:
+        print(loading())
     else:
         print(check() if words.check else table(words.gpus))
 

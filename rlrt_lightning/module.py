@@ -319,14 +319,15 @@ class RLRTModule(LightningModule):
         strategy = self.trainer.strategy if self._attached else None
         if strategy is not None:
             check_strategy(strategy)
-        self.policy.load()
-        self.teacher.load(self.policy)
-        if isinstance(strategy, FSDP2Strategy):
-            self._shard(strategy)
+        sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
+        self.policy.load(sharding)
+        self.teacher.load(self.policy, sharding)
+        if sharding is not None:
+            self._shard(sharding)
 
     def _shard(self, strategy: FSDP2Strategy) -> None:
         if isinstance(self.policy.model, FSDPModule):
-            return  # already sharded by an earlier call of fit or validate
+            return  # loaded as shards, or sharded by an earlier call of fit or validate
         for own in (self.policy, self.teacher):
             if hasattr(own, "model"):
                 strategy.shard(cast(Any, own.model), self.policy.head_is_float32)

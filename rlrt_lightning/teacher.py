@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from rlrt_lightning.objective.methods import Context, TeacherWeights
 from rlrt_lightning.policy.log_probs import log_probs_at
 from rlrt_lightning.policy.lora import TeacherAdapters
-from rlrt_lightning.policy.sharding import local, move_weights
+from rlrt_lightning.policy.sharding import FSDP2Strategy, local, move_weights
 from rlrt_lightning.policy.texts import OPENING_TAG, shortened, without_thinking
 from rlrt_lightning.rollouts.base import Rollout, ScoringEngine
 from rlrt_lightning.runtime.errors import ConfigError
@@ -118,9 +119,14 @@ class Teacher(nn.Module):
         """See `TeacherWeights.kind`."""
         return self.schedule.kind
 
-    def load(self, policy: Policy) -> None:
+    def load(self, policy: Policy, strategy: FSDP2Strategy | None = None) -> None:
         """Copies the policy's weights if the teacher needs its own. If the policy has adapters, only they are copied,
-        or nothing for initial weights. A copy that is no longer needed is freed."""
+        or nothing for initial weights. A copy that is no longer needed is freed.
+
+        Args:
+            policy: The policy, with its weights.
+            strategy: Shards the copy if the policy's weights are sharded.
+        """
         if self.weights == "policy" and hasattr(self, "model"):
             del self.model
         if self.adapters is not None and (self.weights == "policy" or self.adapters.off != (self.weights == "initial")):
@@ -129,6 +135,8 @@ class Teacher(nn.Module):
             return
         if policy.lora is not None:
             self.adapters = TeacherAdapters(policy.model, off=self.weights == "initial")
+        elif strategy is not None and isinstance(policy.model, FSDPModule):
+            self.model = policy.sharded_copy(strategy)
         else:
             self.model = copy.deepcopy(policy.model).eval().requires_grad_(False)
 

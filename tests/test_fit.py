@@ -12,7 +12,7 @@ import torch
 
 from rlrt_lightning.analysis.events import event_log
 from rlrt_lightning.runtime.seeding import derive_seed
-from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
+from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, scalars, weights, without_timings
 from tests.helpers.marks import slow_except
 
 
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_differs(run4: Path, t
 
 
 def test_rlrt_with_lam_zero_equals_grpo(tmp_path: Path) -> None:
-    flags = ("--trainer.max_epochs=2",)
+    flags = ("--trainer.max_epochs=2", *TRAIN_ONLY)
     assert cli_exit_code("fit", tmp_path, "--model.method.lam=0", *flags) == 0
     assert cli_exit_code("fit", tmp_path, "--model.method=GRPO", "--model.method.normalize_std=true", *flags) == 0
     for name, value in weights(tmp_path).items():
@@ -100,7 +100,7 @@ def test_rlrt_with_lam_zero_equals_grpo(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("every", slow_except(["1", "2", "null"], "2"))
 def test_the_teachers_weights_follow_the_refresh_schedule(every: str, tmp_path: Path) -> None:
-    flags = ["--trainer.max_epochs=3", f"--teacher_refresh.every_n_epochs={every}"]
+    flags = ["--trainer.max_epochs=3", f"--teacher_refresh.every_n_epochs={every}", *TRAIN_ONLY]
     assert cli_exit_code("fit", tmp_path, *flags) == 0
     state = weights(tmp_path)
     teacher = {k.removeprefix("teacher.model."): v for k, v in state.items() if k.startswith("teacher.")}
@@ -133,32 +133,34 @@ def test_validate_test_and_predict_reproduce_the_score_of_the_run(name: str, run
 
 
 def test_training_raises_the_reward(tmp_path: Path) -> None:
-    flags = ["--trainer.max_epochs=10", "--data.prompts_per_epoch=16", "--model.optimizer.lr=1e-3"]
+    flags = ["--trainer.max_epochs=10", "--data.prompts_per_epoch=16", "--model.optimizer.lr=1e-3", *TRAIN_ONLY]
+    flags += ["--trainer.enable_checkpointing=false", "--reversed_signal.picture_every_n_epochs=0"]
     assert cli_exit_code("fit", tmp_path, *flags) == 0
     reward = [value for _, value in scalars(tmp_path)["rollout/reward"]]
     assert sum(reward[-3:]) / 3 > sum(reward[:3]) / 3 + 0.2
 
 
+# The slow ones are like others in tests/cli/test_wrong_values.py.
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model.method=RLTR"], r"model.method.*RLTR.*did you mean RLRT"),
         (["--model.metod=RLRT"], r"--model.metod.*did you mean --model.method"),
         (["--model.method=GRPO", "--model.method.eps_w=0.2"], r"eps_w"),
-        (["--model.method.lam=2"], r"RLRT.lam is 2.0"),
+        pytest.param(["--model.method.lam=2"], r"RLRT.lam is 2.0", marks=pytest.mark.slow),
         (["--model.policy.path=/nowhere"], r"model.policy.path.*/nowhere"),
         (["--data.rollouts_per_prompt=1"], r"data.rollouts_per_prompt is 1.*at least 2"),
         (["--data.minibatches=3"], r"data.prompts_per_epoch .8. has to be a multiple of data.minibatches .3."),
         (["--data.max_prompt_tokens=3"], r"data.max_prompt_tokens is 3"),
         (["--data.max_prompt_tokens=3", "--data.overlong_prompts=error"], r"problem .*prompt has \d+ tokens"),
         (["--data.task=DatasetTask", "--data.task.train=none.parquet"], r"none.parquet"),
-        (["--trainer.accelerator=gpu"], r"gpu"),
-        (["--trainer.strategy=fdsp"], r"fdsp"),
+        pytest.param(["--trainer.accelerator=gpu"], r"gpu", marks=pytest.mark.slow),
+        pytest.param(["--trainer.strategy=fdsp"], r"fdsp", marks=pytest.mark.slow),
         (["--trainer.reload_dataloaders_every_n_epochs=0"], r"reload_dataloaders_every_n_epochs"),
         (["--ckpt_path=last"], r"no checkpoint in"),
         (["--ckpt_path=nothing.ckpt"], r"nothing.ckpt"),
         (["--evaluation.ks=[16]"], r"evaluation.ks names 16.*samples is 8"),
-        (["--config=nothing.yaml"], r"nothing.yaml"),
+        pytest.param(["--config=nothing.yaml"], r"nothing.yaml", marks=pytest.mark.slow),
     ],
 )
 def test_user_errors_end_with_one_line_and_exit_code_2(
@@ -177,7 +179,7 @@ def test_seeds_of_named_streams_differ() -> None:
 def test_adapters_train_and_the_export_merges_them(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    flags = ("--model.policy.lora.rank=4", "--trainer.max_epochs=2", "--trainer.callbacks+=HFExport")
+    flags = ("--model.policy.lora.rank=4", "--trainer.max_epochs=1", "--trainer.callbacks+=HFExport", *TRAIN_ONLY)
     assert cli_exit_code("fit", tmp_path, *flags) == 0
     state = weights(tmp_path)
     moved = [value for name, value in state.items() if "lora_B" in name]
@@ -187,4 +189,4 @@ def test_adapters_train_and_the_export_merges_them(tmp_path: Path) -> None:
     base = state[f"policy.model.{name}.base_layer.weight"]
     delta = state[f"policy.model.{name}.lora_B.default.weight"] @ state[f"policy.model.{name}.lora_A.default.weight"]
     torch.testing.assert_close(exported[f"{name}.weight"], base + 32 / 4 * delta, rtol=0, atol=1e-6)
-    assert cli_exit_code("fit", tmp_path, *flags[:1], "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    assert cli_exit_code("fit", tmp_path, *flags[:1], "--trainer.max_epochs=2", "--ckpt_path=last") == 0

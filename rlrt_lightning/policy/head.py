@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,3 +46,22 @@ def apply_head(head: nn.Module, states: Tensor, in_float32: bool) -> Tensor:
     with torch.autocast(states.device.type, enabled=False):
         weights = {name: weight.float() for name, weight in head.named_parameters()}
         return functional_call(head, weights, (states.float(),))
+
+
+@contextmanager
+def head_in_float32(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    """Replaces the output of the model's own head by `apply_head` in float32, in the first forward pass inside."""
+    head = model.get_output_embeddings() if enabled else None
+    if head is None:
+        yield
+        return
+
+    def replace(head: nn.Module, inputs: Any, _: Tensor) -> Tensor:
+        hook.remove()  # `apply_head` calls the head too
+        return apply_head(head, inputs[0], in_float32=True)
+
+    hook = head.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()

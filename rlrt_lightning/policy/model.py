@@ -10,14 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rlrt_lightning.policy.forward import ForwardPasses
+from rlrt_lightning.policy.loading import (
+    Files,
+    NeedsTransformers,
+    check_names,
+    copy_shards,
+    fill,
+    meta_model,
+    stand_ins,
+    tensor_files,
+)
 from rlrt_lightning.policy.lora import LoRA, merged
-from rlrt_lightning.policy.sharding import whole
+from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
 from rlrt_lightning.policy.tokens import reason
 from rlrt_lightning.policy.work import TokenCounter
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.precision import computing
+from rlrt_lightning.runtime.ranks import gather
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,46 +114,100 @@ class Policy(ForwardPasses):
         self.counter = TokenCounter()
         """Counts the tokens of forward passes without gradients."""
 
-    def load(self) -> None:
+    def load(self, strategy: FSDP2Strategy | None = None) -> None:
         """Loads the weights; does nothing if they are loaded.
+
+        Args:
+            strategy: Shards the weights. If the files allow it, each rank then reads only its shards; otherwise the
+                whole model is loaded, and the caller has to shard it.
 
         Raises:
             ConfigError: If the weights cannot be read, or the attention implementation is not available.
         """
         if hasattr(self, "model"):
             return
-        from transformers import AutoModelForCausalLM
-
         _ = self.config
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                dtype=getattr(torch, self.dtype),
-                attn_implementation=self.attention,
-                trust_remote_code=False,
-                weights_only=True,  # for a pytorch_model.bin, which is a pickle
-            )
-        except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {reason(error)}") from error
-        if self.gradient_checkpointing:
-            # Later releases of transformers renamed the method and warn about the old name.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        if self.lora is not None:
-            self.lora.add_to(model)
+        if strategy is None or not self._load_shards(strategy):
+            self.adopt(self._prepared(self._load_whole()))
         if self._positions_before_longrope:
             log.warning(
                 "model.policy.path: sequences are limited to %d tokens, because longer ones change the position "
                 "frequencies (longrope) and so the log-probs of the other rows in a batch",
                 self.max_positions,
             )
-        self.adopt(model)
 
-    def adopt(self, model: PreTrainedModel) -> None:
-        """Uses a loaded model as the policy's model."""
+    def _load_whole(self) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+                self.path,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attention,
+                trust_remote_code=False,
+                weights_only=True,  # for a pytorch_model.bin, which is a pickle
+                ignore_mismatched_sizes=True,  # refused below, with their names
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"model.policy: {self.path!r} cannot be loaded: {reason(error)}") from error
+        mismatched = sorted(name for name, *_ in found["mismatched_keys"])
+        if unread := mismatched or sorted(found["missing_keys"]):  # transformers initialized them at random
+            what = "has other shapes for" if mismatched else "lacks"
+            raise ConfigError(f"model.policy: {self.path!r} {what} {len(unread)} weights, such as {unread[0]}")
+        return cast("PreTrainedModel", model)
+
+    def _load_shards(self, strategy: FSDP2Strategy) -> bool:
+        """Loads a sharded model of which each rank reads only its shards; False if transformers has to load it."""
+        files, model = Files(), None
+        try:
+            files = tensor_files(self.path, self.config)
+            model = self._meta_model()
+            check_names(model, files, getattr(torch, self.dtype))
+            obstacle = None
+        except (NeedsTransformers, ImportError, ValueError) as error:
+            obstacle = reason(error)
+        obstacles = [found for found in gather(obstacle) if found]
+        if obstacles or model is None:
+            rank_zero_info("model.policy.path: each rank first loads the whole model: %s", obstacles[0])
+            return False
+        strategy.shard(self._prepared(model), self.head_dtype is not None)
+        fill(model, files, strategy.root_device)
+        with computing(strategy):
+            self.adopt(model, half=strategy.computes_in_half)
+        return True
+
+    def _meta_model(self) -> PreTrainedModel:
+        return meta_model(self.path, self.config, getattr(torch, self.dtype), self.attention)
+
+    def _prepared(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with gradient checkpointing and adapters, if they are set."""
+        if self.gradient_checkpointing:
+            # Later releases of transformers renamed the method and warn about the old name.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        if self.lora is not None:
+            with stand_ins(model):
+                self.lora.add_to(model)
+        return model
+
+    def adopt(self, model: PreTrainedModel, half: bool = False) -> None:
+        """Uses a loaded model as the policy's model.
+
+        Args:
+            model: The model. If it is sharded, all ranks have to call this.
+            half: Whether it computes in half precision even if `dtype` is float32.
+        """
         self.model = model.train()
         self._applies_head = self._head_matches_model()
-        self._caches_prompts, self.decodes_rows = self._cache_matches_model()
+        self._caches_prompts, self.decodes_rows = self._cache_matches_model(half or self.dtype != "float32")
+
+    def sharded_copy(self, strategy: FSDP2Strategy) -> PreTrainedModel:
+        """A frozen copy of the sharded model; each rank copies its shards."""
+        model = self._meta_model().requires_grad_(False)
+        strategy.shard(model, self.head_dtype is not None)
+        copy_shards(model, self.model)
+        return model
 
     def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
         """An unsharded model of the same architecture for inference, with uninitialized weights and no adapters."""

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -41,6 +42,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             backward pass: less memory, 1.5 times the communication.
         save_distributed_checkpoint: Save checkpoints as a folder to which each rank writes its shard. False saves one
             file that every strategy can resume; it has to fit into the memory of the first rank's machine.
+        dp_shard_size: Number of ranks that share one copy of the weights (hybrid sharding, HSDP), usually the GPUs of a
+            machine: layers are gathered within these ranks, and only gradients are averaged between the groups. It has
+            to divide the number of ranks; null shards over all ranks.
         process_group_backend: Backend of torch.distributed; null is nccl on GPUs, gloo on CPUs.
         timeout_s: Timeout of a collective, in seconds. Ranks wait for the slowest one's rollouts and verdicts.
     """
@@ -49,11 +53,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         reshard_after_forward: bool = True,
         save_distributed_checkpoint: bool = True,
+        dp_shard_size: int | None = None,
         process_group_backend: str | None = None,
         timeout_s: float = 3600.0,
     ) -> None:
         if not 0 < timeout_s < math.inf:
             raise ConfigError(f"FSDP2Strategy.timeout_s is {timeout_s}; it has to be above 0")
+        if dp_shard_size is not None and dp_shard_size < 1:
+            raise ConfigError(f"FSDP2Strategy.dp_shard_size is {dp_shard_size}; it has to be at least 1, or null")
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -62,16 +69,36 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         self.reshard_after_forward = reshard_after_forward
         self.save_distributed_checkpoint = save_distributed_checkpoint
+        self.dp_shard_size = dp_shard_size
 
     @property
     def _computes_in_bf16(self) -> bool:
         precision = self.precision_plugin
         return isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
 
+    @property
+    def computes_in_half(self) -> bool:
+        """Whether models compute in half precision, whatever the dtype of their weights."""
+        return str(self.precision_plugin.precision).startswith(("bf16", "16"))
+
     def setup_environment(self) -> None:
-        """See `Strategy.setup_environment`."""
+        """See `Strategy.setup_environment`. Creates the mesh of the ranks that share the weights.
+
+        Raises:
+            ConfigError: If the ranks cannot be divided into groups of `dp_shard_size`.
+        """
+        ranks = self.num_nodes * self.num_processes
+        size = self.dp_shard_size or ranks
+        if ranks % size:
+            raise ConfigError(
+                f"FSDP2Strategy.dp_shard_size is {size}, which does not divide the number of ranks, {ranks}; set it to "
+                "the number of GPUs of a machine, or null to shard over all ranks"
+            )
         shard_over_all_ranks(self)
         super().setup_environment()
+        shape, names = ((ranks,), ("shard",)) if size == ranks else ((ranks // size, size), ("replicate", "shard"))
+        self.mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        """The ranks over which weights are sharded, in the last dimension, and replicated, in the first of two."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """See `Strategy.save_checkpoint`. Writes to a temporary path and renames it, so that checkpoints are always
@@ -110,9 +137,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             head_in_float32: Whether to gather the head, the embeddings and the last norm in the weights' dtype, even if
                 decoder layers are gathered in bfloat16.
         """
+        self.precision_plugin.convert_module(model)  # Lightning would do so when FSDP has recorded the dtype
         half = torch.bfloat16 if self._computes_in_bf16 else None
         settings: Any = {
-            "mesh": self.device_mesh["data_parallel"],
+            "mesh": self.mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None),
         }
         for layer in decoder_layers(model):

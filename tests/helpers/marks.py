@@ -9,5 +9,6 @@ import pytest
 
 
 def slow_except(values: Iterable[Any], *in_ci: Any) -> list[Any]:
-    """All values for `parametrize`; those that are not in `in_ci` are marked as slow."""
-    return [value if value in in_ci else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """All values for `parametrize`, tuples for several arguments; those not in `in_ci` are marked as slow."""
+    cases = ((value, value if isinstance(value, tuple) else (value,)) for value in values)
+    return [value if value in in_ci else pytest.param(*case, marks=pytest.mark.slow) for value, case in cases]

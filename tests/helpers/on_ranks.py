@@ -11,7 +11,9 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import safetensors
 import torch
 from lightning import Callback, Trainer
 
@@ -20,10 +22,13 @@ from rlrt_lightning.__main__ import main as command_line
 from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.objective import SRPO
+from rlrt_lightning.policy import model
+from rlrt_lightning.policy.loading import NeedsTransformers
 from rlrt_lightning.policy.lora import LoRA
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.sharding import FSDP2Strategy, local, whole
 from rlrt_lightning.rollouts import TransformersEngine
+from rlrt_lightning.runtime.ranks import gather
 from rlrt_lightning.tasks import Problem, Verdict
 from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 from rlrt_lightning.teacher import Teacher
@@ -48,7 +53,9 @@ class Recorder(Callback):
             [(r.response_ids, s.logp) for r, s in zip(epoch.rollouts, epoch.teacher, strict=True) if s is not None]
         )
         self.seen["shape"] = [str(p.shape) for p in pl_module.policy.parameters() if p.requires_grad]
-        self.seen["held"] = sum(local(p).numel() for p in pl_module.parameters())
+        self.seen["held"] = gather(sum(local(p).numel() for p in pl_module.parameters()))
+        self.seen["read"] = gather(list(READ))
+        self.seen["shards"] = gather([local(p).numel() for p in pl_module.policy.parameters()])
 
     def _record_metrics(self, trainer: Any) -> None:
         """Records the previous epoch's metrics, which the module logs after the callbacks' `on_train_epoch_end`."""
@@ -57,6 +64,48 @@ class Recorder(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._record_metrics(trainer)
         self.seen["weights"] = {n: whole(p.detach()).clone() for n, p in pl_module.policy.model.named_parameters()}
+
+
+READ: list[int] = []
+"""Number of elements of each slice that this rank read from a safetensors file, in the current run."""
+
+
+class Observed:
+    """Records the slices that are read from a file opened by `safetensors.safe_open`."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self.file = OPEN(*args, **settings)
+
+    def __enter__(self) -> Any:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+    def keys(self) -> Any:
+        return self.file.keys()
+
+    def get_slice(self, name: str) -> Any:
+        found = self.file.get_slice(name)
+
+        class Slice:
+            get_shape = found.get_shape
+
+            def __getitem__(self, rows: Any) -> Any:
+                READ.append(found[rows].numel())
+                return found[rows]
+
+        return Slice()
+
+
+OPEN = safetensors.safe_open
+safetensors.safe_open = Observed  # not the name that transformers has imported
+
+
+def loads_whole(*_: Any) -> None:
+    """Replaces `tensor_files`, so that each rank loads the whole model."""
+    raise NeedsTransformers("a test compares the two ways of loading")
 
 
 class OnlyEvenSolvable(LastDigit):
@@ -101,9 +150,13 @@ class SigtermOnRank1(Callback):
 
 def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any) -> dict[str, Any]:
     """Trains, and returns what was recorded; `changes` are the settings that are popped below."""
+    READ.clear()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     sharding = changes.pop("sharding", {})
-    chosen: Any = {"fsdp2": FSDP2Strategy(**sharding), "one": "auto"}.get(strategy, strategy)
+    if strategy == "hybrid":
+        sharding = {"dp_shard_size": 2, **sharding}
+    sharded = FSDP2Strategy(**sharding)
+    chosen: Any = {"fsdp2": sharded, "hybrid": sharded, "one": "auto"}.get(strategy, strategy)
     recorder = Recorder()
     callbacks = [TeacherRefresh(**changes.pop("refresh", {})), Evaluation(table=0), RankGuard(timeout_s=10), recorder]
     callbacks.append(ReversedSignalLogger(picture_every_n_epochs=0))
@@ -185,7 +238,10 @@ def main(args: list[str]) -> None:
         sys.exit(command_line(args[1:]))
     strategy, folder, *names = args
     for name in names:
-        if name == "exported":
+        if name.endswith("_loaded_whole"):
+            with patch.object(model, "tensor_files", loads_whole):
+                run(strategy, Path(folder), name, **RUNS[name.removesuffix("_loaded_whole")])
+        elif name == "exported":
             run(strategy, Path(folder), name, epochs=1, callbacks=[HFExport(str(Path(folder) / name))])
         elif name == "exported_adapter":
             export = HFExport(str(Path(folder) / name), adapter=True)

@@ -80,9 +80,17 @@ def test_adopt_converts_plain_model_checkpoints_and_keeps_subclasses() -> None:
     ("flags", "message"),
     [
         (["val_loss"], "checkpoint.monitor is val_loss, which is not logged (did you mean eval/heldout/avg@8?)"),
-        (["eval/held/avg@8"], "is eval/held/avg@8, which is not logged (did you mean eval/heldout/avg@8?)"),
-        (["eval/heldout/avg@16"], "is eval/heldout/avg@16, which is not logged (did you mean eval/heldout/avg@8?)"),
-        (["eval/heldout/pass@4"], "which is not logged"),
+        pytest.param(
+            ["eval/held/avg@8"],
+            "is eval/held/avg@8, which is not logged (did you mean eval/heldout/avg@8?)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["eval/heldout/avg@16"],
+            "is eval/heldout/avg@16, which is not logged (did you mean eval/heldout/avg@8?)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["eval/heldout/pass@4"], "which is not logged", marks=pytest.mark.slow),
         (["eval/heldout/pass@8", "--evaluation.ks=[2]"], "which is not logged"),
         (["eval/heldout/avg@8", "--trainer.limit_val_batches=0"], "trainer.limit_val_batches is 0"),
         (["eval/heldout/avg@8", "--trainer.check_val_every_n_epoch=9"], "(9) is above trainer.max_epochs (2)"),
@@ -140,7 +148,7 @@ class StopsInSecondEpoch(Callback):
 def test_a_stop_within_an_epoch_takes_effect_after_its_last_step(hook: str, tmp_path: Path) -> None:
     """As a time limit or early stopping requests it; validation also runs within the epoch."""
     flags = ["--trainer.accumulate_grad_batches=2", "--trainer.check_val_every_n_epoch=1"]
-    flags += ["--trainer.val_check_interval=0.5", "--data.prompts_per_epoch=8"]
+    flags += ["--trainer.val_check_interval=0.5", "--data.benchmarks={heldout: {samples: 2, limit: 2}}"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli_exit_code("fit", whole, *flags, "--trainer.max_epochs=3") == 0
     stops = [
@@ -170,12 +178,14 @@ def test_a_time_limit_ends_the_run_at_the_end_of_an_epoch(tmp_path: Path) -> Non
     ("flags", "message"),
     [
         (["--trainer.max_steps=3"], "trainer.max_steps is 3, which ends within an epoch; set it to a multiple of"),
-        (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0"),
+        pytest.param(["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0", marks=pytest.mark.slow),
         (["--trainer.limit_train_batches=0.5"], "trainer.limit_train_batches is 0.5"),
-        (["--trainer.limit_train_batches=1"], "trainer.limit_train_batches is 1,"),
+        pytest.param(["--trainer.limit_train_batches=1"], "trainer.limit_train_batches is 1,", marks=pytest.mark.slow),
         (["--trainer.overfit_batches=1"], "trainer.overfit_batches is 1"),
         (["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=1e-4"], "EMAWeightAveraging"),
-        (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder cannot be used"),
+        pytest.param(
+            ["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder cannot be used", marks=pytest.mark.slow
+        ),
         (["--trainer.callbacks+=BatchSizeFinder"], "BatchSizeFinder cannot be used"),
         (["--trainer.callbacks+=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=x"], "OnExceptionCheckpoint"),
     ],

@@ -23,13 +23,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemWriter, save
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlrt_lightning.cli.argument_errors import RLRTParser
 from rlrt_lightning.runtime.checkpoints import Index
 from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, value_type
 from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
+from rlrt_lightning.runtime.private.transformers import kept_in_float32
 from tests.helpers.processes import ROOT
 
 
@@ -68,6 +69,23 @@ VALUES: dict[str, tuple[Callable[[], Any], Any]] = {
     "DynamicLayer.keys and values": (lambda: (DynamicLayer().keys, DynamicLayer().values), (None, None)),
     "DynamicCache.layers": (lambda: [type(layer) for layer in empty_cache().layers], [DynamicLayer] * 2),
 }
+
+
+@pytest.mark.parametrize("name", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_transformers_keeps_the_weights_in_float32_that_a_class_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, name, ["o_proj"])
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert {n for n, p in model.named_parameters() if p.dtype == torch.float32} == {
+        "model.layers.0.self_attn.o_proj.weight"
+    }
+    assert kept_in_float32(model, torch.float16)
+    assert not kept_in_float32(model, torch.float32)
+    monkeypatch.undo()
+    assert not kept_in_float32(LlamaForCausalLM(config), torch.float16)
 
 
 def parser() -> ArgumentParser:
