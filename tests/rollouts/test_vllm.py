@@ -358,7 +358,7 @@ def test_all_engines_end_responses_at_the_same_token(
 def test_a_server_gives_each_prompt_its_room_and_scores_empty_responses(server: Server, tmp_path: Path) -> None:
     made, engine = embedded(), client(server, tmp_path)
     engine.sync(made)
-    prompts = [[3, 20, 8, 4], [3, *[20] * 124, 4], [3, *[20] * 126, 4]]
+    prompts = [made.encode_prompt(question(DIGITS)), [3, *[20] * 124, 4], [3, *[20] * 126, 4]]
     sampling = Sampling(max_new_tokens=300, temperature=2.0)
     rollouts = in_order(engine.generate(prompts, 3, sampling, [0, 1, 2]))
     alone = in_order(engine.generate(prompts[:1], 3, sampling, [0]))
