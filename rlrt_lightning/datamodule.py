@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,15 @@ from lightning import LightningDataModule
 
 from rlrt_lightning.epoch.ahead import Ahead
 from rlrt_lightning.epoch.batch import Batches, MicroBatch
-from rlrt_lightning.epoch.checks import check_ahead, check_context, check_cuts, check_teacher_tokens, scoring_engine
+from rlrt_lightning.epoch.checks import (
+    check_ahead,
+    check_context,
+    check_cuts,
+    check_data_settings,
+    check_passes,
+    check_teacher_tokens,
+    scoring_engine,
+)
 from rlrt_lightning.epoch.make import EpochSettings, Parts, collect_verdicts, draw, make_epoch
 from rlrt_lightning.epoch.metrics import Clock, epoch_metrics
 from rlrt_lightning.epoch.prompts import PromptReader, read_problems
@@ -25,7 +32,7 @@ from rlrt_lightning.evaluation.sets import Benchmark, EvaluationLoader, read_set
 from rlrt_lightning.policy.work import TokenCounter
 from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling, TransformersEngine
 from rlrt_lightning.rollouts.base import Stops
-from rlrt_lightning.runtime.errors import ConfigError, check_ranges
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.precision import computing, half_precision
 from rlrt_lightning.runtime.progress import Progress
 from rlrt_lightning.runtime.ranks import gather, mean_over_ranks, rank, world_size
@@ -51,7 +58,11 @@ class RolloutDataModule(LightningDataModule):
         prompts_per_epoch: Number of problems per epoch, over all ranks.
         rollouts_per_prompt: Number of rollouts per problem, the group size K.
         minibatches: Optimizer steps per epoch. Each gets an equal number of problems, which are split into
-            `--trainer.accumulate_grad_batches` micro-batches of similar size.
+            `--trainer.accumulate_grad_batches` micro-batches of similar size, or as `tokens_per_pass` allows.
+        tokens_per_pass: Maximum number of tokens in a forward and backward pass, padding included (rollouts times the
+            longest prompt and response). Each epoch uses the fewest micro-batches per optimizer step that satisfy it,
+            the same number on all ranks; gradients do not depend on it. A longer rollout has a pass of its own. null:
+            `--trainer.accumulate_grad_batches` sets the number. For scoring see `model.policy.score_tokens`.
         benchmarks: Evaluation sets by name; null is the training task's held-out problems, named `heldout`.
         eval_prompts: Number of problems per evaluation batch; an interrupted evaluation loses at most one batch.
         max_prompt_tokens: Maximum prompt length, in tokens.
@@ -81,6 +92,7 @@ class RolloutDataModule(LightningDataModule):
         prompts_per_epoch: int = 256,
         rollouts_per_prompt: int = 8,
         minibatches: int = 2,
+        tokens_per_pass: int | None = None,
         benchmarks: dict[str, Benchmark] | None = None,
         eval_prompts: int = 64,
         max_prompt_tokens: int = 2048,
@@ -94,34 +106,13 @@ class RolloutDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if rollouts_per_prompt < 2:
-            raise ConfigError(
-                f"data.rollouts_per_prompt is {rollouts_per_prompt}; it has to be at least 2, because advantages "
-                "compare the rollouts of a prompt"
-            )
-        if minibatches < 1 or prompts_per_epoch < 1 or prompts_per_epoch % minibatches:
-            raise ConfigError(
-                f"data.prompts_per_epoch ({prompts_per_epoch}) has to be a multiple of data.minibatches ({minibatches})"
-            )
-        check_ranges(
-            "data",
-            {
-                "eval_prompts": (eval_prompts, eval_prompts >= 1, "1 or more"),
-                "max_prompt_tokens": (max_prompt_tokens, max_prompt_tokens >= 1, "1 or more"),
-                "verifier_workers": (verifier_workers, verifier_workers >= 1, "1 or more"),
-                "verifier_timeout_s": (verifier_timeout_s, 0 < verifier_timeout_s < math.inf, "above 0"),
-                "verifier_memory_gb": (verifier_memory_gb, 0 < verifier_memory_gb < math.inf, "above 0"),
-                "max_fault_share": (max_fault_share, 0 <= max_fault_share <= 1, "from 0 to 1"),
-            },
-        )
-        if sampling.temperature == 0:
-            raise ConfigError("data.sampling.temperature is 0, so all rollouts of a prompt are equal; set it to 1")
         self.task: Task = task or LastDigit()
         self.engine: RolloutEngine = engine or TransformersEngine()
         self.sampling = sampling
         self.prompts_per_epoch = prompts_per_epoch
         self.rollouts_per_prompt = rollouts_per_prompt
         self.minibatches = minibatches
+        self.tokens_per_pass = tokens_per_pass
         self.benchmarks = benchmarks if benchmarks is not None else {"heldout": Benchmark()}
         self.eval_prompts = eval_prompts
         self.max_prompt_tokens = max_prompt_tokens
@@ -133,6 +124,7 @@ class RolloutDataModule(LightningDataModule):
         self.verifier_memory_gb = verifier_memory_gb
         self.max_fault_share = max_fault_share
         self.seed = seed
+        check_data_settings(self)
 
         self.epoch: EpochRecord | None = None
         """The record of the current epoch, for callbacks."""
@@ -164,6 +156,8 @@ class RolloutDataModule(LightningDataModule):
             self._begun = dict(vars(self._position))
             with self.computing():
                 self._made = self._make_epoch()
+        if self.tokens_per_pass is not None:
+            self._trainer.accumulate_grad_batches = self._made.accumulate
         return self._made
 
     def newest_batches(self, n: int) -> list[MicroBatch]:
@@ -188,6 +182,7 @@ class RolloutDataModule(LightningDataModule):
             rollouts_per_prompt=self.rollouts_per_prompt,
             minibatches=self.minibatches,
             accumulate_grad_batches=trainer.accumulate_grad_batches,
+            tokens_per_pass=self.tokens_per_pass,
             rescore=self.rescore,
             max_fault_share=self.max_fault_share,
             importance=module.importance,
@@ -344,6 +339,7 @@ class RolloutDataModule(LightningDataModule):
 
     def _set_up_training(self) -> None:
         module, positions = self._module, self._module.policy.max_positions
+        check_passes(self._trainer, self)
         if self._trainer.current_epoch == 0:  # a resumed run loads its position after this
             self._position = Position()
         problems = read_problems(self.task, "train", "data.task")
@@ -369,6 +365,8 @@ class RolloutDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Stops the engine and the verifier's worker processes."""
         self.engine.close()  # also stops generating ahead
+        if self.tokens_per_pass is not None:
+            self._trainer.accumulate_grad_batches = 1
         self._ahead = Ahead()
         for verifier in self._verifiers.values():
             verifier.close()
@@ -402,14 +400,16 @@ class RolloutDataModule(LightningDataModule):
         trainer.num_sanity_val_steps = 0  # the evaluation before training was already done
         if ranks is None:
             return
-        if (len(ranks), state_dict["accumulate"]) != (world_size(), trainer.accumulate_grad_batches):
+        by_hand = self.tokens_per_pass is None
+        accumulate = trainer.accumulate_grad_batches if by_hand else state_dict["accumulate"]
+        if (len(ranks), state_dict["accumulate"]) != (world_size(), accumulate):
             raise ConfigError(
                 f"ckpt_path: this checkpoint was saved in the middle of an epoch on {len(ranks)} ranks with "
                 f"trainer.accumulate_grad_batches={state_dict['accumulate']}; use the same settings, or resume from a "
                 "checkpoint of the end of an epoch"
             )
         own = ranks[rank()]
-        self._made = Batches([MicroBatch(**batch) for batch in own["left"]], own["given"])
+        self._made = Batches([MicroBatch(**batch) for batch in own["left"]], own["given"], accumulate)
         self.rollout_metrics = own["rollout_metrics"]
 
     def _drawn_ahead(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ FREE = (
     "data.ahead",
     "data.benchmarks",
     "data.eval_prompts",
+    "data.tokens_per_pass",
     "data.verifier_workers",
     "data.verifier_timeout_s",
     "data.verifier_memory_gb",

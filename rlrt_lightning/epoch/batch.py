@@ -12,7 +12,7 @@ from torch import Tensor
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.objective import Aggregation, DivergenceSettings
 from rlrt_lightning.policy import padding
-from rlrt_lightning.policy.padding import Shared, at_mask, balance, blocks, pad_sequences
+from rlrt_lightning.policy.padding import Shared, at_mask, balance, blocks, pad_sequences, split
 from rlrt_lightning.policy.work import Work
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.runtime.errors import ConfigError
@@ -124,10 +124,12 @@ class Batches(Generic[T]):
     Args:
         batches: The batches; after a resume, the remaining ones.
         served: Number of batches that were yielded before these.
+        accumulate: Number of batches per optimizer step.
     """
 
-    def __init__(self, batches: list[T], served: int = 0) -> None:
+    def __init__(self, batches: list[T], served: int = 0, accumulate: int = 1) -> None:
         self.batches = batches
+        self.accumulate = accumulate
         self.served = self._before = served
 
     def __len__(self) -> int:
@@ -167,9 +169,10 @@ def micro_batches(
     from_ranks: Callable[[list[tuple[int, int]]], list[list[tuple[int, int]]]] = lambda mine: [mine],
     sharing: Work | None = None,
     seed: tuple[int | str, ...] = (0,),
+    tokens_per_pass: int | None = None,
 ) -> Batches[MicroBatch]:
-    """Splits an epoch into mini-batches of whole groups (one optimizer step each), and each mini-batch into exactly
-    `accumulate` micro-batches.
+    """Splits an epoch into mini-batches of whole groups (one optimizer step each), and each mini-batch into equally
+    many micro-batches: `accumulate`, or the fewest that `tokens_per_pass` allows.
 
     Rollouts without a gradient, such as those of a group with equal rewards, are skipped in the forward pass but still
     count in the mean over the mini-batch.
@@ -177,7 +180,7 @@ def micro_batches(
     Args:
         epoch: The epoch's record.
         minibatches: Number of optimizer steps.
-        accumulate: Number of micro-batches per optimizer step.
+        accumulate: Number of micro-batches per optimizer step; unused with `tokens_per_pass`.
         aggregation: As in `clipped_surrogate`.
         temperature: The sampling temperature.
         world_size: Number of ranks whose gradients are averaged.
@@ -186,6 +189,8 @@ def micro_batches(
         sharing: The policy's work per token, to share the forward pass of a prompt where this saves enough; None never
             shares.
         seed: Names the random streams of the micro-batches.
+        tokens_per_pass: Upper bound of a micro-batch's padded tokens (rows * longest row) on every rank; a single
+            longer rollout is a micro-batch.
     """
     if totals is None:
         totals = mini_batch_sizes(epoch, minibatches)
@@ -193,17 +198,20 @@ def micro_batches(
     useful = epoch.credit.trains
     step_of = _step_of(epoch, minibatches)
     by_token = aggregation == "token-mean"
+    steps = [(step_of == step).nonzero()[:, 0] for step in range(minibatches)]
+    if tokens_per_pass is not None:
+        own = max(len(split(_lengths(epoch, members[useful[members]]), tokens_per_pass)) for members in steps)
+        accumulate = max(1, *(most for ((most, _),) in from_ranks([(own, 0)])))
     parts = []
-    for step in range(minibatches):
-        members = (step_of == step).nonzero()[:, 0]
+    for step, members in enumerate(steps):
         trained = members[useful[members]]
         lengths = _lengths(epoch, trained)
         shortest = members[tokens[members].argmin()]
         for part in balance(lengths, accumulate):
             # All ranks take all steps: if there is nothing to train on, the shortest rollout is used with a share of 0.
             rows = trained[part] if part else shortest[None]
-            own, total = (tokens[rows].sum(), totals[step, 0]) if by_token else (len(rows), totals[step, 1])
-            share = float(own / total) * accumulate * world_size if part else 0.0
+            part_size, total = (tokens[rows].sum(), totals[step, 0]) if by_token else (len(rows), totals[step, 1])
+            share = float(part_size / total) * accumulate * world_size if part else 0.0
             parts.append((rows, share))
     wanted = [(len(blocks(_lengths(epoch, rows))), len(rows)) for rows, _ in parts]
     counts = [
@@ -214,7 +222,8 @@ def micro_batches(
         [
             _collate(epoch, rows, share, temperature, n, sharing, derive_seed(*seed, number))
             for number, ((rows, share), n) in enumerate(zip(parts, counts, strict=True))
-        ]
+        ],
+        accumulate=accumulate,
     )
 
 

@@ -2,16 +2,75 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from rlrt_lightning.epoch.prompts import PromptReader
 from rlrt_lightning.objective import Importance, Method
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.rollouts import RolloutEngine, Sampling, ScoringEngine
-from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.tasks import Problem
 from rlrt_lightning.teacher import Teacher
+
+
+def check_data_settings(data: Any) -> None:
+    """Checks the settings of a `RolloutDataModule` that need nothing else.
+
+    Raises:
+        ConfigError: If one is out of its range.
+    """
+    if data.rollouts_per_prompt < 2:
+        raise ConfigError(
+            f"data.rollouts_per_prompt is {data.rollouts_per_prompt}; it has to be at least 2, because advantages "
+            "compare the rollouts of a prompt"
+        )
+    if data.minibatches < 1 or data.prompts_per_epoch < 1 or data.prompts_per_epoch % data.minibatches:
+        raise ConfigError(
+            f"data.prompts_per_epoch ({data.prompts_per_epoch}) has to be a multiple of data.minibatches "
+            f"({data.minibatches})"
+        )
+    least = {
+        "tokens_per_pass": 1 if data.tokens_per_pass is None else data.tokens_per_pass,
+        "eval_prompts": data.eval_prompts,
+    }
+    least |= {"max_prompt_tokens": data.max_prompt_tokens, "verifier_workers": data.verifier_workers}
+    above = {"verifier_timeout_s": data.verifier_timeout_s, "verifier_memory_gb": data.verifier_memory_gb}
+    check_ranges(
+        "data",
+        {
+            **{name: (value, value >= 1, "1 or more") for name, value in least.items()},
+            **{name: (value, 0 < value < math.inf, "above 0") for name, value in above.items()},
+            "max_fault_share": (data.max_fault_share, 0 <= data.max_fault_share <= 1, "from 0 to 1"),
+        },
+    )
+    if data.sampling.temperature == 0:
+        raise ConfigError("data.sampling.temperature is 0, so all rollouts of a prompt are equal; set it to 1")
+
+
+def check_passes(trainer: Any, data: Any) -> None:
+    """Checks that `data.tokens_per_pass` alone sets the number of micro-batches.
+
+    Raises:
+        ConfigError: If another setting depends on their number.
+    """
+    if data.tokens_per_pass is None:
+        return
+    for name, default in (("accumulate_grad_batches", 1), ("val_check_interval", 1.0)):
+        if (value := getattr(trainer, name)) != default:
+            raise ConfigError(
+                f"trainer.{name} is {value}, but data.tokens_per_pass sets the number of micro-batches anew each "
+                f"epoch; remove one of them"
+            )
+    longest = data.max_prompt_tokens + data.sampling.max_new_tokens
+    if longest > data.tokens_per_pass:
+        rank_zero_warn(
+            f"data.tokens_per_pass is {data.tokens_per_pass}, but prompt and response can have {longest} tokens "
+            "(data.max_prompt_tokens and data.sampling.max_new_tokens); a longer rollout has a pass of its own"
+        )
 
 
 def scoring_engine(teacher: Teacher, method: Method, engine: RolloutEngine, sampling: Sampling) -> ScoringEngine | None:

@@ -64,6 +64,7 @@ class EpochSettings:
     rollouts_per_prompt: int
     minibatches: int
     accumulate_grad_batches: int
+    tokens_per_pass: int | None
     rescore: bool
     max_fault_share: float
     importance: Importance
@@ -254,6 +255,7 @@ def pack(record: EpochRecord, settings: EpochSettings, sharing: Work | None) -> 
         gather,
         sharing,
         (settings.seed, "training", record.questions.epoch, rank()),
+        settings.tokens_per_pass,
     )
 
 

@@ -60,6 +60,26 @@ def at_mask(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask.bool(), values)
 
 
+def split(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Splits sequences, sorted by falling length, into the fewest consecutive batches of a limited size.
+
+    Args:
+        lengths: Number of tokens of each sequence.
+        max_tokens: Upper bound of a batch's padded tokens (rows * longest row); a single longer sequence is a batch.
+
+    Returns:
+        Indices of the sequences in each batch, the longest first.
+    """
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # The first sequence of a batch is its longest.
+        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= max_tokens:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
 def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Splits sequences, sorted by falling length, into `parts` consecutive batches that minimize the largest padded
     size (rows * longest row). Batches may be empty if there are fewer sequences than parts.
@@ -71,23 +91,11 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     Returns:
         Indices of the sequences in each batch, the longest first.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-    def split(limit: int) -> list[list[int]]:
-        found: list[list[int]] = []
-        for i in order:
-            # The first sequence of a batch is its longest.
-            if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= limit:
-                found[-1].append(i)
-            else:
-                found.append([i])
-        return found
-
     low, high = 0, sum(lengths) + len(lengths) * max(lengths, default=0)
     while low < high:  # bisection for the smallest limit that needs at most `parts` batches
         middle = (low + high) // 2
-        low, high = (low, middle) if len(split(middle)) <= parts else (middle + 1, high)
-    found = split(low)
+        low, high = (low, middle) if len(split(lengths, middle)) <= parts else (middle + 1, high)
+    found = split(lengths, low)
     return found + [[] for _ in range(parts - len(found))]
 
 

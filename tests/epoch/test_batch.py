@@ -76,6 +76,42 @@ def test_any_split_into_micro_batches_gives_the_mini_batch_gradient(
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_a_limit_of_tokens_per_pass_changes_no_gradient(aggregation: Any) -> None:
+    made, data = tiny_policy(), random_epoch_record()
+    whole = list(micro_batches(data, 2, 1, aggregation))
+    longest = max(batch.input_ids.shape[1] for batch in whole)
+    counts = []
+    for limit in (10_000, 4 * longest, longest, 1):
+        cut = micro_batches(data, 2, 99, aggregation, tokens_per_pass=limit)
+        n = cut.accumulate
+        assert len(cut) == 2 * n, "as many in each optimizer step"
+        for batch in cut.batches:
+            assert batch.input_ids.numel() <= limit or len(batch.input_ids) == 1
+        fewer = micro_batches(data, 2, max(1, n - 1), aggregation).batches
+        assert n == 1 or max(batch.input_ids.numel() for batch in fewer) > limit or limit < longest, "the fewest"
+        for step in range(2):
+            made.zero_grad()
+            expected = gradient(made, whole[step : step + 1], aggregation, 1).clone()
+            made.zero_grad()
+            got = gradient(made, cut.batches[step * n : (step + 1) * n], aggregation, n)
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+        counts.append(n)
+    assert counts[0] == 1
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
+
+
+def test_all_ranks_make_as_many_passes_as_the_busiest() -> None:
+    data = random_epoch_record()
+    alone = micro_batches(data, 2, 1, "token-mean", tokens_per_pass=64).accumulate
+    cut = micro_batches(
+        data, 2, 1, "token-mean", tokens_per_pass=64, from_ranks=lambda mine: [mine, [(alone + 3, 99)] * len(mine)]
+    )
+    assert cut.accumulate == alone + 3
+    assert len(cut) == 2 * (alone + 3)
+
+
 def test_rollouts_without_advantage_are_left_out_of_training() -> None:
     data = random_epoch_record(prompts=2)
     first, second = micro_batches(data, 2, 1, "token-mean")

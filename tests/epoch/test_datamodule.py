@@ -62,13 +62,14 @@ def test_more_micro_batches_than_rollouts_keep_weights_finite(tmp_path: Path) ->
 
 
 def test_the_number_of_micro_batches_does_not_change_the_update(tmp_path: Path) -> None:
-    weights = []
-    for accumulate in (1, 3):
-        _, module = fit_and_record(tmp_path, LastDigit(), accumulate=accumulate, prompts_per_epoch=8, minibatches=2)
+    weights, small = [], {"prompts_per_epoch": 8, "minibatches": 2, "max_prompt_tokens": 64}
+    for accumulate, tokens in ((1, None), (3, None), (1, 120)):
+        _, module = fit_and_record(tmp_path, LastDigit(), accumulate=accumulate, tokens_per_pass=tokens, **small)
         assert weights_changed(module)
         weights.append([p.detach().clone() for p in module.policy.parameters()])
-    for one, three in zip(*weights, strict=True):
-        torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
+    for one, *others in zip(*weights, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
 def test_verifier_faults_count_as_wrong_until_they_exceed_max_fault_share(

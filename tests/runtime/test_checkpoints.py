@@ -177,6 +177,10 @@ def test_a_time_limit_ends_the_run_at_the_end_of_an_epoch(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ["--data.tokens_per_pass=100", "--trainer.accumulate_grad_batches=2"],
+            "trainer.accumulate_grad_batches is 2, but data.tokens_per_pass sets the number of micro-batches",
+        ),
         (["--trainer.max_steps=3"], "trainer.max_steps is 3, which ends within an epoch; set it to a multiple of"),
         pytest.param(["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0", marks=pytest.mark.slow),
         (["--trainer.limit_train_batches=0.5"], "trainer.limit_train_batches is 0.5"),

@@ -114,6 +114,21 @@ def test_a_stopped_run_resumes_where_it_stopped(tmp_path: Path, capfd: pytest.Ca
         assert torch.equal(value, final[name]), name
 
 
+def test_a_run_with_a_limit_of_tokens_per_pass_resumes_within_an_epoch(tmp_path: Path) -> None:
+    """The number of micro-batches of an epoch is that of its rollouts, also after a resume."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--trainer.accumulate_grad_batches=1", "--data.tokens_per_pass=100", "--data.max_prompt_tokens=64"]
+    assert cli_exit_code("fit", whole, *FLAGS, *flags) == 0
+    assert exit_code_of_stopped_run(cut, "update", *flags) == 143
+    (last,) = cut.glob("**/last.ckpt")
+    assert torch.load(last, weights_only=True)["RolloutDataModule"]["accumulate"] > 1
+    assert cli_exit_code("fit", cut, *FLAGS, *flags, "--ckpt_path=last") == 0
+    assert merged_curves(cut) == merged_curves(whole)
+    final = weights(cut, version=1)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, final[name]), name
+
+
 def test_a_signal_during_a_save_takes_effect_after_the_save(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of_stopped_run(tmp_path, "save", "--checkpoint.every_n_epochs=1") == 143
     assert "all 2 optimizer steps are saved" in capfd.readouterr().err
