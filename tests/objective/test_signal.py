@@ -35,7 +35,7 @@ class ScoringEngine(TransformersEngine):
 
 def run_epoch(folder: Path, scored_by: Literal["trainer", "engine"], **settings: Any) -> tuple[EpochRecord, str]:
     """Trains one epoch; its record, and the page that shows it."""
-    settings = {"prompts_per_epoch": 16, "rollouts_per_prompt": 8, "rescore": True, **settings}
+    settings = {"prompts_per_epoch": 32, "rollouts_per_prompt": 8, "rescore": True, **settings}
     picture = ReversedSignalLogger(picture_every_n_epochs=1)
     recorder, _ = fit_and_record(
         folder, LastDigit(), engine=ScoringEngine(), scored_by=scored_by, callbacks=[picture], **settings

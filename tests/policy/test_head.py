@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlrt_lightning import LoRA, Policy, Sampling, TransformersEngine
+from rlrt_lightning import LastDigit, LoRA, Policy, Sampling, TransformersEngine
 from rlrt_lightning.policy.padding import pad_sequences
 from rlrt_lightning.rollouts.vllm_common import head_overrides
+from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 
 SEQUENCES = [([2, 3, 4, 5], [6, 7, 8, 9]), ([5, 2], [3, 4, 6])]
 
@@ -76,10 +77,11 @@ def test_gradients_reach_head_and_embeddings_in_float32(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [None, "bfloat16"], ids=["own weights", "copy"])
 def test_the_transformers_engine_samples_with_a_float32_head(dtype: Any) -> None:
     """Without the head's rounding, its log-probs are closer to those of the policy in float32."""
-    mean = {}
+    problems, mean = LastDigit().problems("heldout")[:8], {}
+    shown = [TEACHER_TEMPLATE.format(prompt=p.prompt, context=p.solution) for p in problems]  # long responses
     for head_dtype in ("float32", None):
         policy, engine = loaded(head_dtype=head_dtype), TransformersEngine(dtype=dtype)
-        prompts = [policy.encode_prompt(f"a{i}b{i}c7d0") for i in range(8)]
+        prompts = [policy.encode_prompt(prompt) for prompt in shown]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             engine.sync(policy)
             rollouts = list(engine.generate(prompts, 4, Sampling(max_new_tokens=20, temperature=1.5), list(range(8))))
