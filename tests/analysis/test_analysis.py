@@ -19,7 +19,7 @@ from rlrt_lightning.analysis.reflection import choose_positions, difficulty, fli
 from rlrt_lightning.analysis.shift import compare_positions, summarize
 from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.evaluation.results import pass_curve
-from tests.helpers.command_line import cli_exit_code
+from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_policy
 
@@ -139,7 +139,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for seed in ("0", "1"):
         run = folder / f"seed-{seed}"
-        assert cli_exit_code("fit", run, "--trainer.max_epochs=2", f"--seed_everything={seed}") == 0
+        assert cli_exit_code("fit", run, "--trainer.max_epochs=2", f"--seed_everything={seed}", *TRAIN_ONLY) == 0
         flags = (f"--evaluation.results={folder / 'results' / seed}", "--ckpt_path=last")
         assert cli_exit_code("validate", run, *flags) == 0
         shutil.rmtree(run / "rlrt" / "version_1")

@@ -186,8 +186,8 @@ def main(args: list[str]) -> None:
         sys.exit(command_line(args[1:]))
     strategy, folder, *names = args
     for name in names:
-        if name == "exported":
-            run(strategy, Path(folder), name, epochs=1, callbacks=[HFExport(str(Path(folder) / name))])
+        if name == "plain":
+            run(strategy, Path(folder), name, **RUNS[name], callbacks=[HFExport(str(Path(folder) / "exported"))])
         elif name == "exported_adapter":
             export = HFExport(str(Path(folder) / name), adapter=True)
             run(strategy, Path(folder), name, epochs=1, lora=True, callbacks=[export])
