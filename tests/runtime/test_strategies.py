@@ -26,7 +26,7 @@ COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided"
 OTHERS = ["bf16", "bf16_true", "saved", "exported_adapter"]
 IN_CI = ["plain", "ema", "saved"]
 """The runs that the tests compare that are not marked as slow."""
-HYBRID = ["plain", "ema", "lora", "copied", "one_sided", "bf16", "saved", "saved_whole", "exported"]
+HYBRID = ["plain", "ema", "lora", "copied", "one_sided", "bf16", "saved", "saved_whole"]
 LOADED = ["ema", "lora", "lora_frozen", "copied", "bf16", "bf16_true"]
 """The runs that are repeated with ranks that load the whole model."""
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
