@@ -134,10 +134,7 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     Yields:
         Indices of the sequences in each batch.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        rows = max(1, max_tokens // max(1, lengths[order[0]]))
-        chosen, order = order[:rows], order[rows:]
+    for chosen in split(lengths, max_tokens):
         for size, _ in blocks([lengths[i] for i in chosen]):
             yield chosen[:size]
             chosen = chosen[size:]
