@@ -29,7 +29,7 @@ from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
 from rlrt_lightning.policy.tokens import reason
 from rlrt_lightning.policy.work import TokenCounter
 from rlrt_lightning.runtime.errors import ConfigError
-from rlrt_lightning.runtime.precision import computing
+from rlrt_lightning.runtime.precision import computing, half_precision
 from rlrt_lightning.runtime.ranks import gather
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Policy(ForwardPasses):
         strategy.shard(self._prepared(model), self.head_dtype is not None)
         fill(model, files, strategy.root_device)
         with computing(strategy):
-            self.adopt(model, half=strategy.computes_in_half)
+            self.adopt(model, half=half_precision(strategy.precision_plugin) is not None)
         return True
 
     def _meta_model(self) -> PreTrainedModel:

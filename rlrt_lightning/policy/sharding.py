@@ -76,11 +76,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         precision = self.precision_plugin
         return isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
 
-    @property
-    def computes_in_half(self) -> bool:
-        """Whether models compute in half precision, whatever the dtype of their weights."""
-        return str(self.precision_plugin.precision).startswith(("bf16", "16"))
-
     def setup_environment(self) -> None:
         """See `Strategy.setup_environment`. Creates the mesh of the ranks that share the weights.
 
