@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections import deque
 from decimal import Decimal
 from typing import Any, cast
 
 from rlrt_lightning.tasks.answers import readable
 from rlrt_lightning.tasks.base import Messages
 from rlrt_lightning.tasks.notation import RepeatedKey, listed, parsed
+from rlrt_lightning.tasks.patterns import found_by, last_match
 from rlrt_lightning.tasks.readers import BadRow, Row, excerpt
 from rlrt_lightning.tasks.rewards import Reward
 
@@ -85,8 +85,8 @@ def extracted(pattern: re.Pattern[str], text: Any, what: str) -> str:
     """
     if not isinstance(text, str):
         raise BadRow(f"{what} finds nothing, because the value is not text but {_kind(text)}", excerpt(text))
-    match = next(iter(deque(pattern.finditer(text), maxlen=1)), None)
-    found = None if match is None else match[1 if pattern.groups else 0]
+    match = last_match(pattern, text)
+    found = None if match is None else found_by(match)
     if found is None or not found.strip():
         raise BadRow(f"{what} finds nothing", excerpt(text))
     return found.strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from rlrt_lightning.tasks.columns import (
     look_up,
     solution,
 )
+from rlrt_lightning.tasks.patterns import compiled
 from rlrt_lightning.tasks.readers import BadRow, BadRows, Row, excerpt, printable, read_rows
 from rlrt_lightning.tasks.rewards import MathReward, Reward, RewardFunction, as_verdict
 
@@ -96,8 +96,8 @@ class DatasetTask(Task):
         self.id = id
         self.prompt_pattern = prompt_pattern
         self.answer_pattern = answer_pattern
-        self._prompt_finder = _compiled(prompt_pattern, "prompt_pattern")
-        self._answer_finder = _compiled(answer_pattern, "answer_pattern")
+        self._prompt_finder = None if prompt_pattern is None else compiled(prompt_pattern, "prompt_pattern")
+        self._answer_finder = None if answer_pattern is None else compiled(answer_pattern, "answer_pattern")
         self.prompt_template = prompt_template
         self.reward: Reward | RewardFunction = MathReward() if reward is None else reward
         self.bad_rows = bad_rows
@@ -190,14 +190,6 @@ class DatasetTask(Task):
         if self._prompt_finder is not None:
             question = extracted(self._prompt_finder, question, f"prompt_pattern in {self.prompt}")
         return self.prompt_template.replace("{prompt}", question)
-
-
-def _compiled(pattern: str | None, setting: str) -> re.Pattern[str] | None:
-    """A pattern in which the dot matches line breaks, as in `ExactMatch`."""
-    try:
-        return None if pattern is None else re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ConfigError(f"{setting} {pattern!r} is not a regular expression: {error}") from None
 
 
 def _name(value: Any, column: str) -> str:

@@ -6,13 +6,11 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.answers import (
     Truth,
     as_text,
@@ -28,6 +26,7 @@ from rlrt_lightning.tasks.answers import (
 )
 from rlrt_lightning.tasks.base import Problem, Verdict
 from rlrt_lightning.tasks.notation import listed, parsed
+from rlrt_lightning.tasks.patterns import compiled, found_by, last_match
 
 
 class Reward(ABC):
@@ -151,10 +150,7 @@ class ExactMatch(Reward):
     """
 
     def __init__(self, pattern: str = "", ignore_case: bool = False) -> None:
-        try:
-            self._pattern = re.compile(pattern, re.DOTALL) if pattern else None
-        except re.error as error:
-            raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+        self._pattern = compiled(pattern, "pattern") if pattern else None
         self.pattern = pattern
         self.ignore_case = ignore_case
         self.isolated = bool(pattern)  # a pattern can take exponential time
@@ -167,12 +163,13 @@ class ExactMatch(Reward):
         """Judges one completion."""
         answer = completion
         if self._pattern is not None:
-            match = next(iter(deque(self._pattern.finditer(completion), maxlen=1)), None)  # the last match
+            match = last_match(self._pattern, completion)
             if match is None:
                 return Verdict(0.0, False, message="the pattern matches nothing")
-            answer = match[1] if self._pattern.groups else match[0]
-            if answer is None:
+            found = found_by(match)
+            if found is None:
                 return Verdict(0.0, False, message="the pattern's first group matches nothing")
+            answer = found
         answer = answer.strip()
         try:
             golds = truths(problem.answer)
