@@ -36,8 +36,9 @@ def check_data_settings(data: Any) -> None:
     least = {
         "tokens_per_pass": 1 if data.tokens_per_pass is None else data.tokens_per_pass,
         "eval_prompts": data.eval_prompts,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "verifier_workers": data.verifier_workers,
     }
-    least |= {"max_prompt_tokens": data.max_prompt_tokens, "verifier_workers": data.verifier_workers}
     above = {"verifier_timeout_s": data.verifier_timeout_s, "verifier_memory_gb": data.verifier_memory_gb}
     check_ranges(
         "data",

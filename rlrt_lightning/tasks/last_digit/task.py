@@ -111,9 +111,8 @@ class LastDigit(Task):
     """The last digit of a sum, where the policy chooses how to work it out.
 
     Questions are made on demand from the seed. Reward is 1 if a completion ends with `guess` or `so` and the correct
-    digit.
-    The label of a rollout is its way, by what it does: `guess`, `skip`, `careful`, `quick` (only in the control), or
-    `other` for a completion without an answer.
+    digit. The label of a rollout is its way, by what it does: `guess`, `skip`, `careful`, `quick` (only in the
+    control), or `other` for a completion without an answer.
 
     Args:
         digits: Smallest and largest count of numbers in a question, within 4 to 8. The model that comes with the task
