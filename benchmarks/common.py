@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,11 @@ def ask(model: str, number: int) -> str:
 def right(completion: str) -> bool:
     """A checksum of the text; True for about half of all completions."""
     return sum(map(ord, completion)) % 2 == 0
+
+
+def memory_of_process(field: str) -> int:
+    """A size in /proc/self/status, in bytes."""
+    return 1024 * int(re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> None:

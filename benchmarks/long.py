@@ -19,7 +19,6 @@ import gc
 import importlib.util
 import json
 import math
-import re
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from common import cell, in_turns, ratios, save, write_model
+from common import cell, in_turns, memory_of_process, ratios, save, write_model
 
 Sequences = list[tuple[list[int], list[int]]]
 Pass = Callable[[Sequences], float]
@@ -94,11 +93,6 @@ def trl_pass(folder: str, args: argparse.Namespace, trains: bool) -> Pass:
         return float(total.detach())
 
     return run
-
-
-def memory_of_process(field: str) -> int:
-    """A size in /proc/self/status, in bytes."""
-    return 1024 * int(re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def peak_and_seconds(run: Callable[[], float], device: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import torch
+from common import memory_of_process
 
 GB = 10**9
 FP32, BF16 = 4, 2
@@ -128,11 +129,6 @@ def table(ranks: int) -> str:
 # -- the check -----------------------------------------------------------------------------------------------------
 
 
-def rss() -> int:
-    """Resident memory of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
     """Trains for two steps and prints the increase in memory, in bytes."""
     from lightning import Callback, Trainer
@@ -149,10 +145,10 @@ def one_rank(strategy: str, teacher: str, lora: bool, folder: Path) -> None:
 
     class Measure(Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            seen["before"] = rss()
+            seen["before"] = memory_of_process("VmRSS")
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            seen["held"] = rss() - seen["before"]  # kept from the second step, with Adam's moments
+            seen["held"] = memory_of_process("VmRSS") - seen["before"]  # kept from the second step, with Adam's moments
 
     refresh = TeacherRefresh(ema_decay=0.5) if teacher == "own" else TeacherRefresh()
     trainer = Trainer(
@@ -232,12 +228,6 @@ def check() -> str:
 # -- loading -------------------------------------------------------------------------------------------------------
 
 
-def peak() -> int:
-    """The highest resident memory of this process so far, in bytes. It includes pages of mapped files."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
 def load_one(way: str, folder: Path) -> None:
     """Loads a sharded policy and prints the increase of the peak, in bytes."""
     from lightning import LightningModule, Trainer
@@ -259,12 +249,12 @@ def load_one(way: str, folder: Path) -> None:
         AutoModelForCausalLM.from_config(policy.config)  # imports the model's code, which is no part of the loading
     # Raises an exception instead of finding the files, so that transformers loads the model.
     files = model.tensor_files if way == "shards" else Mock(side_effect=NeedsTransformers("the whole model is loaded"))
-    before = peak()
+    before = memory_of_process("VmHWM")  # includes pages of mapped files
     with patch.object(model.Policy, "adopt", adopt), patch.object(model, "tensor_files", files):
         policy.load(trainer.strategy)
     if way == "whole":
         trainer.strategy.shard(policy.model)
-    print(json.dumps({"peak": peak() - before}), flush=True)
+    print(json.dumps({"peak": memory_of_process("VmHWM") - before}), flush=True)
 
 
 def loading() -> str:
