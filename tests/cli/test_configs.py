@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -14,35 +14,12 @@ from rlrt_lightning.cli.commands import RLRTCli
 from rlrt_lightning.tasks import DatasetTask
 from tests.helpers.command_line import ParsingCli
 from tests.helpers.processes import ROOT
+from tests.helpers.recipes import BOX, RECIPES, published
 
 CONFIGS = ROOT / "configs"
 RLRT_YAML = f"--config={CONFIGS / 'rlrt.yaml'}"
 
 
-class Recipe(NamedTuple):
-    """What a recipe should resolve to.
-
-    Args:
-        path: The model.
-        eps_w: The paper's clip range for this kind of model.
-        positions: Positions of the model, from its config.json.
-        chat_kwargs: Variables of the chat template.
-    """
-
-    path: str
-    eps_w: float
-    positions: int
-    chat_kwargs: dict[str, Any] | None
-
-
-RECIPES = {
-    "gsm8k-qwen3-0.6b": Recipe("Qwen/Qwen3-0.6B", 0.2, 40960, {"enable_thinking": False}),
-    "gsm8k-qwen3-1.7b": Recipe("Qwen/Qwen3-1.7B", 0.2, 40960, {"enable_thinking": False}),
-    "paper-qwen3-4b-base": Recipe("Qwen/Qwen3-4B-Base", 1.0, 32768, None),
-    "paper-qwen3-8b-base": Recipe("Qwen/Qwen3-8B-Base", 1.0, 32768, None),
-    "paper-qwen3-4b-instruct": Recipe("Qwen/Qwen3-4B-Instruct-2507", 0.5, 262144, None),
-    "paper-qwen3-8b": Recipe("Qwen/Qwen3-8B", 0.2, 40960, {"enable_thinking": True}),
-}
 PAPER_SETS = {"aime24", "aime25", "aime26", "hmmt26", "amc23", "math500"}
 
 
@@ -133,12 +110,6 @@ def test_smollm2_resolves_to_the_same_settings_with_and_without_the_embedded_tas
 # -- data as published ---------------------------------------------------------------------------------------------
 
 QUESTION = "Find $x$.\n\nThe last line of the figure is $AB$. Answer: the shaded region."
-PUBLISHED = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-    f"$Answer (without quotes) where $Answer is the answer to the problem.\n\n{QUESTION}\n\n"
-    'Remember to put your answer on its own line after "Answer:".'
-)
-BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 def task_of(name: str, train: Path, rows: list[dict[str, Any]]) -> DatasetTask:
@@ -148,7 +119,7 @@ def task_of(name: str, train: Path, rows: list[dict[str, Any]]) -> DatasetTask:
     return DatasetTask(**{**spec["init_args"], "train": str(train), "heldout": None})
 
 
-@pytest.mark.parametrize("text", [PUBLISHED, f"{QUESTION}\n{BOX}", QUESTION])
+@pytest.mark.parametrize("text", [published(QUESTION), f"{QUESTION}\n{BOX}", QUESTION])
 def test_the_papers_prompts_ask_once_for_a_box_in_every_copy_of_the_data(text: str, tmp_path: Path) -> None:
     truth = {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}
     prompts = [text, [{"role": "user", "content": text}]]

@@ -18,6 +18,7 @@ from tests.helpers.byte_model import CHATML
 from tests.helpers.command_line import scalars
 from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
+from tests.helpers.recipes import BOX, RECIPES, published
 from tests.helpers.tiny import END, byte_level_tokenizer
 
 pytestmark = [
@@ -36,17 +37,14 @@ SWITCHED = CHATML.replace(
 BOXES = [r"\boxed{1}", r"\boxed{2}"]
 """Single tokens of the stand-in, so that its random responses are sometimes right."""
 
-POSITIONS = {
-    "gsm8k-qwen3-0.6b": 40960,
-    "gsm8k-qwen3-1.7b": 40960,
-    "paper-qwen3-4b-base": 32768,
-    "paper-qwen3-8b-base": 32768,
-    "paper-qwen3-4b-instruct": 262144,
-    "paper-qwen3-8b": 40960,
-}
-"""The positions of each recipe's model."""
 
-QUESTION = "Ann has {} apples and eats all but {} of them.\nHow many are left?"
+def left(i: int) -> int:
+    """The answer to question i."""
+    return 1 + i % 2
+
+
+def question(i: int) -> str:
+    return f"Ann has {i + 2} apples and eats all but {left(i)} of them.\nHow many are left?"
 
 
 def save_stand_in(folder: Path, recipe: str) -> str:
@@ -67,7 +65,7 @@ def save_stand_in(folder: Path, recipe: str) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=POSITIONS[recipe],
+        max_position_embeddings=RECIPES[recipe].positions,
         tie_word_embeddings="8b" not in recipe,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -79,42 +77,33 @@ def save_stand_in(folder: Path, recipe: str) -> str:
 
 
 def gsm8k(i: int) -> dict[str, Any]:
-    left = 1 + i % 2
-    return {
-        "question": QUESTION.format(i + 2, left),
-        "answer": f"She eats {i + 2}-{left}=<<{i + 2}-{left}={i + 2 - left}>>{i + 2 - left} apples.\n#### {left}",
-    }
+    eaten = f"{i + 2}-{left(i)}=<<{i + 2}-{left(i)}={i + 2 - left(i)}>>{i + 2 - left(i)}"
+    return {"question": question(i), "answer": f"She eats {eaten} apples.\n#### {left(i)}"}
 
 
 def verl(prompt: Any, i: int) -> dict[str, Any]:
-    truth = {"ground_truth": str(1 + i % 2), "style": "rule-lighteval/MATH_v2"}
+    truth = {"ground_truth": str(left(i)), "style": "rule-lighteval/MATH_v2"}
     return {"data_source": "math_dapo", "prompt": prompt, "ability": "MATH", "reward_model": truth, "extra_info": {}}
 
 
 def dapo(i: int) -> dict[str, Any]:
     """A row of DAPO-Math-17k as published."""
-    before = "Solve the following math problem step by step. The last line of your response should be of the form "
-    before += "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
-    after = '\n\nRemember to put your answer on its own line after "Answer:".'
-    return verl([{"role": "user", "content": before + QUESTION.format(i + 2, 1 + i % 2) + after}], i)
+    return verl([{"role": "user", "content": published(question(i))}], i)
 
 
 def processed(i: int) -> dict[str, Any]:
     """A row of its copy without duplicates, with the question alone."""
     original = dapo(i)
-    question = QUESTION.format(i + 2, 1 + i % 2)
-    answer = original["reward_model"]["ground_truth"]
-    return {**original, "prompt": question, "solution": answer, "source_prompt": original["prompt"]}
+    return {**original, "prompt": question(i), "solution": str(left(i)), "source_prompt": original["prompt"]}
 
 
 def boxed(i: int) -> dict[str, Any]:
     """A row of a copy that asks for a box."""
-    request = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-    return verl([{"role": "user", "content": QUESTION.format(i + 2, 1 + i % 2) + request}], i)
+    return verl([{"role": "user", "content": f"{question(i)}\n{BOX}"}], i)
 
 
 def competition(column: str) -> Callable[[int], dict[str, Any]]:
-    return lambda i: {column: QUESTION.format(i + 2, 1 + i % 2), "answer": str(1 + i % 2), "solution": "Count."}
+    return lambda i: {column: question(i), "answer": str(left(i)), "solution": "Count."}
 
 
 def save(folder: Path, name: str, row: Callable[[int], dict[str, Any]], n: int = 8) -> str:
@@ -148,7 +137,7 @@ def paper_evaluation(folder: Path) -> list[str]:
     return flags
 
 
-@pytest.mark.parametrize("recipe", slow_except(POSITIONS, "gsm8k-qwen3-0.6b"))
+@pytest.mark.parametrize("recipe", slow_except(RECIPES, "gsm8k-qwen3-0.6b"))
 def test_a_recipe_trains_and_evaluates(recipe: str, tmp_path: Path) -> None:
     flags = [
         f"--config={ROOT / 'configs' / 'recipes' / recipe}.yaml",
