@@ -15,12 +15,13 @@ import torch
 from lightning import Trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlrt_lightning import Policy, RLRTModule, Rollout, RolloutDataModule, Sampling, Teacher
+from rlrt_lightning import Policy, RLRTModule, RolloutDataModule, Sampling, Teacher
 from rlrt_lightning.evaluation.sets import Benchmark
 from rlrt_lightning.policy.padding import pad_sequences
 from rlrt_lightning.policy.sharding import FSDP2Strategy
 from rlrt_lightning.rollouts import TransformersEngine
 from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE, LastDigit
+from tests.helpers.sampling import draw_rollouts
 from tests.helpers.tiny import tiny_policy
 
 pytestmark = [
@@ -72,18 +73,15 @@ def on_gpu(policy: Policy) -> Policy:
     return policy
 
 
-def draw(policy: Policy, dtype: Any) -> list[Rollout]:
-    engine = TransformersEngine(dtype=dtype)
-    engine.sync(policy)
-    prompts = [policy.encode_prompt(str(p.prompt)) for p in LastDigit().problems("heldout")[:24]]
-    return list(engine.generate(prompts, 8, Sampling(max_new_tokens=32), list(range(24))))
+def prompts_of(policy: Policy, n: int) -> list[list[int]]:
+    return [policy.encode_prompt(str(p.prompt)) for p in LastDigit().problems("heldout")[:n]]
 
 
 @pytest.mark.parametrize(("dtype", "mean", "largest"), [(None, 1e-5, 1e-3), ("bfloat16", 0.02, 1.0)])
 def test_sampler_and_policy_agree_on_the_device(dtype: Any, mean: float, largest: float) -> None:
     policy = Policy()
     policy.load()
-    rollouts = draw(on_gpu(policy), dtype)
+    rollouts = draw_rollouts(on_gpu(policy), prompts_of(policy, 24), 8, Sampling(max_new_tokens=32), dtype=dtype)
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype is not None):
         scores = policy.score([(r.prompt_ids, r.response_ids) for r in rollouts])
     difference = (torch.cat([r.logp_sampler.cpu() for r in rollouts]) - torch.cat(scores)).abs()
@@ -159,7 +157,7 @@ def test_vllm_frees_its_memory_in_its_sleep_and_has_the_new_weights_after_it() -
     policy.load()
     on_gpu(policy)
     engine = VllmColocateEngine(memory=0.2)
-    prompts = [policy.encode_prompt(str(p.prompt)) for p in LastDigit().problems("heldout")[:8]]
+    prompts = prompts_of(policy, 8)
     free = []
     for scale in (1.0, 1.05):
         with torch.no_grad():

@@ -59,6 +59,14 @@ def merged_curves(folder: Path) -> dict[str, dict[int, float]]:
     return curves
 
 
+def assert_continued(cut: Path, whole: Path, version: int = 1) -> None:
+    """The runs in `cut`, the last of which is `version`, equal the uninterrupted run in `whole` bit for bit."""
+    assert merged_curves(cut) == merged_curves(whole)
+    final = weights(cut, version=version)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, final[name]), name
+
+
 class ParsingCli(RLRTCli):
     """Parses the settings and runs nothing."""
 

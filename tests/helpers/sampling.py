@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,10 @@ from rlrt_lightning import Policy, Rollout, Sampling, TransformersEngine
 
 
 def draw_rollouts(
-    policy: Policy, prompts: list[list[int]], n: int, sampling: Sampling, max_rows: int = 256
+    policy: Policy, prompts: list[list[int]], n: int, sampling: Sampling, max_rows: int = 256, dtype: Any = None
 ) -> list[Rollout]:
     """`n` rollouts of each prompt by the transformers engine, seeded by the prompt, in order of group and index."""
-    engine = TransformersEngine(max_rows)
+    engine = TransformersEngine(max_rows, dtype)
     engine.sync(policy)
     drawn = engine.generate(prompts, n, sampling, [1000 * len(prompt) + sum(prompt) for prompt in prompts])
     return sorted(drawn, key=lambda rollout: (rollout.group, rollout.index))

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from rlrt_lightning import ConfigError
 from rlrt_lightning.callbacks.run_checkpoint import RunCheckpoint, adopt
 from rlrt_lightning.runtime.trainer_checks import REFUSED, check_trainer
-from tests.helpers.command_line import cli_exit_code, merged_curves, scalars, weights, without_timings
+from tests.helpers.command_line import assert_continued, cli_exit_code, scalars
 from tests.helpers.marks import slow_except
 
 
@@ -159,9 +159,7 @@ def test_a_stop_within_an_epoch_takes_effect_after_its_last_step(hook: str, tmp_
     assert cli_exit_code("fit", cut, *flags, *stops, "--trainer.max_epochs=3") == 0
     assert [step for step, _ in scalars(cut)["train/loss"]] == [1, 3], "it ends after the second epoch"
     assert cli_exit_code("fit", cut, *flags, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
-    assert merged_curves(cut) == without_timings({tag: dict(curve) for tag, curve in scalars(whole).items()})
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(cut, version=1)[name]), name
+    assert_continued(cut, whole)
 
 
 def test_a_time_limit_ends_the_run_at_the_end_of_an_epoch(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from lightning import Callback
 
 from rlrt_lightning.runtime.checkpoints import WEIGHTS_ONLY_VARIABLE, WholeCheckpointIO, newest, no_code, problem
 from rlrt_lightning.runtime.errors import ConfigError
-from tests.helpers.command_line import cli_exit_code, merged_curves, scalars, weights
+from tests.helpers.command_line import assert_continued, cli_exit_code, scalars
 from tests.helpers.processes import ROOT
 
 ONE_KILL = ["--epochs=3", "--phases=update", "--seed=5"]  # with this seed in the second epoch, after a checkpoint
@@ -108,10 +108,7 @@ def test_a_stopped_run_resumes_where_it_stopped(tmp_path: Path, capfd: pytest.Ca
     assert "after 3 optimizer steps" in lines[2], "in the middle of the epoch"
     assert "after 4 optimizer steps" in lines[3]
     assert cli_exit_code("fit", cut, *FLAGS, "--ckpt_path=last") == 0
-    assert merged_curves(cut) == merged_curves(whole)
-    final = weights(cut, version=4)
-    for name, value in weights(whole).items():
-        assert torch.equal(value, final[name]), name
+    assert_continued(cut, whole, version=4)
 
 
 def test_a_run_with_a_limit_of_tokens_per_pass_resumes_within_an_epoch(tmp_path: Path) -> None:
@@ -123,10 +120,7 @@ def test_a_run_with_a_limit_of_tokens_per_pass_resumes_within_an_epoch(tmp_path:
     (last,) = cut.glob("**/last.ckpt")
     assert torch.load(last, weights_only=True)["RolloutDataModule"]["accumulate"] > 1
     assert cli_exit_code("fit", cut, *FLAGS, *flags, "--ckpt_path=last") == 0
-    assert merged_curves(cut) == merged_curves(whole)
-    final = weights(cut, version=1)
-    for name, value in weights(whole).items():
-        assert torch.equal(value, final[name]), name
+    assert_continued(cut, whole)
 
 
 def test_a_signal_during_a_save_takes_effect_after_the_save(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
