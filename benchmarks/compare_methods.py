@@ -244,7 +244,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
             seeds = sorted({int(row["seed"]) for row in chosen})
             name = {"trap": "With the trap", "control": "Control without the trap"}[condition]
             parts.append(f"{name}, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):\n\n{table(chosen)}")
-            parts += [sentence for method in METHODS if (sentence := caught_in_pairs(chosen, method))]
+            others = [method for method in METHODS if method != "GRPO"]
+            parts += filter(None, (caught_in_pairs(chosen, method) for method in others))
     return "\n\n".join(parts)
 
 
@@ -272,7 +273,7 @@ def is_caught(row: dict[str, Any]) -> bool:
 def caught_in_pairs(rows: list[dict[str, Any]], method: str) -> str:
     """Compares how often a method and GRPO are caught with the same seed; empty if neither is."""
     caught = {(row["method"], row["seed"]): is_caught(row) for row in rows}
-    seeds = [seed for name, seed in caught if name == method and method != "GRPO" and ("GRPO", seed) in caught]
+    seeds = [seed for name, seed in caught if name == method and ("GRPO", seed) in caught]
     both = sum(caught["GRPO", seed] and caught[method, seed] for seed in seeds)
     only = [sum(caught[name, seed] for seed in seeds) - both for name in ("GRPO", method)]
     if not both + sum(only):
