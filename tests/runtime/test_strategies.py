@@ -22,8 +22,8 @@ from tests.helpers.processes import ROOT, run_cli
 
 STRATEGIES = ["ddp", "fsdp2"]
 RANKS = {"ddp": 2, "fsdp2": 2, "hybrid": 4}
-COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided"]
-OTHERS = ["bf16", "bf16_true", "saved", "exported", "exported_adapter"]
+COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided", "passes"]
+OTHERS = ["one_pass", "bf16", "bf16_true", "saved", "exported", "exported_adapter"]
 IN_CI = ["plain", "ema", "saved", "exported"]
 """The runs that the tests compare that are not marked as slow."""
 HYBRID = ["plain", "ema", "lora", "copied", "one_sided", "bf16", "saved", "saved_whole", "exported"]
@@ -100,6 +100,19 @@ def test_several_ranks_train_the_same_as_one(runs: dict[str, Path], strategy: st
     for of_one, of_two in zip(one["gradients"], two["gradients"], strict=True):
         torch.testing.assert_close(of_two, of_one, **CLOSE)
     torch.testing.assert_close(two["weights"], one["weights"], **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["one", *STRATEGIES])
+def test_gradients_do_not_depend_on_tokens_per_pass(runs: dict[str, Path], strategy: str) -> None:
+    """With long prompts beside short ones, compared with one pass per optimizer step; ranks take equally many."""
+    whole, cut = recorded(runs["one"], "one_pass"), recorded(runs[strategy], "passes")
+    assert whole["passes"] == [1, 1]
+    assert min(cut["passes"]) > 1
+    assert cut["passes"] != recorded(runs["one"], "passes")["passes"] or strategy == "one", "each has fewer rollouts"
+    for of_whole, of_cut in zip(whole["gradients"], cut["gradients"], strict=True):
+        assert max(float(g.abs().max()) for g in of_whole.values()) > 0.01
+        torch.testing.assert_close(of_cut, of_whole, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
