@@ -135,9 +135,9 @@ def _training_pass(trainer: Any, policy: Policy, tokens: int, length: int) -> di
     """The parts of a training pass; empty for architectures whose config has other names."""
     model, sharded = policy.model, isinstance(trainer.strategy, FSDP2Strategy)
     try:
-        layers, shape = decoder_layers(model), memory.Shape.of(model)
+        layers, shape = decoder_layers(model), memory.Shape.of(model, policy.attention)
     except (AttributeError, ConfigError, TypeError):
-        log.info("the activations of %s are not estimated", type(model).__name__)
+        rank_zero_info("the training pass of %s is not estimated: its config has other names", type(model).__name__)
         return {}
     weight = local(next(layers[0].parameters())).itemsize
     computed = 2 if half_precision(trainer) else weight
@@ -145,14 +145,18 @@ def _training_pass(trainer: Any, policy: Policy, tokens: int, length: int) -> di
     parts = memory.training_pass(
         shape, tokens, length, policy.tokens_with_logits(tokens), residual, computed, policy.gradient_checkpointing
     )
-    if sharded:
-        one = max(_numbers(layer) for layer in layers)
-        outside = (_numbers(model) - sum(map(_numbers, layers))) * (weight if policy.head_is_float32 else computed)
-        count = 2 if trainer.strategy.reshard_after_forward else len(layers)
-        parts["gathered weights"] = memory.gathered(outside, computed * one, count)
-    elif isinstance(trainer.precision_plugin, MixedPrecision):
-        parts["weights in half precision"] = memory.cast_weights(model, computed)
-    return parts
+    return {**parts, **_other_copies(trainer, policy, layers, computed)}
+
+
+def _other_copies(trainer: Any, policy: Policy, layers: list[nn.Module], computed: int) -> dict[str, float]:
+    """Copies of weights that a training pass makes: those gathered from shards, or those that autocast converts."""
+    if not isinstance(trainer.strategy, FSDP2Strategy):
+        mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+        return {"weights in half precision": memory.cast_weights(policy.model, computed) if mixed else 0.0}
+    whole = local(next(policy.model.parameters())).itemsize if policy.head_is_float32 else computed
+    outside = _numbers(policy.model) - sum(map(_numbers, layers))
+    count = 2 if trainer.strategy.reshard_after_forward else len(layers)
+    return {"gathered weights": memory.gathered(whole * outside, computed * max(map(_numbers, layers)), count)}
 
 
 def advice(found: Estimate, trainer: Any, module: RLRTModule) -> list[str]:
@@ -164,12 +168,13 @@ def advice(found: Estimate, trainer: Any, module: RLRTModule) -> list[str]:
         module: The module.
     """
     policy, teacher = module.policy, module.teacher
-    passes = "data.tokens_per_pass" if found.tokens > found.length else "data.sampling.max_new_tokens"
+    one_rollout = found.tokens <= found.length
+    passes = "a smaller data.sampling.max_new_tokens" if one_rollout else f"data.tokens_per_pass below {found.tokens}"
     candidates = [
-        (f"a smaller {passes}", {"activations", memory.LOGITS_OR_LAYER}, True),
+        (passes, {"activations", memory.LOGITS_OR_LAYER}, True),
         ("model.policy.gradient_checkpointing=true", {"activations"}, not policy.gradient_checkpointing),
         ("a smaller model.policy.logits_chunk", {"logits"}, policy.logits_chunk > 1),
-        ("trainer.strategy=fsdp", {*memory.held(0)}, not isinstance(trainer.strategy, FSDP2Strategy)),
+        ("trainer.strategy=fsdp", set(memory.held(0)), not isinstance(trainer.strategy, FSDP2Strategy)),
         ("model.policy.lora.rank=16", {"gradients", "optimizer state"}, policy.lora is None),
         ("model.teacher.rest_on_cpu=true", {"teacher's weights"}, not teacher.rest_on_cpu),
         ("a smaller data.engine.memory or dtype", {"engine"}, True),

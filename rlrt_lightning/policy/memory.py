@@ -69,12 +69,17 @@ class Shape(NamedTuple):
     vocabulary: int
     normed: bool
     """Whether queries and keys are normalized."""
-    attention: int = 0
+    eager_heads: int = 0
     """Number of heads if the attention keeps its probabilities for all pairs of tokens ("eager"), otherwise 0."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Shape:
-        """Reads the sizes from a model and its config; the weights may be on the meta device."""
+    def of(cls, model: PreTrainedModel, attention: str = "sdpa") -> Shape:
+        """Reads the sizes from a model and its config.
+
+        Args:
+            model: The model; its weights may be on the meta device.
+            attention: Its attention implementation.
+        """
         config = model.config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads
         width = getattr(config, "head_dim", None) or hidden // heads
@@ -89,7 +94,7 @@ class Shape(NamedTuple):
             inner=inner,
             vocabulary=config.vocab_size,
             normed=any(name.endswith("q_norm") for name, _ in model.named_modules()),
-            attention=heads if model.config._attn_implementation == "eager" else 0,
+            eager_heads=heads if attention == "eager" else 0,
         )
 
     def layer(self, residual: int, computed: int, length: int) -> float:
@@ -105,7 +110,8 @@ class Shape(NamedTuple):
         inputs = (2 if residual == computed else 5) * self.hidden
         # Norms keep a float32 copy of their input, and their result before it is scaled.
         norms = 2 * (FP32 + residual) * self.hidden + self.normed * (FP32 + computed) * (self.queries + self.keys)
-        pairs = self.attention * (FP32 + computed) * length
+        # The probabilities, and their conversion from float32.
+        pairs = self.eager_heads * (FP32 + (computed if computed != FP32 else 0)) * length
         return computed * (attention + mlp + inputs) + norms + pairs
 
 

@@ -22,6 +22,7 @@ from lightning import Callback, Trainer
 from rlrt_lightning import RLRT, LastDigit, RLRTModule, RolloutDataModule, Sampling
 from rlrt_lightning.__main__ import main as command_line
 from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
+from rlrt_lightning.callbacks.memory_estimate import estimate
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.objective import SRPO
 from rlrt_lightning.policy import model
@@ -58,6 +59,7 @@ class Recorder(Callback):
         )
         self.seen["shape"] = [str(p.shape) for p in pl_module.policy.parameters() if p.requires_grad]
         self.seen["held"] = gather(sum(local(p).numel() for p in pl_module.parameters()))
+        self.seen["estimated"] = gather(estimate(trainer, pl_module, trainer.datamodule, None).held)
         self.seen["read"] = gather(list(READ))
         self.seen["shards"] = gather([local(p).numel() for p in pl_module.policy.parameters()])
 

@@ -173,6 +173,16 @@ def test_reading_only_shards_changes_no_bit(runs: dict[str, Path], name: str) ->
         torch.testing.assert_close(shards[part], whole[part], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("strategy", ["one", *STRATEGIES])
+def test_the_estimated_memory_is_that_of_each_ranks_tensors(runs: dict[str, Path], strategy: str) -> None:
+    """In float32, with Adam; its counts of steps are a few bytes more."""
+    seen = recorded(runs[strategy], "plain")
+    for found, weights in zip(seen["estimated"], seen["held"], strict=True):
+        assert found["weights"] == found["gradients"] == 4 * weights
+        assert found["optimizer state"] == pytest.approx(8 * weights, rel=0.001)
+        assert found["gradient buckets"] == (4 * weights if strategy == "ddp" else 0)
+
+
 def test_each_of_two_replicas_holds_and_reads_all_parameters_once(runs: dict[str, Path]) -> None:
     (whole,) = recorded(runs["one"], "ema")["held"]
     seen = recorded(runs["hybrid"], "ema")
