@@ -140,13 +140,13 @@ def test_training_raises_the_reward(tmp_path: Path) -> None:
     assert sum(reward[-3:]) / 3 > sum(reward[:3]) / 3 + 0.2
 
 
-# The slow ones are like others in tests/cli/test_wrong_values.py.
+# The slow ones are like others in tests/cli/.
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model.method=RLTR"], r"model.method.*RLTR.*did you mean RLRT"),
-        (["--model.metod=RLRT"], r"--model.metod.*did you mean --model.method"),
-        (["--model.method=GRPO", "--model.method.eps_w=0.2"], r"eps_w"),
+        pytest.param(["--model.method=RLTR"], r"model.method.*RLTR.*did you mean RLRT", marks=pytest.mark.slow),
+        pytest.param(["--model.metod=RLRT"], r"--model.metod.*did you mean --model.method", marks=pytest.mark.slow),
+        pytest.param(["--model.method=GRPO", "--model.method.eps_w=0.2"], r"eps_w", marks=pytest.mark.slow),
         pytest.param(["--model.method.lam=2"], r"RLRT.lam is 2.0", marks=pytest.mark.slow),
         (["--model.policy.path=/nowhere"], r"model.policy.path.*/nowhere"),
         (["--data.rollouts_per_prompt=1"], r"data.rollouts_per_prompt is 1.*at least 2"),

@@ -20,6 +20,7 @@ from rlrt_lightning.analysis.shift import compare_positions, summarize
 from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.evaluation.results import pass_curve
 from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code
+from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_policy
 
@@ -216,7 +217,7 @@ def test_shift_requires_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "set --ckpt_path" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "carefully"])
+@pytest.mark.parametrize("text", slow_except(["", "carefully"], "carefully"))
 def test_reflection_inserts_the_text_at_positions_ordered_by_kl(text: str, trained: Path, tmp_path: Path) -> None:
     flags = ("--limit=40", f"--text={text}", "--continuations=2", "--context=solution")
     assert run_analysis("reflection", trained, tmp_path, *flags) == 0

@@ -191,11 +191,14 @@ def test_a_setting_of_the_replaced_class_is_refused(parse: Parse) -> None:
         parse(RLRT_09, "--model.method=GRPO", "--model.method.eps_w=0.2")
 
 
+# The slow ones are like others in test_wrong_values.py.
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fitt"], "there is no command fitt; choose from fit, validate, test, predict"),
-        (["fit", "--config=nothing.yaml"], "nothing.yaml"),
+        pytest.param(
+            ["fitt"], "there is no command fitt; choose from fit, validate, test, predict", marks=pytest.mark.slow
+        ),
+        pytest.param(["fit", "--config=nothing.yaml"], "nothing.yaml", marks=pytest.mark.slow),
         (["fit", "--model.method=RLTR"], "did you mean RLRT?"),
         (["validate", "--trainer.accelerator=tpu"], "torch_xla"),
     ],

@@ -185,10 +185,10 @@ def test_no_config_overrides_the_methods_teacher() -> None:
     ("first", "last"),
     [
         ("sdpo", "grpo"),
-        ("rlsd", "sdpo"),
-        ("sdpo", "rlsd"),
+        pytest.param("rlsd", "sdpo", marks=pytest.mark.slow),
+        pytest.param("sdpo", "rlsd", marks=pytest.mark.slow),
         ("rlrt_all", "rlrt"),
-        ("teacher_predicted", "rlsd"),
+        pytest.param("teacher_predicted", "rlsd", marks=pytest.mark.slow),
         ("rlsd", "teacher_predicted"),
     ],
 )

@@ -22,6 +22,7 @@ from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, _Server, serve
 from rlrt_lightning.runtime.credentials import masked, refuse_credentials
 from rlrt_lightning.tasks import DatasetTask
 from tests.helpers.command_line import cli_exit_code
+from tests.helpers.marks import slow_except
 
 TOKENS = {"HF_TOKEN": "hf_canary1", "VLLM_API_KEY": "canary2", "WANDB_API_KEY": "canary3"}
 
@@ -144,7 +145,7 @@ def checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(next(run.rglob("last.ckpt")), weights_only=True)
 
 
-@pytest.mark.parametrize("name", ["fit", "predict", "shift"])
+@pytest.mark.parametrize("name", slow_except(["fit", "predict", "shift"], "fit", "predict"))
 def test_pickled_objects_in_a_checkpoint_are_never_executed(
     name: str, run1: Path, tmp_path: Path, canary: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

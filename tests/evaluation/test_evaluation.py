@@ -103,8 +103,8 @@ def test_an_interrupted_evaluation_draws_only_what_is_missing(
     ("flag", "message"),
     [
         ("--data.sampling.temperature=0.5", "sampling"),
-        ("--data.benchmarks.heldout.samples=4", "samples"),
-        ("--seed_everything=7", "seed"),
+        pytest.param("--data.benchmarks.heldout.samples=4", "samples", marks=pytest.mark.slow),
+        pytest.param("--seed_everything=7", "seed", marks=pytest.mark.slow),
         ("--data.benchmarks.heldout.limit=5", "problems"),
     ],
 )

@@ -262,8 +262,8 @@ def main(args: list[str]) -> None:
         if name.endswith("_loaded_whole"):
             with patch.object(model, "tensor_files", loads_whole):
                 run(strategy, Path(folder), name, **RUNS[name.removesuffix("_loaded_whole")])
-        elif name == "exported":
-            run(strategy, Path(folder), name, epochs=1, callbacks=[HFExport(str(Path(folder) / name))])
+        elif name == "plain":
+            run(strategy, Path(folder), name, **RUNS[name], callbacks=[HFExport(str(Path(folder) / "exported"))])
         elif name == "exported_adapter":
             export = HFExport(str(Path(folder) / name), adapter=True)
             run(strategy, Path(folder), name, epochs=1, lora=True, callbacks=[export])

@@ -215,6 +215,7 @@ def test_a_resumed_run_keeps_the_methods_teacher(method: str, tmp_path: Path) ->
     assert any(not torch.equal(teacher[name], policy_[name]) for name in policy_)
 
 
+@pytest.mark.slow  # tests/test_resume.py has the opposite change
 def test_resuming_with_another_methods_teacher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli_exit_code("fit", tmp_path, "--model.method=SDPO", "--trainer.max_epochs=1", *TRAIN_ONLY) == 0
     assert cli_exit_code("fit", tmp_path, "--model.method=RLRT", "--trainer.max_epochs=2", "--ckpt_path=last") == 2

@@ -43,11 +43,20 @@ def run_epoch(folder: Path, scored_by: Literal["trainer", "engine"], **settings:
     return recorder.epochs[0], (folder / "signal" / "epoch-0.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def epochs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[EpochRecord, str]]:
+    """By scorer."""
+    return {
+        "trainer": run_epoch(tmp_path_factory.mktemp("trainer"), "trainer"),
+        "engine": run_epoch(tmp_path_factory.mktemp("engine"), "engine"),
+    }
+
+
 @pytest.mark.parametrize("scored_by", ["trainer", "engine"])
 def test_both_terms_of_the_asymmetry_come_from_the_same_scorer(
-    scored_by: Literal["trainer", "engine"], tmp_path: Path
+    scored_by: str, epochs: dict[str, tuple[EpochRecord, str]]
 ) -> None:
-    epoch, _ = run_epoch(tmp_path, scored_by)
+    epoch, _ = epochs[scored_by]
     scored = epoch.mask & epoch.has_context[:, None]
     assert scored.sum() > 50
     sampler = pad_rows([r.logp_sampler for r in epoch.rollouts])
@@ -60,9 +69,9 @@ def test_both_terms_of_the_asymmetry_come_from_the_same_scorer(
 
 @pytest.mark.parametrize("scored_by", ["trainer", "engine"])
 def test_the_log_probs_in_the_picture_subtract_to_its_asymmetry(
-    scored_by: Literal["trainer", "engine"], tmp_path: Path
+    scored_by: str, epochs: dict[str, tuple[EpochRecord, str]]
 ) -> None:
-    epoch, page = run_epoch(tmp_path, scored_by)
+    epoch, page = epochs[scored_by]
     shown = NUMBERS.findall(page)
     assert len(shown) > 10
     for asymmetry, student, teacher in shown:
@@ -72,9 +81,11 @@ def test_the_log_probs_in_the_picture_subtract_to_its_asymmetry(
         assert (scored - float(asymmetry)).abs().min() < 2e-4
 
 
-def test_rescoring_leaves_the_samplers_log_probs_unchanged(tmp_path: Path) -> None:
-    plain, _ = run_epoch(tmp_path / "plain", "engine", rescore=False)
-    rescored, _ = run_epoch(tmp_path / "rescored", "engine")
+def test_rescoring_leaves_the_samplers_log_probs_unchanged(
+    tmp_path: Path, epochs: dict[str, tuple[EpochRecord, str]]
+) -> None:
+    plain, _ = run_epoch(tmp_path, "engine", rescore=False)
+    rescored, _ = epochs["engine"]
     assert all(r.logp_policy is None for r in plain.rollouts)
     for a, b in zip(plain.rollouts, rescored.rollouts, strict=True):
         assert a.response_ids == b.response_ids

@@ -30,7 +30,7 @@ from rlrt_lightning.epoch.prompts import PromptReader
 from rlrt_lightning.policy.chat import template_variables
 from rlrt_lightning.policy.texts import MARK, without_thinking
 from tests.helpers.byte_model import CHATML, END, byte_policy, decoded
-from tests.helpers.command_line import cli_exit_code
+from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code
 from tests.helpers.epochs import RuleTask, fit_and_record
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -360,7 +360,7 @@ def texts_of(folder: Path) -> dict[str, str]:
 
 def test_a_run_logs_example_prompts_of_student_and_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert cli_exit_code("fit", tmp_path / "fit", "--trainer.max_epochs=1") == 0
+    assert cli_exit_code("fit", tmp_path / "fit", "--trainer.max_epochs=1", *TRAIN_ONLY) == 0
     texts = texts_of(tmp_path / "fit")
     student, teacher = texts["prompts/student"].strip(), texts["prompts/teacher"].strip()
     assert student.startswith("<user>tea ")

@@ -45,6 +45,7 @@ def test_a_monitored_score_belongs_to_the_saved_weights_and_last_is_the_last_epo
     """Evaluates every second epoch, and keeps a checkpoint of each evaluation."""
     flags = ["--checkpoint.monitor=eval/heldout/avg@8", "--checkpoint.mode=max", "--checkpoint.save_top_k=5"]
     flags += [f"--checkpoint.save_on_train_epoch_end={save_on_train_epoch_end}", "--model.optimizer.lr=1e-3"]
+    flags += ["--data.benchmarks={heldout: {limit: 6}}"]
     assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=5") == 0
     found = saved_checkpoints(tmp_path)
     assert {name: c["epoch"] for name, c in found.items()} == {"epoch-1": 1, "epoch-3": 3, "last": 4}
@@ -52,7 +53,7 @@ def test_a_monitored_score_belongs_to_the_saved_weights_and_last_is_the_last_epo
     assert monitored_scores(found["last"]) == {"epoch-1": logged[3], "epoch-3": logged[7]}
     for version, (name, score) in enumerate(monitored_scores(found["last"]).items(), 1):
         path = tmp_path / "rlrt" / "version_0" / "checkpoints" / f"{name}.ckpt"
-        assert cli_exit_code("validate", tmp_path, f"--ckpt_path={path}") == 0
+        assert cli_exit_code("validate", tmp_path, f"--ckpt_path={path}", flags[-1]) == 0
         assert scalars(tmp_path, version)["eval/heldout/avg@8"][0][1] == pytest.approx(score)
 
 

@@ -58,7 +58,10 @@ class SharedFolderLogger(Logger):
     [
         ["--trainer.logger=false"],
         pytest.param(["--trainer.logger=tests.runtime.test_run_files.SharedFolderLogger"], marks=pytest.mark.slow),
-        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.logger.name="],
+        pytest.param(
+            ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.logger.name="],
+            marks=pytest.mark.slow,
+        ),
         ["--trainer.fast_dev_run=true"],
     ],
     ids=lambda flags: flags[0].split("=")[1],

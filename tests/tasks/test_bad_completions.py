@@ -14,7 +14,7 @@ from rlrt_lightning.tasks.verifier import Verifier
 def test_adversarial_completions_run_no_code_and_are_never_judged_correct():
     trap = bad_completions.Trap()
     judges = bad_completions.tasks()
-    cases = list(bad_completions.cases(60, seed=1, canary=str(trap.file), port=trap.port))
+    cases = list(bad_completions.cases(40, seed=1, canary=str(trap.file), port=trap.port))
     assert len({case.kind for case in cases}) == len(bad_completions.KINDS) + 1
     with Verifier(judges["math"], workers=2, timeout_s=0.5, memory_gb=1.0) as first, bad_completions.Memory() as memory:
         verifiers = {name: first.for_task(task) for name, task in judges.items()}

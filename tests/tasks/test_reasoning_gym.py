@@ -15,6 +15,7 @@ from rlrt_lightning.tasks import ReasoningGym
 from rlrt_lightning.tasks import closed_eval as closing
 from rlrt_lightning.tasks.closed_eval import closed_eval
 from rlrt_lightning.tasks.verifier import Verifier
+from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
 
 pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
@@ -30,7 +31,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_except(NAMES, *NAMES[:-1]))
 def test_problems_are_deterministic_and_their_own_answers_correct(name):
     task, again = ReasoningGym(name), ReasoningGym(name)
     for split, size in (("train", 100_000), ("heldout", 200)):
