@@ -23,8 +23,10 @@ from unittest.mock import Mock, patch
 import torch
 from common import memory_of_process
 
+from rlrt_lightning.policy import memory
+
 GB = 10**9
-FP32, BF16 = 4, 2
+FP32, BF16 = memory.FP32, 2
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,17 @@ class Model:
 def held(model: Model, strategy: str, ranks: int, teacher: str, lora: bool, base: int = FP32) -> float:
     """Bytes that a rank holds during training, without activations: weights, gradients, Adam's two moments and the
     teacher's own weights. With adapters each frozen weight takes `base` bytes."""
-    trained = model.adapters if lora else model.weights
-    size = (base * model.weights if lora else 0) + trained * (FP32 + FP32 + 2 * FP32)
-    if strategy == "ddp":
-        size += trained * FP32  # gradient buckets
-    if teacher == "own":
-        size += trained * FP32  # a copy of the trained weights; the rest is shared with the policy
-    return size / ranks if strategy == "fsdp2" else size
+    trained = FP32 * (model.adapters if lora else model.weights)
+    parts = memory.held(trained, base * model.weights if lora else 0, buckets=strategy == "ddp")
+    parts["teacher"] = trained if teacher == "own" else 0  # a copy of the trained weights; the rest is shared
+    return sum(parts.values()) / (ranks if strategy == "fsdp2" else 1)
 
 
 def fetched(model: Model, strategy: str, base: int) -> float:
     """Bytes of gathered weights at any time under bf16-mixed: embeddings, head and norm with `base` bytes per weight,
     the current layer and the next one in bfloat16."""
     outside = model.weights - model.layers * model.layer
-    return base * outside + BF16 * 2 * model.layer if strategy == "fsdp2" else 0.0
+    return memory.gathered(base * outside, BF16 * model.layer) if strategy == "fsdp2" else 0.0
 
 
 def table(ranks: int) -> str:

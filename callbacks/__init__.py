@@ -5,6 +5,7 @@ from .defaults import CHECKPOINT, WITH_SETTINGS, adopt_checkpoints, default_call
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
 from .hf_export import HFExport
+from .memory_estimate import MemoryEstimate
 from .number_guard import NumberGuard
 from .prompt_preview import PromptPreview
 from .rank_guard import RankGuard
@@ -19,6 +20,7 @@ __all__ = [
     "EpochMetrics",
     "Evaluation",
     "HFExport",
+    "MemoryEstimate",
     "NumberGuard",
     "PromptPreview",
     "RankGuard",

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from .collapse_guard import CollapseGuard
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
+from .memory_estimate import MemoryEstimate
 from .number_guard import NumberGuard
 from .prompt_preview import PromptPreview
 from .rank_guard import RankGuard
@@ -52,7 +53,7 @@ def default_callbacks(
     """
     if made is None:
         made = {name: kind(**(CHECKPOINT if name == "checkpoint" else {})) for name, kind in WITH_SETTINGS.items()}
-    ours: list[Callback] = [EpochMetrics(), SafeStop(), PromptPreview(), *made.values()]
+    ours: list[Callback] = [EpochMetrics(), SafeStop(), PromptPreview(), MemoryEstimate(), *made.values()]
     wanted = (callback for callback in ours if checkpoints or not isinstance(callback, ModelCheckpoint))
     return [callback for callback in wanted if not any(isinstance(other, type(callback)) for other in present)]
 

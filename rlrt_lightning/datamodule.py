@@ -19,12 +19,12 @@ from rlrt_lightning.epoch.checks import (
     check_context,
     check_cuts,
     check_data_settings,
-    check_passes,
     check_teacher_tokens,
     scoring_engine,
 )
 from rlrt_lightning.epoch.make import EpochSettings, Parts, collect_verdicts, draw, make_epoch
 from rlrt_lightning.epoch.metrics import Clock, epoch_metrics
+from rlrt_lightning.epoch.passes import Passes
 from rlrt_lightning.epoch.prompts import PromptReader, read_problems
 from rlrt_lightning.epoch.record import Drawn, EpochRecord, Questions
 from rlrt_lightning.epoch.stream import MOST_MISSES, Position, PromptStream
@@ -135,6 +135,7 @@ class RolloutDataModule(LightningDataModule):
         self.rollout_metrics: dict[str, float] = {}
         """Metrics of the current epoch's rollouts over all ranks, by tag; callbacks may add metrics."""
         self._clock = Clock()
+        self._passes = Passes(tokens_per_pass)
         self._ahead = Ahead()
         self._restored: list[dict[str, Any]] = []  # rollouts that were generated ahead, from a checkpoint
         self._synced: int | None = None  # optimizer step whose weights the engine has
@@ -156,8 +157,7 @@ class RolloutDataModule(LightningDataModule):
             self._begun = dict(vars(self._position))
             with self.computing():
                 self._made = self._make_epoch()
-        if self.tokens_per_pass is not None:
-            self._trainer.accumulate_grad_batches = self._made.accumulate
+        self._passes.begin(self._trainer, self._made)
         return self._made
 
     def newest_batches(self, n: int) -> list[MicroBatch]:
@@ -339,7 +339,7 @@ class RolloutDataModule(LightningDataModule):
 
     def _set_up_training(self) -> None:
         module, positions = self._module, self._module.policy.max_positions
-        check_passes(self._trainer, self)
+        self._passes.check(self._trainer)
         if self._trainer.current_epoch == 0:  # a resumed run loads its position after this
             self._position = Position()
         problems = read_problems(self.task, "train", "data.task")
@@ -365,8 +365,7 @@ class RolloutDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Stops the engine and the verifier's worker processes."""
         self.engine.close()  # also stops generating ahead
-        if self.tokens_per_pass is not None:
-            self._trainer.accumulate_grad_batches = 1
+        self._passes.end(self._trainer)
         self._ahead = Ahead()
         for verifier in self._verifiers.values():
             verifier.close()
@@ -400,8 +399,7 @@ class RolloutDataModule(LightningDataModule):
         trainer.num_sanity_val_steps = 0  # the evaluation before training was already done
         if ranks is None:
             return
-        by_hand = self.tokens_per_pass is None
-        accumulate = trainer.accumulate_grad_batches if by_hand else state_dict["accumulate"]
+        accumulate = self._passes.resumed(trainer, state_dict["accumulate"])
         if (len(ranks), state_dict["accumulate"]) != (world_size(), accumulate):
             raise ConfigError(
                 f"ckpt_path: this checkpoint was saved in the middle of an epoch on {len(ranks)} ranks with "

@@ -30,8 +30,8 @@ from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
 from tests.helpers.marks import slow_except
 
-OURS = ["EpochMetrics", "SafeStop", "PromptPreview", "TeacherRefresh", "ReversedSignalLogger", "Evaluation"]
-OURS += ["RankGuard", "NumberGuard", "CollapseGuard", "RunCheckpoint"]
+OURS = ["EpochMetrics", "SafeStop", "PromptPreview", "MemoryEstimate", "TeacherRefresh", "ReversedSignalLogger"]
+OURS += ["Evaluation", "RankGuard", "NumberGuard", "CollapseGuard", "RunCheckpoint"]
 
 
 def module() -> RLRTModule:

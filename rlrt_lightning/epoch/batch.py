@@ -125,11 +125,13 @@ class Batches(Generic[T]):
         batches: The batches; after a resume, the remaining ones.
         served: Number of batches that were yielded before these.
         accumulate: Number of batches per optimizer step.
+        longest: Tokens of the longest trained rollout (prompt and response) on any rank; 0 if it was not measured.
     """
 
-    def __init__(self, batches: list[T], served: int = 0, accumulate: int = 1) -> None:
+    def __init__(self, batches: list[T], served: int = 0, accumulate: int = 1, longest: int = 0) -> None:
         self.batches = batches
         self.accumulate = accumulate
+        self.longest = longest
         self.served = self._before = served
 
     def __len__(self) -> int:
@@ -199,14 +201,16 @@ def micro_batches(
     step_of = _step_of(epoch, minibatches)
     by_token = aggregation == "token-mean"
     steps = [(step_of == step).nonzero()[:, 0] for step in range(minibatches)]
+    longest = 0
     if tokens_per_pass is not None:
-        own = max(len(split(_lengths(epoch, members[useful[members]]), tokens_per_pass)) for members in steps)
-        accumulate = max(1, *(most for ((most, _),) in from_ranks([(own, 0)])))
+        own = _fewest([_lengths(epoch, members[useful[members]]) for members in steps], tokens_per_pass)
+        every = [found for (found,) in from_ranks([own])]
+        accumulate, longest = max(passes for passes, _ in every), max(tokens for _, tokens in every)
     parts = []
     for step, members in enumerate(steps):
         trained = members[useful[members]]
         lengths = _lengths(epoch, trained)
-        shortest = members[tokens[members].argmin()]
+        shortest = members[torch.tensor(_lengths(epoch, members)).argmin()]
         for part in balance(lengths, accumulate):
             # All ranks take all steps: if there is nothing to train on, the shortest rollout is used with a share of 0.
             rows = trained[part] if part else shortest[None]
@@ -224,7 +228,15 @@ def micro_batches(
             for number, ((rows, share), n) in enumerate(zip(parts, counts, strict=True))
         ],
         accumulate=accumulate,
+        longest=longest,
     )
+
+
+def _fewest(steps: Sequence[list[int]], limit: int) -> tuple[int, int]:
+    """The fewest micro-batches that keep to the limit of tokens in each optimizer step, at least 1, and the tokens of
+    the longest rollout, from the tokens of each step's rollouts."""
+    passes = max(len(split(lengths, limit)) for lengths in steps)
+    return max(1, passes), max((tokens for lengths in steps for tokens in lengths), default=0)
 
 
 def mini_batch_sizes(epoch: EpochRecord, minibatches: int) -> Tensor:

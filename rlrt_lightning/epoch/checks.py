@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from rlrt_lightning.epoch.prompts import PromptReader
 from rlrt_lightning.objective import Importance, Method
 from rlrt_lightning.policy.model import Policy
@@ -50,28 +48,6 @@ def check_data_settings(data: Any) -> None:
     )
     if data.sampling.temperature == 0:
         raise ConfigError("data.sampling.temperature is 0, so all rollouts of a prompt are equal; set it to 1")
-
-
-def check_passes(trainer: Any, data: Any) -> None:
-    """Checks that `data.tokens_per_pass` alone sets the number of micro-batches.
-
-    Raises:
-        ConfigError: If another setting depends on their number.
-    """
-    if data.tokens_per_pass is None:
-        return
-    for name, default in (("accumulate_grad_batches", 1), ("val_check_interval", 1.0)):
-        if (value := getattr(trainer, name)) != default:
-            raise ConfigError(
-                f"trainer.{name} is {value}, but data.tokens_per_pass sets the number of micro-batches anew each "
-                f"epoch; remove one of them"
-            )
-    longest = data.max_prompt_tokens + data.sampling.max_new_tokens
-    if longest > data.tokens_per_pass:
-        rank_zero_warn(
-            f"data.tokens_per_pass is {data.tokens_per_pass}, but prompt and response can have {longest} tokens "
-            "(data.max_prompt_tokens and data.sampling.max_new_tokens); a longer rollout has a pass of its own"
-        )
 
 
 def scoring_engine(teacher: Teacher, method: Method, engine: RolloutEngine, sampling: Sampling) -> ScoringEngine | None:

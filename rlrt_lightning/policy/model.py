@@ -202,6 +202,14 @@ class Policy(ForwardPasses):
         self._applies_head = self._head_matches_model()
         self._caches_prompts, self.decodes_rows = self._cache_matches_model(half or self.dtype != "float32")
 
+    def tokens_with_logits(self, tokens: int) -> int:
+        """The number of tokens whose logits are in memory at the same time.
+
+        Args:
+            tokens: Padded tokens of a training pass.
+        """
+        return min(self.logits_chunk, tokens) if self._applies_head else tokens
+
     def sharded_copy(self, strategy: FSDP2Strategy) -> PreTrainedModel:
         """A frozen copy of the sharded model; each rank copies its shards."""
         model = self._meta_model().requires_grad_(False)

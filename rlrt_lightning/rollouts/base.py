@@ -189,6 +189,19 @@ class RolloutEngine(Protocol):
         """Shuts down what the engine has started; `sync` starts it again."""
         return None
 
+    def device_bytes(self, policy: Policy, available: int | None) -> tuple[float, float]:
+        """Estimates the memory that it takes on the policy's device, besides the policy's own weights and a key-value
+        cache that grows with the rollouts.
+
+        Args:
+            policy: The policy, with its weights.
+            available: Bytes of memory of the device; None if unknown.
+
+        Returns:
+            Bytes while it generates, and bytes while the policy is trained.
+        """
+        return 0.0, 0.0
+
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[Rollout]:

@@ -52,6 +52,11 @@ class TransformersEngine(RolloutEngine):
         """See `RolloutEngine.release`."""
         self._copy = None
 
+    def device_bytes(self, policy: Policy, available: int | None) -> tuple[float, float]:
+        """See `RolloutEngine.device_bytes`: the copy in `dtype`."""
+        size = 0 if self.dtype is None else getattr(torch, self.dtype).itemsize
+        return size * sum(float(weight.numel()) for weight in policy.model.parameters()), 0.0
+
     def sync(self, policy: Policy) -> None:
         """See `RolloutEngine.sync`.
 

@@ -105,6 +105,15 @@ class VllmColocateEngine(VllmEngine):
             self._llm.sleep(level=2)  # also discards the weights, since the next sync sends them anyway
             self._awake = False
 
+    def device_bytes(self, policy: Policy, available: int | None) -> tuple[float, float]:
+        """See `RolloutEngine.device_bytes`: weights and key-value cache, which take the share `memory` of a GPU."""
+        if policy.device.type == "cuda":
+            taken = self.memory * (available or 0)
+            return taken, 0.0 if self.sleep else taken
+        weights = sum(float(weight.numel()) for weight in policy.model.parameters())
+        taken = getattr(torch, self.dtype_for(policy)).itemsize * weights / self.tensor_parallel
+        return (taken + self.cpu_cache_gb * 2**30,) * 2
+
     def _send_weights(self, policy: Policy) -> None:
         llm = self._engine(policy)
         if self._in_flight:  # abandoned requests, which hold keys and values of outdated weights

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -51,6 +52,28 @@ def probe(factory: OptimizerFactory) -> tuple[Optimizer, list[str]] | None:
     except Exception:  # a user's optimizer may need more than one bare weight
         return None
     return optimizer, sorted(map(str, optimizer.state[weight]))
+
+
+def state_bytes(factory: OptimizerFactory, weights: Iterable[Tensor]) -> int | None:
+    """Bytes of the state that an optimizer will keep, found by a step on the meta device, where tensors have no data.
+
+    Args:
+        factory: Creates an optimizer for the given parameters.
+        weights: The weights that it is to optimize.
+
+    Returns:
+        The bytes, or None if the optimizer cannot take such a step.
+    """
+    meta = [torch.nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights]
+    for weight in meta:
+        weight.grad = torch.empty_like(weight)
+    try:
+        optimizer = factory(meta)
+        optimizer.step()
+    except Exception:  # a user's optimizer may read values
+        return None
+    state = (value for values in optimizer.state.values() for value in values.values())
+    return sum(value.nbytes for value in state if isinstance(value, Tensor))
 
 
 class WarmUp(LambdaLR):

@@ -208,3 +208,17 @@ def test_log_probs_of_a_truncated_distribution_need_rescoring(tmp_path: Path) ->
     cut = {"engine": engine, "sampling": Sampling(max_new_tokens=8, top_p=0.9)}
     with pytest.raises(ConfigError, match=r"data\.sampling cuts the distribution.*data\.rescore=true"):
         fit_and_record(tmp_path, LastDigit(), **cut)
+
+
+def test_the_first_rollout_above_tokens_per_pass_is_reported(tmp_path: Path) -> None:
+    """Once in a run, with its length; the run continues."""
+    with pytest.warns(UserWarning, match="data.tokens_per_pass") as found:
+        recorder, module = fit_and_record(
+            tmp_path, RuleTask(lambda text: len(text) % 2), epochs=2, rollouts_per_prompt=8, tokens_per_pass=12
+        )
+    (message,) = [str(w.message) for w in found if "tokens_per_pass" in str(w.message)]
+    first = recorder.epochs[0]
+    trained = [r for r, used in zip(first.rollouts, first.credit.trains, strict=True) if used]
+    longest = max(len(r.prompt_ids) + len(r.response_ids) for r in trained)
+    assert f"a rollout has {longest} tokens (prompt and response), more than data.tokens_per_pass (12)" in message
+    assert module.trainer.accumulate_grad_batches == 1, "the trainer can fit again"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +22,7 @@ from lightning import Callback, Trainer
 from rlrt_lightning import RLRT, LastDigit, RLRTModule, RolloutDataModule, Sampling
 from rlrt_lightning.__main__ import main as command_line
 from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
+from rlrt_lightning.callbacks.memory_estimate import estimate
 from rlrt_lightning.datamodule import Benchmark
 from rlrt_lightning.objective import SRPO
 from rlrt_lightning.policy import model
@@ -35,10 +38,11 @@ from rlrt_lightning.teacher import Teacher
 
 
 class Recorder(Callback):
-    """The rollouts and metrics of each epoch, the gradients of each step, and the final weights."""
+    """The rollouts, metrics and passes per optimizer step of each epoch, the gradients of each step, and the final
+    weights."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Any] = {"gradients": [], "metrics": [], "rollouts": [], "teacher": []}
+        self.seen: dict[str, Any] = {name: [] for name in ("gradients", "metrics", "passes", "rollouts", "teacher")}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         named = pl_module.policy.model.named_parameters()
@@ -49,11 +53,13 @@ class Recorder(Callback):
             self._record_metrics(trainer)
         epoch = trainer.datamodule.epoch
         self.seen["rollouts"].append([(r.prompt_ids, r.response_ids) for r in epoch.rollouts])
+        self.seen["passes"].append(trainer.accumulate_grad_batches)
         self.seen["teacher"].append(
             [(r.response_ids, s.logp) for r, s in zip(epoch.rollouts, epoch.teacher, strict=True) if s is not None]
         )
         self.seen["shape"] = [str(p.shape) for p in pl_module.policy.parameters() if p.requires_grad]
         self.seen["held"] = gather(sum(local(p).numel() for p in pl_module.parameters()))
+        self.seen["estimated"] = gather(estimate(trainer, pl_module, trainer.datamodule, None).held)
         self.seen["read"] = gather(list(READ))
         self.seen["shards"] = gather([local(p).numel() for p in pl_module.policy.parameters()])
 
@@ -116,6 +122,18 @@ class OnlyEvenSolvable(LastDigit):
         return verdict if int(problem.id.rpartition("-")[2]) % 2 == 0 else Verdict(0.0, False)
 
 
+class LongBesideShort(LastDigit):
+    """Every fourth prompt is three times as long; about half of the completions are correct, whatever the prompt."""
+
+    def problems(self, split: Any) -> Any:
+        found = super().problems(split)[:32]
+        return [replace(p, prompt=" ".join([str(p.prompt)] * (1 if i % 4 else 3))) for i, p in enumerate(found)]
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        even = zlib.crc32(completion.encode()) % 2 == 0
+        return Verdict(float(even), even)
+
+
 class Unshuffled(RolloutDataModule):
     def _row(self, position: int) -> int:
         return position
@@ -170,7 +188,7 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
         use_distributed_sampler=False,
         limit_val_batches=changes.pop("limit_val_batches", 0),
         num_sanity_val_steps=0,
-        accumulate_grad_batches=2,
+        accumulate_grad_batches=changes.pop("accumulate", 2),
         gradient_clip_val=0.5,
         precision=changes.pop("precision", "32-true"),
         enable_progress_bar=False,
@@ -196,6 +214,7 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
         sampling=Sampling(max_new_tokens=32),
         prompts_per_epoch=8,
         rollouts_per_prompt=4,
+        tokens_per_pass=changes.pop("tokens_per_pass", None),
         benchmarks={"heldout": Benchmark(samples=2, limit=5)},
         eval_prompts=2,
     )
@@ -217,6 +236,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "copied": {"engine_dtype": "float32", "gradient_checkpointing": True, "epochs": 1},
     "srpo": {"method": SRPO(context="answer", normalize_std=True), "epochs": 1},
     "one_sided": {"task": OnlyEvenSolvable(), "data": Unshuffled},
+    "one_pass": {"task": LongBesideShort(), "accumulate": 1},
+    "passes": {"task": LongBesideShort(), "accumulate": 1, "tokens_per_pass": 150},
     "bf16": {"precision": "bf16-mixed", "epochs": 1},
     "bf16_true": {"precision": "bf16-true", "epochs": 1, "lora": True},
     "saved": {"epochs": 1, "save": True, "refresh": {"ema_decay": 0.5}},

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -437,3 +438,15 @@ def test_the_other_servers_continue_without_an_unreachable_one(server: Server, t
         engine.sync(made)
         assert len(draw(engine, made)) == 24
     engine.close()
+
+
+def test_a_colocated_engine_knows_its_share_of_the_memory() -> None:
+    """On a GPU what `memory` gives it, while it is awake; on a CPU its weights and its cache, always."""
+    policy, engine = Policy(), VllmColocateEngine(dtype="bfloat16", cpu_cache_gb=2, memory=0.4)
+    policy.load()
+    weights = sum(p.numel() for p in policy.parameters())
+    assert engine.device_bytes(policy, None) == (2 * weights + 2 * 2**30,) * 2
+    on_gpu = Mock(device=torch.device("cuda"))
+    assert engine.device_bytes(on_gpu, 100) == (40, 0)
+    engine.sleep = False
+    assert engine.device_bytes(on_gpu, 100) == (40, 40)

@@ -22,8 +22,8 @@ from tests.helpers.processes import ROOT, run_cli
 
 STRATEGIES = ["ddp", "fsdp2"]
 RANKS = {"ddp": 2, "fsdp2": 2, "hybrid": 4}
-COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided"]
-OTHERS = ["bf16", "bf16_true", "saved", "exported_adapter"]
+COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided", "passes"]
+OTHERS = ["one_pass", "bf16", "bf16_true", "saved", "exported_adapter"]
 IN_CI = ["plain", "ema", "saved"]
 """The runs that the tests compare that are not marked as slow."""
 HYBRID = ["plain", "ema", "lora", "copied", "one_sided", "bf16", "saved", "saved_whole"]
@@ -103,6 +103,19 @@ def test_several_ranks_train_the_same_as_one(runs: dict[str, Path], strategy: st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["one", *STRATEGIES])
+def test_gradients_do_not_depend_on_tokens_per_pass(runs: dict[str, Path], strategy: str) -> None:
+    """With long prompts beside short ones, compared with one pass per optimizer step; ranks take equally many."""
+    whole, cut = recorded(runs["one"], "one_pass"), recorded(runs[strategy], "passes")
+    assert whole["passes"] == [1, 1]
+    assert min(cut["passes"]) > 1
+    assert cut["passes"] != recorded(runs["one"], "passes")["passes"] or strategy == "one", "each has fewer rollouts"
+    for of_whole, of_cut in zip(whole["gradients"], cut["gradients"], strict=True):
+        assert max(float(g.abs().max()) for g in of_whole.values()) > 0.01
+        torch.testing.assert_close(of_cut, of_whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_the_compared_runs_learn_and_evaluate(runs: dict[str, Path]) -> None:
     plain, ema, sided = (recorded(runs["one"], name) for name in ("plain", "ema", "one_sided"))
     assert any(g.abs().max() > 1e-3 for g in plain["gradients"][0].values())
@@ -158,6 +171,16 @@ def test_reading_only_shards_changes_no_bit(runs: dict[str, Path], name: str) ->
         assert comparable_metrics(ours) == comparable_metrics(theirs)
     for part in ("teacher", "gradients", "weights"):
         torch.testing.assert_close(shards[part], whole[part], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strategy", ["one", *STRATEGIES])
+def test_the_estimated_memory_is_that_of_each_ranks_tensors(runs: dict[str, Path], strategy: str) -> None:
+    """In float32, with Adam; its counts of steps are a few bytes more."""
+    seen = recorded(runs[strategy], "plain")
+    for found, weights in zip(seen["estimated"], seen["held"], strict=True):
+        assert found["weights"] == found["gradients"] == 4 * weights
+        assert found["optimizer state"] == pytest.approx(8 * weights, rel=0.001)
+        assert found["gradient buckets"] == (4 * weights if strategy == "ddp" else 0)
 
 
 def test_each_of_two_replicas_holds_and_reads_all_parameters_once(runs: dict[str, Path]) -> None:
