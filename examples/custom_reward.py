@@ -44,6 +44,7 @@ def write_totals(path: Path, rows: int = 400) -> None:
 
 
 def main(max_epochs: int = 10) -> None:
+    """Trains on a file that is written first."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "totals.jsonl"
         write_totals(path)

@@ -10,6 +10,7 @@ from rlrt_lightning import RLRT, Policy, RLRTModule, RolloutDataModule, Sampling
 
 
 def main(max_epochs: int = 20) -> None:
+    """Trains, then answers one question."""
     module = RLRTModule(
         Policy("embedded"),  # a Hugging Face id or a folder for any other model
         Teacher("{prompt} a correct solution: {context}. now answer:"),  # Teacher() for models with a chat template
