@@ -18,3 +18,13 @@ myst_heading_anchors = 3  # links such as [...](page.md#a-heading)
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 default_role = "code"  # docstrings mark code by single backticks
+
+
+def setup(app):
+    """Lets docstrings write |A| for an absolute value, which reStructuredText would take for a substitution."""
+    app.connect("autodoc-process-docstring", escape_bars)
+
+
+def escape_bars(app, what, name, obj, options, lines):
+    """See `setup`."""
+    lines[:] = [line.replace("|", r"\|") for line in lines]
