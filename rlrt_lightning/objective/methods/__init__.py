@@ -5,13 +5,11 @@
 | `GRPO` | none | 1 | - | |
 | `RLRT` | another successful rollout of the group | (P_S / P_T)^sign(A) | successful | |
 | `RLRT(gated=False)` (the paper's RLRT-all) | same | same | all | |
-| `RLRT(contrast=True)` (ours, not the paper's) | same, and failed rollouts | (mean P_T(failed) / P_T)^sign(A) | same | |
+| `RLRT(contrast=True)` (ours, not the paper's) | same, and failed ones | (mean P_T(failed) / P_T)^sign(A) | same | |
 | `RLSD` | ground-truth answer | (P_T / P_S)^sign(A) | all | teacher has the initial weights |
 | `RLSD(gated=True, context="sibling")` (teacher-predicted) | another successful rollout | same | successful | |
-| `AntiSD` | another successful rollout or the solution; the verdict | 1 | all with a context | adds a bounded reward \
-for disagreeing with the teacher, behind an entropy gate |
-| `RLCSD` | a successful rollout, and failed rollouts | 1 | all with both | adds a residual to A at selected tokens, which \
-have their own mean in the loss |
+| `AntiSD` | successful rollout or solution; verdict | 1 | all with a context | adds a reward for disagreement; gate |
+| `RLCSD` | successful rollout; failed ones | 1 | all with both | adds a residual at selected tokens; two means |
 | `SDPO` | another successful rollout | none: no surrogate | all with a context | divergence to an EMA teacher |
 | `SRPO` | another successful rollout | 1 | failed with a context | divergence instead of the surrogate |
 | `EntropyBonus` | none | 1 | - | adds coef * entropy of each token |

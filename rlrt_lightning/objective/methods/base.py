@@ -159,7 +159,8 @@ class Signals:
         """e_t = log P_T(y_t | successful sibling) - log mean_k P_T(y_t | failed sibling k) (arXiv:2606.11709),
         stop-gradient: nats, [N, T], 0 for rollouts without a contrast."""
         found = self.has_contrast[:, None]
-        assert self.logp_teacher_wrong is not None and self.wrong_valid is not None
+        assert self.logp_teacher_wrong is not None
+        assert self.wrong_valid is not None
         valid = self.wrong_valid.bool()
         wrong = widened(self.logp_teacher_wrong).masked_fill(~valid[..., None], -torch.inf)
         count = valid.sum(-1, keepdim=True).clamp(min=1)
@@ -326,4 +327,3 @@ class Method(ABC):
     def at(self, step: int) -> Method:
         """The method after `step` optimizer steps, for settings that change during training."""
         return self
-

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlrt_lightning.objective.methods.base import Context, Credit, Needs, Signals, TeacherWeights
+from rlrt_lightning.objective.methods.base import Credit, Needs, Signals, TeacherWeights
 from rlrt_lightning.objective.methods.scheduled import Scheduled
 
 WRONG_SIBLINGS = 4

@@ -61,7 +61,9 @@ class RLRT(Scheduled):
         if self.context == "none":
             raise ValueError(f"{name}.context is 'none', so there is no teacher; set a context, or use GRPO")
         if self.contrast and self.context != "sibling":
-            raise ValueError(f"{name}.contrast compares siblings, but {name}.context is {self.context!r}; set 'sibling'")
+            raise ValueError(
+                f"{name}.contrast compares siblings, but {name}.context is {self.context!r}; set 'sibling'"
+            )
         self.check_schedule()
 
     @property
