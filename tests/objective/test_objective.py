@@ -32,7 +32,6 @@ from rlrt_lightning.objective import (
     pass_at_k,
 )
 
-
 MORE = "teacher_entropy", "logp_teacher_wrong", "wrong_valid", "thoughts"
 """The signals that only some methods need."""
 
@@ -376,7 +375,7 @@ def test_credit_of_signals_equals_the_call_with_tensors() -> None:
     for method in METHODS:
         a = group_advantages(batch.rewards, batch.groups, method.normalize_std)
         log_probs = a, batch.rewards, batch.logp_student, batch.logp_teacher
-        more = {"teacher_entropy": batch.teacher_entropy}
+        more = {name: getattr(batch, name) for name in MORE}
         direct = method.credit(Signals(*log_probs, batch.mask, batch.has_context, **more))
         called = tensors(method(*log_probs, batch.mask.double(), batch.has_context.int(), **more))
         for name, value in tensors(direct).items():
