@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 
 from rlrt_lightning import (
     RLCSD,
@@ -333,6 +334,25 @@ def test_an_epoch_without_scored_tokens_is_no_step_of_the_gate() -> None:
     teaching.step_gate(data, gate)
     assert gate.warm_entropy is None
     assert data.gate_metrics == {}
+
+
+class Lengths(Callback):
+    """Collects the number of the gate's steps before each epoch's first update and after its last."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.steps.append(len(pl_module.gate.state_dict()["warmup"]))
+
+    on_train_epoch_end = on_train_epoch_start
+
+
+def test_the_gate_takes_its_step_when_the_epoch_begins_to_train(tmp_path: Path) -> None:
+    """A checkpoint before then has the epoch's prompts still to come, so that a resumed run makes the epoch again."""
+    lengths = Lengths()
+    fit_and_record(tmp_path, LastDigit(), 2, AntiSD(), callbacks=[lengths])
+    assert lengths.steps == [0, 1, 1, 2]
 
 
 def test_the_gate_turns_antisd_off_and_on_during_training(tmp_path: Path) -> None:

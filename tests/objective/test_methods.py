@@ -27,8 +27,8 @@ SETTINGS = {
     "grpo_entropy": "EntropyBonus(normalize_std=False, coef=0.001)",
     "rlrt": "RLRT(lam=0.5, eps_w=1.0, gated=True",
     "rlrt_all": "RLRT(lam=0.5, eps_w=1.0, gated=False",
-    "rlrt_contrast": "RLRT(lam=0.5, eps_w=1.0, gated=True, success_threshold=0.5, context='sibling', normalize_std=True, "
-    "contrast=True",
+    "rlrt_contrast": "RLRT(lam=0.5, eps_w=1.0, gated=True, success_threshold=0.5, context='sibling', "
+    "normalize_std=True, contrast=True",
     "antisd": "AntiSD(lam=0.5, warmup_steps=5, close_at=0.93, success_threshold=0.5, context='sibling_or_solution'",
     "rlcsd": "RLCSD(beta=0.2, lam=0.5, tau=0.03, delta=0.02, residual_low=-0.5, residual_high=0.5, eta=1.0",
     "rlsd": "RLSD(lam=0.5, eps_w=0.2, gated=False, success_threshold=0.5, context='answer'",
