@@ -61,7 +61,7 @@ class Teacher(nn.Module):
     Args:
         template: The teacher's prompt, with the fields `{prompt}` and `{context}`. In a conversation it replaces the
             last user message, before the chat template is applied. Null uses a template for mathematical problems that
-            fits the method's kind of context.
+            fits the method's kind of context. Some methods append a remark about the rollout itself (`AntiSD`, `SDPO`).
         max_context_tokens: Maximum context length, in tokens; null limits it only by the model's maximum length minus
             prompt and response. Over-long contexts are truncated in their middle, because answers are at the end, or
             dropped if nothing useful is left; see `signal/context_truncated`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from rlrt_lightning.teacher import TeacherScore
 if TYPE_CHECKING:
     from rlrt_lightning.epoch.make import EpochSettings, Parts
     from rlrt_lightning.policy.model import Policy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,10 @@ def thought_mask(judged: Judged, policy: Policy) -> Tensor:
     """`Signals.thoughts`: True at tokens inside thinking tags, bool [N, T]."""
     opened = [opens_thinking(policy.prompt_text(problem.prompt)) for problem in judged.problems]
     rows = [torch.tensor(policy.thoughts(r.response_ids, opened[r.group])) for r in judged.rollouts]
-    return pad_rows(rows, judged.mask.shape[1]).bool()
+    mask = pad_rows(rows, judged.mask.shape[1]).bool()
+    if not mask.any():
+        log.warning("no rollout of this epoch has text between <think> and </think>, on which the method acts")
+    return mask
 
 
 def step_gate(scored: Scored, gate: EntropyGate) -> None:

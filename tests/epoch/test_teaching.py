@@ -399,11 +399,13 @@ def test_settings_that_do_not_fit_the_method_are_refused_in_one_line(
 # -- thinking ------------------------------------------------------------------------------------------------------
 
 
-def test_rlsd_weighs_only_the_thinking_of_an_epoch() -> None:
+def test_rlsd_weighs_only_the_thinking_of_an_epoch(caplog: pytest.LogCaptureFixture) -> None:
     policy = tiny_policy()
     drawn = rollouts(policy, CORRECT)
-    policy.__dict__["thoughts"] = lambda ids, inside: [i % 3 == 0 for i in range(len(ids))]
     method = RLSD(context="sibling", thoughts_only=True)
+    scored(method, policy, drawn)
+    assert "no rollout of this epoch has text between <think> and </think>" in caplog.text
+    policy.__dict__["thoughts"] = lambda ids, inside: [i % 3 == 0 for i in range(len(ids))]
     record, _ = scored(method, policy, drawn)
     credit = assign_credit(record, method, SETTINGS).credit
     inside = torch.arange(record.mask.shape[1]) % 3 == 0
