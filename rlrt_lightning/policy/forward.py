@@ -234,9 +234,8 @@ class ForwardPasses(TokenSide, nn.Module):
         self, sequences: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of sequences: their indices, and the states of their response tokens as in `_states`, [R, H]."""
-        parts = padding.split_prompts(sequences)
-        whole = [(prefix, rest + response) for prefix, rest, response in parts]
-        if not self._caches_prompts or not self.work.worth_sharing(whole):
+        parts = self.work.split(sequences) if self._caches_prompts else None
+        if parts is None:
             for chosen in batches([sum(map(len, sequence)) for sequence in sequences], self.score_tokens):
                 yield chosen, self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
             return
