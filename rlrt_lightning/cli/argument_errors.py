@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from inspect import signature
 from itertools import count
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import Tensor
 
+from rlrt_lightning.cli import class_help
 from rlrt_lightning.cli.given import Given, did_you_mean, given
+from rlrt_lightning.cli.types import is_component, parts, subclasses, words
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, value_type
 
 COMMANDS = "fit, validate, test, predict, reflection, shift, serve, curves or pass_at_k"
+DATA_FILES = (".parquet", ".jsonl", ".json", ".csv")
 
 
 @dataclass
@@ -63,12 +65,12 @@ class RLRTParser(LightningArgumentParser):
         # A new setting with the same prefix would break an abbreviation or change its meaning.
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-        self.class_name = ""
+        self.class_name, self._class = "", type(None)
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """See `jsonargparse.ArgumentParser.add_class_arguments`. Records the class name for error messages."""
         if nested_key is None:
-            self.class_name = theclass.__name__
+            self.class_name, self._class = theclass.__name__, theclass
         return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -79,8 +81,19 @@ class RLRTParser(LightningArgumentParser):
             for name, value in self.given:
                 if name in groups and not isinstance(value, (dict, str)):
                     raise ConfigError(f"{name}: it has to be a mapping of settings; it is {_yaml(value)}")
+            if asked := class_help.setting_of(args or ()):
+                self._list_classes(asked)
         with own_defaults():
             return super().parse_args(args, *more, **kwargs)
+
+    def _list_classes(self, setting: str) -> None:
+        """Prints the classes that a setting accepts and exits, as `--help` does."""
+        text = class_help.class_list(setting, self._type(setting))
+        if text is None:
+            owner = setting.rpartition(".")[0]
+            raise ConfigError(f"{setting}.help: name a class, as in --{owner}.help NAME, which shows its settings")
+        print(text)
+        self.exit()
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """See `jsonargparse.ArgumentParser.dump`, which also implements `--print_config`. Refuses credentials."""
@@ -112,13 +125,14 @@ class RLRTParser(LightningArgumentParser):
             return _Problem((keys[0],), type=self._type(keys[0]))
         if found := re.search(r"option '([\w.]+)'", message, re.IGNORECASE):
             key, owner = ((found[1],), f"{self.class_name} has") if self.class_name else ((), "there is")
-            return _Problem(key, f"{owner} no setting {found[1]}{did_you_mean(found[1], self._settings())}")
+            hint = _class_with(found[1], self._class) or did_you_mean(found[1], self._settings())
+            return _Problem(key, f"{owner} no setting {found[1]}{hint}")
         if found := re.search(r"unrecognized arguments: (--)?([^\s=]+)", message):
             known = [(found[1] or "") + name for name in self._settings()]
             name = (found[1] or "") + found[2]
             return _Problem((), f"there is no setting {name}{did_you_mean(name, known)}")
         if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
-            known = re.findall(r"[a-z_]+", found[2])
+            known = re.findall(r"[a-z_]+", COMMANDS.replace(" or ", ", "))
             hint = did_you_mean(found[1], known)
             return _Problem((), f"there is no command {found[1]}; choose from {', '.join(known)}{hint}")
         if message.startswith('expected "subcommand"'):
@@ -161,11 +175,12 @@ def _message(problem: _Problem, settings: Given) -> str:
 
 
 def _value_problem(type_: Any, value: Any, known: bool) -> str:
-    classes = [part for part in _parts(type_) if _is_component(part)]
+    classes = [part for part in parts(type_) if is_component(part)]
     if known and isinstance(value, str) and classes and re.fullmatch(r"[A-Za-z_][\w.]*", value) and value != "null":
         return _class_problem(value, classes)
-    expected = "a mapping of settings" if type_ is None else _words(type_)
-    return f"it has to be {expected}" + (f"; it is {_yaml(value)}" if known else "")
+    expected = "a mapping of settings" if type_ is None else words(type_)
+    hint = "; data files are read by DatasetTask: --data.task=DatasetTask" if str(value).endswith(DATA_FILES) else ""
+    return f"it has to be {expected}" + (f"; it is {_yaml(value)}{hint}" if known else "")
 
 
 def _class_problem(path: str, classes: list[Any]) -> str:
@@ -177,59 +192,19 @@ def _class_problem(path: str, classes: list[Any]) -> str:
             return f"there is no class {path}: {first_line(error)}"
         names = " or ".join(c.__name__ for c in classes)
         return f"{path} is not a {f'subclass of {names}' if isinstance(found, type) else 'class'}"
-    known = sorted({sub.__name__ for c in classes for sub in _subclasses(c)})
+    known = sorted({sub.__name__ for c in classes for sub in subclasses(c)})
     hint = did_you_mean(path, known)
     if not hint and 0 < len(known) <= 20:
         hint = f"; choose from {', '.join(known)}, or give a class path such as my_module.MyClass"
     return f"there is no class {path}{hint}"
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    subclasses: list[type] = base.__subclasses__()
-    for sub in subclasses:
-        if not sub.__name__.startswith("_"):
-            yield sub
-        yield from _subclasses(sub)
-
-
-def _parts(type_: Any) -> Iterator[Any]:
-    """The types that a type is composed of; for a callable, its return type."""
-    if get_origin(type_) is Literal:
-        return
-    args = get_args(type_)
-    if args and isinstance(args[0], list):
-        args = args[1:]
-    if not args:
-        yield type_
-    for part in args:
-        yield from _parts(part)
-
-
-def _is_component(type_: Any) -> bool:
-    """Whether a type is a class that the command line accepts by name."""
-    return isinstance(type_, type) and type_.__module__ not in ("builtins", "pathlib") and not issubclass(type_, Tensor)
-
-
-def _words(type_: Any) -> str:
-    """A readable description of a type: `int or null`, `one of drop, error`, `list of str`."""
-    origin, args = get_origin(type_), get_args(type_)
-    if type_ is type(None):
-        return "null"
-    if origin is Literal:
-        return f"one of {', '.join(dict.fromkeys(map(str, args)))}"
-    if origin in (Union, types.UnionType):
-        options = tuple(option for arg in args if get_origin(arg) is Literal for option in get_args(arg))
-        names = [_words(arg) for arg in args if get_origin(arg) is not Literal]
-        return " or ".join([*([_words(Literal[options])] if options else []), *names])
-    if origin in (list, tuple, set) and args:
-        return f"{origin.__name__} of {' and '.join(_words(arg) for arg in args if arg is not ...)}"
-    if origin is dict:
-        return f"dict of {_words(args[1])} by name"
-    if isinstance(origin, type) and args and not isinstance(args[0], list):
-        return f"{origin.__name__} of {_words(args[0])}"
-    if classes := [part.__name__ for part in _parts(type_) if isinstance(part, type)]:
-        return " or ".join(dict.fromkeys(classes))
-    return "of another type"
+def _class_with(setting: str, without: type) -> str:
+    """Names the classes that have a setting, among those that can take the place of a class without it."""
+    bases = [base for base in without.__mro__[1:] if base.__module__.startswith("rlrt_lightning")]
+    others = subclasses(bases[-1]) if bases else ()
+    names = sorted(cls.__name__ for cls in others if setting in signature(cls).parameters)
+    return f"; {' and '.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
 
 
 def _yaml(value: Any) -> str:

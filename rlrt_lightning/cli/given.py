@@ -129,12 +129,15 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`errors.did_you_mean` for a setting, which is often given without its prefix: --lr for --model.optimizer.lr.
+    """`errors.did_you_mean` for a setting, which is often given without a part of its prefix: --lr or --model.lr
+    for --model.optimizer.lr.
 
     Args:
         word: The unknown name.
         known: The valid names.
     """
     known = list(known)
-    nearest = next((name for name in known if name.rpartition(".")[2] == word.lstrip("-")), word)
-    return errors.did_you_mean(nearest, known)
+    section, _, last = word.lstrip("-").rpartition(".")
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    nearest = next((name for name in same if name.lstrip("-").startswith(section)), None)
+    return errors.did_you_mean(nearest or word, known)
