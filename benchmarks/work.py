@@ -8,6 +8,8 @@ kernel on a CPU computes it: without a mask only the pairs below the diagonal.
 - ours: GRPO and RLRT; plain, with gradient checkpointing, and under FSDP2 (one process on a CPU)
 - TRL's GRPO with as many micro-batches, if TRL is installed (`pip install -e '.[bench]'`). On a CPU its head computes
   the logits of the prompts too; its GPU kernel does not, so that this work is subtracted for a row of its own.
+With --methods, it counts a plain step of each method instead (one to two minutes), relative to GRPO.
+
 - minimum: each distinct prompt and each response token once forward, and backward for twice that. The old log-probs
   come from the sampler, and nothing is recomputed.
 """
@@ -108,7 +110,8 @@ def listed_data(args: argparse.Namespace) -> Any:
         isolated = False
 
         def problems(self, split: str) -> list[Problem]:
-            return [Problem(str(i), prompt_text(args, i)) for i in range(args.prompts)]
+            solution = " ".join(["w3"] * args.tokens)
+            return [Problem(str(i), prompt_text(args, i), "w3", solution) for i in range(args.prompts)]
 
         def verify(self, problem: Problem, completion: str) -> Verdict:
             return Verdict(float(right(completion)), right(completion))
@@ -128,15 +131,34 @@ def listed_data(args: argparse.Namespace) -> Any:
     return RolloutDataModule(Words(), Listed(), sampling, args.prompts, K, minibatches=1, benchmarks={})
 
 
+def methods() -> dict[str, Any]:
+    """The methods that --methods counts. DIVER is left out, as its rewards take no forward pass."""
+    from rlrt_lightning import GRPO, RLCSD, RLRT, RLSD, SDPO, SRPO, AntiSD, EntropyBonus
+
+    return {
+        "GRPO": GRPO(),
+        "EntropyBonus": EntropyBonus(),
+        "RLRT": RLRT(),
+        "RLRT-all": RLRT(gated=False),
+        "RLRT contrast": RLRT(contrast=True),
+        "teacher-predicted": RLSD(gated=True, context="sibling"),
+        "RLSD": RLSD(),
+        "AntiSD": AntiSD(),
+        "RLCSD": RLCSD(),
+        "SDPO": SDPO(),
+        "SRPO": SRPO(),
+    }
+
+
 def ours(folder: str, method: str, mode: str, args: argparse.Namespace) -> int:
     from lightning import Trainer
 
-    from rlrt_lightning import GRPO, RLRT, Policy, RLRTModule, Teacher
+    from rlrt_lightning import Policy, RLRTModule, Teacher
 
     policy = Policy(folder, gradient_checkpointing=mode == "checkpointing")
     policy.load()
     teacher = Teacher("{prompt} {context}")
-    module = RLRTModule(policy, teacher, RLRT() if method == "RLRT" else GRPO(), warmup_steps=0)
+    module = RLRTModule(policy, teacher, methods()[method], warmup_steps=0)
     data = listed_data(args)
     trainer = Trainer(
         max_epochs=1,
@@ -254,6 +276,16 @@ def print_table(found: dict[str, float], limits: dict[str, float], args: argpars
     print(f"\nours, plain: {counted / 1e9:.1f} GFLOP counted, {predicted / 1e9:.1f} predicted by policy/work.py")
 
 
+def count_methods(args: argparse.Namespace) -> None:
+    """Counts a plain step of each method and prints a table."""
+    cases = [f"{name}/plain" for name in methods()]
+    counts = {case: turns[0]["flop"] for case, turns in in_turns(cases, 1, "case").items()}
+    save(args.out, {"counts": counts, "settings": vars(args)})
+    print("| method | GFLOP | relative to GRPO |\n| --- | --- | --- |")
+    for case, count in counts.items():
+        print(f"| {case.split('/')[0]} | {count / 1e9:.0f} | {count / counts['GRPO/plain']:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4, help=f"prompts per step, with {K} rollouts each")
@@ -263,11 +295,15 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="hidden size")
     parser.add_argument("--layers", type=int, default=6, help="number of layers")
     parser.add_argument("--vocabulary", type=int, default=16384, help="vocabulary size")
+    parser.add_argument("--methods", action="store_true", help="count each method")
     parser.add_argument("--out", help="JSON file for all counts")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args)), flush=True)
+        return
+    if args.methods:
+        count_methods(args)
         return
     cases = ["bounds", *(f"{who}/{mode}" for who in ("GRPO", "RLRT") for mode in MODES)]
     if importlib.util.find_spec("trl") is None:

@@ -12,7 +12,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rlrt_lightning.objective.methods import Context
+from rlrt_lightning.contexts import FEEDBACK, VERDICTS
+from rlrt_lightning.objective import Method
 from rlrt_lightning.policy.chat import is_tag, special_tokens
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.texts import CLOSING_TAG, MARK, OPENING_TAG
@@ -56,7 +57,7 @@ class PromptPreview(Callback):
             return
         prompts = {"student": policy.encode_prompt(problem.prompt)}
         if stage == "fit" and module.method.context != "none":
-            prompts["teacher"] = _teacher_prompt(module.teacher, policy, problem, module.method.context)
+            prompts["teacher"] = _teacher_prompt(module.teacher, policy, problem, module.method)
         self._texts = {who: _truncate(_as_text(policy, ids)) for who, ids in prompts.items()}
         for who, text in self._texts.items():
             rank_zero_info("%s prompt, %d tokens:\n%s", who, len(prompts[who]), textwrap.indent(text, "    "))
@@ -109,14 +110,17 @@ def warnings(policy: Policy, prompts: dict[str, list[int]], stops: Sequence[str]
             yield f"{tag} is a special token of this tokenizer, but completions include it"
 
 
-def _teacher_prompt(teacher: Teacher, policy: Policy, problem: Problem, kind: Context) -> list[int]:
+def _teacher_prompt(teacher: Teacher, policy: Policy, problem: Problem, method: Method) -> list[int]:
+    kind = method.context
     placeholder = PLACEHOLDERS.get(kind, "(a correct response)")
     dummy = Rollout(0, 0, [], [], torch.zeros(0), False, "")
     (context,) = teacher.contexts(kind, [problem], [dummy], torch.tensor([False]))
     if kind == "sibling":
         context = problem.solution
-    ids, _ = teacher.prompt(policy, problem, context or placeholder, kind, policy.max_positions)
-    return ids or teacher.prompt(policy, problem, placeholder, kind)[0]
+    remarks = {"none": "", "verdict": VERDICTS[True], "feedback": FEEDBACK + PLACEHOLDERS["feedback"]}
+    remark = remarks[method.needs.remark]
+    ids, _ = teacher.prompt(policy, problem, context or placeholder, kind, policy.max_positions, remark)
+    return ids or teacher.prompt(policy, problem, placeholder, kind, remark=remark)[0]
 
 
 def _as_text(policy: Policy, ids: Sequence[int]) -> str:

@@ -116,6 +116,23 @@ def signal_statistics(epoch: EpochRecord) -> dict[str, float]:
             clipped = weights.clamp(*credit.weight_bounds)
             stats["signal/weight_mean"] = Mean(float(clipped.mean()), len(weights))
             stats["signal/clipped"] = Mean(float((clipped != weights).float().mean()), len(weights))
+        for name, chosen in (("selected", credit.selected), ("thoughts", epoch.thoughts)):
+            if chosen is not None:
+                stats[f"signal/{name}"] = Mean(float(chosen[scored].float().mean()), len(weights))
+    return stats | _contrast_statistics(epoch)
+
+
+def _contrast_statistics(epoch: EpochRecord) -> dict[str, float]:
+    """Statistics of the contrast e_t with failed siblings, by tag; empty if the method has none."""
+    contrast, valid = epoch.credit.contrast, epoch.wrong_valid
+    if contrast is None or valid is None:
+        return {}
+    both = epoch.has_context & valid.any(-1)
+    stats: dict[str, float] = {"signal/contrasted": float(both.float().mean())}
+    for name, rows in (("correct", both & epoch.correct), ("wrong", both & ~epoch.correct)):
+        values = contrast[epoch.mask & rows[:, None]]
+        if len(values):
+            stats[f"signal/contrast_{name}"] = Mean(float(values.mean()), len(values))
     return stats
 
 

@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from rlrt_lightning.objective import (
         DIVER,
         GRPO,
+        RLCSD,
         RLRT,
         RLSD,
         SDPO,
         SRPO,
+        AntiSD,
         Credit,
         DivergenceSettings,
         EntropyBonus,
+        EntropyGate,
         Method,
         Needs,
         Signals,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
         group_advantages,
         importance_weights,
         pass_at_k,
+        two_path_surrogate,
     )
     from rlrt_lightning.policy.lora import LoRA
     from rlrt_lightning.policy.model import Policy

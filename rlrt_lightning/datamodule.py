@@ -16,9 +16,9 @@ from rlrt_lightning.epoch.ahead import Ahead
 from rlrt_lightning.epoch.batch import Batches, MicroBatch
 from rlrt_lightning.epoch.checks import (
     check_ahead,
-    check_context,
     check_cuts,
     check_data_settings,
+    check_method,
     check_teacher_tokens,
     scoring_engine,
 )
@@ -176,7 +176,8 @@ class RolloutDataModule(LightningDataModule):
         module, trainer = self._module, self._trainer
         self._clock, counter = Clock(), TokenCounter()
         module.policy.counter = counter
-        parts = Parts(module.policy, module.teacher, module.method.at(trainer.global_step), self.engine)
+        method, gate = module.method.at(trainer.global_step), module.next_gate()
+        parts = Parts(module.policy, module.teacher, method, self.engine, gate)
         settings = EpochSettings(
             sampling=self.sampling,
             rollouts_per_prompt=self.rollouts_per_prompt,
@@ -345,7 +346,7 @@ class RolloutDataModule(LightningDataModule):
         problems = read_problems(self.task, "train", "data.task")
         if not len(problems):
             raise ConfigError("data.task: there are no problems to train on")
-        check_context(module.method, problems)
+        check_method(module.method, module.aggregation, self.rollouts_per_prompt, problems)
         check_teacher_tokens(module.policy, module.teacher, module.method, problems, self._reader)
         check_cuts(self.engine, self.sampling, self.rescore)
         if self.ahead:

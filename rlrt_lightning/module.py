@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from rlrt_lightning.objective import (
     divergence_on_support,
     token_mean,
 )
+from rlrt_lightning.objective.gate import EntropyGate
 from rlrt_lightning.objective.ratios import kl_estimate, log_ratio
 from rlrt_lightning.policy.log_probs import log_probs_at
 from rlrt_lightning.policy.model import Policy
@@ -35,6 +37,9 @@ from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.runtime.optimizers import OptimizerFactory, SharedFactory, WarmUp, keep_settings
 from rlrt_lightning.runtime.stopping import WholeEpochs
 from rlrt_lightning.teacher import Teacher
+
+GATE = "gate"
+"""Key of the state of the method's gate in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class RLRTModule(LightningModule):
     Args:
         policy: The language model being trained.
         teacher: Scores rollouts with a privileged context.
-        method: How advantages are distributed over tokens: GRPO, RLRT, RLSD, SDPO, SRPO, EntropyBonus, DIVER, or a
-            custom class.
+        method: How advantages are distributed over tokens: GRPO, RLRT, AntiSD, RLCSD, RLSD, SDPO, SRPO,
+            EntropyBonus, DIVER, or a custom class.
         clip_low: The ratio P_new / P_old is clipped below at 1 - clip_low.
         clip_high: The ratio P_new / P_old is clipped above at 1 + clip_high.
         dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
@@ -117,6 +122,9 @@ class RLRTModule(LightningModule):
         """Optimizer steps that the `EpochMetrics` callback has not collected yet."""
         self.skipped = False
         """Whether the last optimizer step was skipped because of a non-finite gradient."""
+        self.gate = method.new_gate()
+        """The method's gate as of the last epoch that has begun to train; None if the method has none."""
+        self._next_gate: EntropyGate | None = None
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -196,8 +204,15 @@ class RLRTModule(LightningModule):
         keep_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def next_gate(self) -> EntropyGate | None:
+        """A copy of the gate for a new epoch to step. It replaces `gate` when the epoch begins to train, because a
+        checkpoint that is saved before then makes the resumed run repeat the epoch."""
+        self._next_gate = copy.deepcopy(self.gate)
+        return self._next_gate
+
     def on_fit_start(self) -> None:
         """Logs the method's settings and the teacher's weights."""
+        self._next_gate = None
         teacher = f"; the teacher has {self.teacher.schedule}" if self.method.context != "none" else ""
         rank_zero_info("method: %s%s", self.method, teacher)
 
@@ -208,6 +223,8 @@ class RLRTModule(LightningModule):
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         """Seeds dropout, so that a resumed run uses the same masks."""
         torch.manual_seed(batch.seed)
+        if self._next_gate is not None:
+            self.gate, self._next_gate = self._next_gate, None
 
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
         """Runs after the callbacks. Postpones a stop requested by a callback to the end of the epoch, and stops a run
@@ -267,8 +284,10 @@ class RLRTModule(LightningModule):
         return default_callbacks(trainer.callbacks, checkpoints=bool(trainer.checkpoint_callbacks))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the run's settings to the checkpoint."""
+        """Adds the run's settings and the state of the method's gate to the checkpoint."""
         checkpoint[resume.KEY] = resume.record(self.trainer, self)
+        if self.gate is not None:
+            checkpoint[GATE] = self.gate.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the checkpoint's settings and weights with the run's before the weights are loaded.
@@ -276,6 +295,8 @@ class RLRTModule(LightningModule):
         Raises:
             ConfigError: If the checkpoint is of a different model, or of a run with different settings.
         """
+        if self.gate is not None and GATE in checkpoint:
+            self.gate.load_state_dict(checkpoint[GATE])
         found = checkpoint.get("state_dict")  # missing if shards are already loaded
         if self._attached:
             resume.compare(self.trainer, self, checkpoint)

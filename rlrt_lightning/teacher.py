@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from rlrt_lightning.contexts import TEMPLATES, Shown, assign
 from rlrt_lightning.objective.methods import Context, TeacherWeights
 from rlrt_lightning.policy.log_probs import log_probs_at
 from rlrt_lightning.policy.lora import TeacherAdapters
 from rlrt_lightning.policy.sharding import FSDP2Strategy, local, move_weights
-from rlrt_lightning.policy.texts import OPENING_TAG, shortened, without_thinking
+from rlrt_lightning.policy.texts import opens_thinking, shortened, without_thinking
 from rlrt_lightning.rollouts.base import Rollout, ScoringEngine
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.seeding import generator
@@ -29,17 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rlrt_lightning.policy.model import Policy
-
-_SOLVE = "\n\nNow solve the problem yourself, step by step."
-_SOLUTION = "{prompt}\n\nHere is a correct solution to this problem:\n\n{context}" + _SOLVE
-
-TEMPLATES: dict[Context, str] = {
-    "sibling": _SOLUTION,
-    "solution": _SOLUTION,
-    "answer": "{prompt}\n\nThe correct answer to this problem is: {context}" + _SOLVE,
-    "feedback": "{prompt}\n\nThis is feedback on an earlier attempt at this problem:\n\n{context}" + _SOLVE,
-}
-"""The default template of each kind of context."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Teacher(nn.Module):
     Args:
         template: The teacher's prompt, with the fields `{prompt}` and `{context}`. In a conversation it replaces the
             last user message, before the chat template is applied. Null uses a template for mathematical problems that
-            fits the method's kind of context.
+            fits the method's kind of context. Some methods append a remark about the rollout itself (`AntiSD`, `SDPO`).
         max_context_tokens: Maximum context length, in tokens; null limits it only by the model's maximum length minus
             prompt and response. Over-long contexts are truncated in their middle, because answers are at the end, or
             dropped if nothing useful is left; see `signal/context_truncated`.
@@ -164,7 +154,13 @@ class Teacher(nn.Module):
     # -- context ---------------------------------------------------------------------------------------------------
 
     def prompt(
-        self, policy: Policy, problem: Problem, context: str, kind: Context = "sibling", room: int | None = None
+        self,
+        policy: Policy,
+        problem: Problem,
+        context: str,
+        kind: Context = "sibling",
+        room: int | None = None,
+        remark: str = "",
     ) -> tuple[list[int], bool]:
         """The teacher's prompt.
 
@@ -174,6 +170,7 @@ class Teacher(nn.Module):
             context: The privileged context.
             kind: The kind of context.
             room: Maximum number of tokens of the prompt; None for no limit.
+            remark: See `Shown`.
 
         Returns:
             Token ids, empty if nothing useful of the context is left or fits, and whether the context was truncated or
@@ -188,26 +185,33 @@ class Teacher(nn.Module):
             over = 0
             if self.max_context_tokens is not None:
                 over = _count(policy, text) - self.max_context_tokens
-            return over if room is None else max(over, len(self._fill(policy, problem, text, kind)) - room)
+            return over if room is None else max(over, len(self._fill(policy, problem, text, kind, remark)) - room)
 
         cut = excess(context) > 0
         if cut:
             context = shortened(context, excess, _count(policy, context))
-        return (self._fill(policy, problem, context, kind) if context else []), cut
+        return (self._fill(policy, problem, context, kind, remark) if context else []), cut
+
+    def limited(self, policy: Policy, text: str) -> str:
+        """A text truncated to `max_context_tokens`."""
+        limit = self.max_context_tokens
+        if limit is None or (tokens := _count(policy, text)) <= limit:
+            return text
+        return shortened(text, lambda part: _count(policy, part) - limit, tokens)
 
     def _readable(self, policy: Policy | None, problem: Problem, context: str, kind: Context) -> str:
         """The context without its thinking."""
-        if not self.strip_think or kind not in ("sibling", "solution"):
+        if not self.strip_think or kind in ("answer", "feedback"):
             return context  # answers have no reasoning, and feedback may mention the tags
-        inside = kind == "sibling" and policy is not None and _opens_thinking(policy.prompt_text(problem.prompt))
+        inside = kind == "sibling" and policy is not None and opens_thinking(policy.prompt_text(problem.prompt))
         return without_thinking(context, inside)
 
-    def _fill(self, policy: Policy, problem: Problem, context: str, kind: Context) -> list[int]:
+    def _fill(self, policy: Policy, problem: Problem, context: str, kind: Context, remark: str = "") -> list[int]:
         template = self.template or TEMPLATES[kind]
 
         def fill(text: str) -> str:  # not str.format, because prompts and solutions contain braces
             parts = {"{prompt}": text, "{context}": context}
-            return re.sub(r"\{prompt\}|\{context\}", lambda m: parts[m[0]], template)
+            return re.sub(r"\{prompt\}|\{context\}", lambda m: parts[m[0]], template) + remark
 
         prompt: str | Messages = problem.prompt
         if isinstance(prompt, str):
@@ -231,8 +235,8 @@ class Teacher(nn.Module):
         whose text is all thinking, are used only if there is no better one.
 
         Args:
-            kind: "sibling"; "solution" or "answer" of the problem; or "feedback", the verifier's message about the
-                rollout itself, unless the verifier failed.
+            kind: "sibling"; "solution" or "answer" of the problem; "feedback", the verifier's message about the rollout
+                itself, unless the verifier failed; or "sibling_or_solution", the solution only without a sibling.
             problems: The problems, indexed by `Rollout.group`.
             rollouts: N rollouts.
             successful: True for rollouts that count as r = 1, bool [N].
@@ -248,18 +252,51 @@ class Teacher(nn.Module):
         if kind == "feedback":
             verdicts = [r.verdict for r in rollouts]
             return [(v.message or None) if v is not None and not v.fault else None for v in verdicts]
+        siblings = self.siblings(problems, rollouts, successful, 1, *seed, "sibling", indices=indices, policy=policy)
+        contexts: list[str | None] = [shown[0] if shown else None for shown in siblings]
+        if kind == "sibling_or_solution":
+            contexts = [
+                c if c is not None else problems[r.group].solution for c, r in zip(contexts, rollouts, strict=True)
+            ]
+        return contexts
+
+    def siblings(
+        self,
+        problems: Sequence[Problem],
+        rollouts: Sequence[Rollout],
+        shown: Tensor,
+        count: int,
+        *seed: int | str,
+        indices: Sequence[int] | None = None,
+        policy: Policy | None = None,
+    ) -> list[list[str]]:
+        """Up to `count` rollouts of each rollout's group as demonstrations, never the rollout itself. The siblings in a
+        group get the same ones as far as possible, see `contexts`.
+
+        Args:
+            problems: See `contexts`.
+            rollouts: See `contexts`.
+            shown: True for rollouts that may serve as demonstrations, bool [N].
+            count: Largest number of demonstrations for a rollout.
+            seed: See `contexts`.
+            indices: See `contexts`.
+            policy: See `contexts`.
+
+        Returns:
+            The demonstrations of each of the N rollouts.
+        """
         groups: dict[int, list[int]] = defaultdict(list)
         for i in sorted(range(len(rollouts)), key=lambda i: rollouts[i].index):  # not in the order they finished
             groups[rollouts[i].group].append(i)
-        contexts: list[str | None] = [None] * len(rollouts)
+        found: list[list[str]] = [[] for _ in rollouts]
         for group, members in groups.items():
-            solved = [i for i in members if successful[i]]
+            able = [i for i in members if shown[i]]
             index = indices[group] if indices is not None else group
-            order = torch.randperm(len(solved), generator=generator(*seed, "sibling", index)).tolist()
+            order = torch.randperm(len(able), generator=generator(*seed, index)).tolist()
             fitness = self._fitness(policy, problems[group], rollouts)
-            for i, shown in _assign([solved[n] for n in order], members, fitness).items():
-                contexts[i] = rollouts[shown].text
-        return contexts
+            for i, others in assign([able[n] for n in order], members, fitness, count).items():
+                found[i] = [rollouts[other].text for other in others]
+        return found
 
     def _fitness(
         self, policy: Policy | None, problem: Problem, rollouts: Sequence[Rollout]
@@ -303,7 +340,7 @@ class Teacher(nn.Module):
         policy: Policy,
         problems: Sequence[Problem],
         rollouts: Sequence[Rollout],
-        contexts: Sequence[str | None],
+        contexts: Sequence[Shown | str | None],
         temperature: float = 1.0,
         kind: Context = "sibling",
         top_k: int | None = 0,
@@ -314,10 +351,10 @@ class Teacher(nn.Module):
         Args:
             policy: The policy; its tokenizer is used, and its weights if the teacher has none of its own.
             problems: The problems, indexed by `Rollout.group`.
-            rollouts: N rollouts.
+            rollouts: N rollouts. To score a rollout with several contexts, repeat it.
             contexts: Contexts of the N rollouts.
             temperature: Divides the logits; the sampling temperature.
-            kind: The kind of contexts.
+            kind: The kind of contexts that are given as text only.
             top_k: Number of the student's most likely tokens to score too, which costs a forward pass of the student.
                 None for the whole vocabulary, 0 for none.
             engine: Scores instead of the trainer's forward pass; None for the trainer.
@@ -327,14 +364,19 @@ class Teacher(nn.Module):
             that were truncated or dropped.
         """
         sequences, which, truncated = [], [], 0
-        shown = cache(lambda group, context, room: self.prompt(policy, problems[group], context, kind, room))
+
+        @cache
+        def prompt(group: int, shown: Shown, room: int | None) -> tuple[list[int], bool]:
+            return self.prompt(policy, problems[group], shown.context, shown.kind, room, shown.remark)
+
         for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=True)):
             if context is None:
                 continue
+            shown = Shown(context, kind) if isinstance(context, str) else context
             room = self.room(policy, rollout)
-            ids, cut = shown(rollout.group, context, None)  # shared by all siblings for which it fits
+            ids, cut = prompt(rollout.group, shown, None)  # shared by all siblings for which it fits
             if room is not None and len(ids) > room:
-                ids, cut = shown(rollout.group, context, room)
+                ids, cut = prompt(rollout.group, shown, room)
             truncated += cut
             if ids:
                 sequences.append((ids, rollout.response_ids))
@@ -361,37 +403,8 @@ class Teacher(nn.Module):
         return scores, truncated
 
 
-def _opens_thinking(prompt: str) -> bool:
-    """Whether the prompt ends with an opening tag, so that the response begins inside the thinking."""
-    return prompt.rstrip().endswith(OPENING_TAG)
-
-
 def _count(policy: Policy, text: str) -> int:
     return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _assign(
-    demonstrations: Sequence[int], members: Sequence[int], fitness: Callable[[int, int], int]
-) -> dict[int, int]:
-    """Assigns a demonstration to each member of a group: never itself, otherwise the fittest, and among these the one
-    that fits most members, so that few demonstrations are read.
-
-    Args:
-        demonstrations: Indices of the demonstrations; the order breaks ties.
-        members: Indices of the group's rollouts.
-        fitness: See `Teacher._fitness`.
-
-    Returns:
-        The demonstration of each member that has one.
-    """
-    fit = {(d, m): fitness(d, m) for d in demonstrations for m in members if d != m}
-    served = {d: sum(fit.get((d, m), 0) == 2 for m in members) for d in demonstrations}
-    assigned = {}
-    for m in members:
-        others = [d for d in demonstrations if d != m]
-        if others:
-            assigned[m] = max(others, key=lambda d: (fit[d, m], served[d]))
-    return assigned
 
 
 def _most_likely(k: int | None, logits: Tensor) -> tuple[Tensor]:

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"tasks"},
     {"policy"},
     {"rollouts"},
-    {"teacher"},
+    {"teacher", "contexts"},
     {"epoch"},
     {"evaluation"},
     {"resume"},

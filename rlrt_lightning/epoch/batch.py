@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.epoch.record import EpochRecord
-from rlrt_lightning.objective import Aggregation, DivergenceSettings
+from rlrt_lightning.objective import Aggregation, DivergenceSettings, path_weights
 from rlrt_lightning.policy import padding
 from rlrt_lightning.policy.padding import Shared, at_mask, balance, blocks, pad_sequences, split
 from rlrt_lightning.policy.work import Work
@@ -33,7 +33,8 @@ class MicroBatch:
         shared: Prompts shared by several rows, as in `Policy.from_logits`; None if each row's own prompt is read.
         response_mask: True at response tokens, [B, S].
         logp_old: Denominator of the surrogate's ratio, as in `EpochRecord`, nats, [B, S].
-        importance: Token weights that correct for numerical differences between sampler and trainer, [B, S].
+        importance: Token weights that correct for numerical differences between sampler and trainer, times those of
+            `path_weights` if the method's loss has two means, [B, S].
         advantages: Token advantages A_t, [B, S].
         distillation: Weight of the divergence to the teacher at each token, [B, S]; None if the method has none.
         alpha: The divergence's parameter, as in `DivergenceSettings`; unused without a divergence.
@@ -196,6 +197,7 @@ def micro_batches(
     """
     if totals is None:
         totals = mini_batch_sizes(epoch, minibatches)
+    weights = epoch.importance * _path_weights(epoch, minibatches, totals)
     tokens = epoch.mask.sum(-1)
     useful = epoch.credit.trains
     step_of = _step_of(epoch, minibatches)
@@ -224,7 +226,7 @@ def micro_batches(
     ]
     return Batches(
         [
-            _collate(epoch, rows, share, temperature, n, sharing, derive_seed(*seed, number))
+            _collate(epoch, weights, rows, share, temperature, n, sharing, derive_seed(*seed, number))
             for number, ((rows, share), n) in enumerate(zip(parts, counts, strict=True))
         ],
         accumulate=accumulate,
@@ -240,11 +242,21 @@ def _fewest(steps: Sequence[list[int]], limit: int) -> tuple[int, int]:
 
 
 def mini_batch_sizes(epoch: EpochRecord, minibatches: int) -> Tensor:
-    """Number of response tokens and of rollouts that count in each mini-batch on this rank, including those without a
-    gradient, [M, 2]."""
-    sizes = torch.stack([epoch.mask.sum(-1), torch.ones(len(epoch.rollouts), dtype=torch.long)], 1)
+    """Number of response tokens, of rollouts, and of the method's selected tokens that count in each mini-batch on this
+    rank, including those without a gradient, [M, 3]."""
+    selected = torch.zeros_like(epoch.mask) if epoch.credit.selected is None else epoch.credit.selected
+    sizes = torch.stack([epoch.mask.sum(-1), torch.ones(len(epoch.rollouts), dtype=torch.long), selected.sum(-1)], 1)
     sizes *= epoch.counted[:, None]
-    return torch.zeros(minibatches, 2, dtype=torch.long).index_add_(0, _step_of(epoch, minibatches), sizes)
+    return torch.zeros(minibatches, 3, dtype=torch.long).index_add_(0, _step_of(epoch, minibatches), sizes)
+
+
+def _path_weights(epoch: EpochRecord, minibatches: int, totals: Tensor) -> Tensor:
+    """`path_weights` of each rollout's mini-batch, [N, T]; 1 if the method selects no tokens. `totals`: [M, 3]."""
+    weights, credit = torch.ones_like(epoch.importance), epoch.credit
+    if credit.selected is not None:
+        for i, step in enumerate(_step_of(epoch, minibatches).tolist()):
+            weights[i] = path_weights(credit.selected[i], int(totals[step, 0]), int(totals[step, 2]), credit.eta)
+    return weights
 
 
 def _lengths(epoch: EpochRecord, rows: Tensor) -> list[int]:
@@ -258,7 +270,14 @@ def _step_of(epoch: EpochRecord, minibatches: int) -> Tensor:
 
 
 def _collate(
-    epoch: EpochRecord, rows: Tensor, share: float, temperature: float, count: int, sharing: Work | None, seed: int
+    epoch: EpochRecord,
+    weights: Tensor,
+    rows: Tensor,
+    share: float,
+    temperature: float,
+    count: int,
+    sharing: Work | None,
+    seed: int,
 ) -> MicroBatch:
     sequences = [(r.prompt_ids, r.response_ids) for r in (epoch.rollouts[i] for i in rows.tolist())]
     shared, cut = None, blocks(_lengths(epoch, rows), count)
@@ -284,7 +303,7 @@ def _collate(
         shared=shared,
         response_mask=response,
         logp_old=by_sequence(epoch.logp_old),
-        importance=by_sequence(epoch.importance),
+        importance=by_sequence(weights),
         advantages=by_sequence(credit.advantages),
         distillation=None if credit.distillation is None else by_sequence(credit.distillation),
         alpha=divergence.alpha,

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+from rlrt_lightning.contexts import FEEDBACK, VERDICTS
 from rlrt_lightning.epoch.prompts import PromptReader
-from rlrt_lightning.objective import Importance, Method
+from rlrt_lightning.objective import Aggregation, Importance, Method
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.rollouts import RolloutEngine, Sampling, ScoringEngine
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
@@ -105,6 +106,31 @@ def check_ahead(engine: RolloutEngine, rescore: bool, importance: Importance, te
         raise ConfigError(f"data.ahead is true, but {wrong}")
 
 
+def check_method(method: Method, aggregation: Aggregation, rollouts: int, problems: Sequence[Problem]) -> None:
+    """Checks a method against the other settings and the data.
+
+    Args:
+        method: The method.
+        aggregation: `model.aggregation`.
+        rollouts: `data.rollouts_per_prompt`.
+        problems: The training problems.
+
+    Raises:
+        ConfigError: If they do not fit together.
+    """
+    name, needed = type(method).__name__, method.needs.aggregation
+    if needed is not None and aggregation != needed:
+        raise ConfigError(
+            f"model.aggregation is {aggregation}, but the loss of {name} is defined for {needed}; set that"
+        )
+    if method.needs.wrong_siblings and rollouts < 3:
+        raise ConfigError(
+            f"data.rollouts_per_prompt is {rollouts}; it has to be at least 3, because model.method ({name}) compares "
+            "each rollout with a successful and a failed sibling"
+        )
+    check_context(method, problems)
+
+
 def check_context(method: Method, problems: Sequence[Problem]) -> None:
     """Refuses data without the method's context; training on it would silently be GRPO.
 
@@ -131,11 +157,14 @@ def check_teacher_tokens(
         ConfigError: If a prompt has a token without an embedding.
     """
     kind = method.context
+    remarks = {"none": "", "verdict": "".join(VERDICTS), "feedback": FEEDBACK}
 
     def teacher_prompt(problem: Problem) -> None:
         if kind != "none":
-            context = getattr(problem, kind, None) if kind in ("solution", "answer") else None
-            teacher.prompt(policy, problem, "1" if context is None else str(context), kind)
+            shown = {"answer": problem.answer, "solution": problem.solution, "sibling_or_solution": problem.solution}
+            context = shown.get(kind)
+            remark = remarks[method.needs.remark]
+            teacher.prompt(policy, problem, "1" if context is None else str(context), kind, remark=remark)
 
     teacher_prompt(Problem("template", "?"))
     reader.check_embeddings(problems, teacher_prompt)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from rlrt_lightning.epoch.batch import Batches, MicroBatch, micro_batches, mini_batch_sizes
-from rlrt_lightning.epoch.checks import scoring_engine
-from rlrt_lightning.epoch.numerics import first_non_finite, log_probs, non_finite_log_probs
+from rlrt_lightning.epoch.numerics import log_probs, non_finite_log_probs
 from rlrt_lightning.epoch.record import Drawn, EpochRecord, Judged, Questions, Scored
+from rlrt_lightning.epoch.teaching import step_gate, teacher_scores, thought_mask, wrong_log_probs
 from rlrt_lightning.objective import Aggregation, Importance, Method, Signals, group_advantages, importance_weights
+from rlrt_lightning.objective.gate import EntropyGate
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.padding import pad_rows
 from rlrt_lightning.policy.work import Work
@@ -28,7 +29,7 @@ from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.progress import Progress
 from rlrt_lightning.runtime.ranks import gather, rank, sum_over_ranks, world_size
 from rlrt_lightning.tasks import Problem, Verdict
-from rlrt_lightning.teacher import Teacher, TeacherScore
+from rlrt_lightning.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ class Parts:
         teacher: Scores the rollouts for which the method uses a teacher.
         method: The method as of the epoch's first optimizer step.
         engine: Generates the rollouts, and scores for the teacher if `Teacher.scored_by` is "engine".
+        gate: The method's gate, which the epoch steps; None if the method has none.
     """
 
     policy: Policy
     teacher: Teacher
     method: Method
     engine: RolloutEngine
+    gate: EntropyGate | None = None
 
 
 @dataclass(frozen=True)
@@ -135,68 +138,28 @@ def score(judged: Judged, parts: Parts, settings: EpochSettings, phase: Phase) -
     unusable = torch.tensor([i in faults for i in range(len(judged.rollouts))])
     logp_sampler, logp_old, rescored = log_probs(judged.rollouts, unusable)
     with phase("teacher"):
-        contexts, teacher, truncated = teacher_scores(judged, wanted & ~unusable, ~unusable, parts, settings)
-    for i, found in enumerate(teacher):
-        if found is not None and (wrong := first_non_finite(vars(found))):
-            faults[i], contexts[i], teacher[i] = f"the teacher's {wrong}", None, None
+        taught = teacher_scores(judged, wanted & ~unusable, ~unusable, parts, settings)
+    needs, width = parts.method.needs, judged.mask.shape[1]
+    wrong = wrong_log_probs(taught.wrong, width) if needs.wrong_siblings else (None, None)
     scored = Scored(
         **vars(judged),
         logp_sampler=logp_sampler,
         logp_old=logp_old,
         logp_student=logp_sampler if parts.teacher.scored_by == "engine" else logp_old,
-        logp_teacher=pad_rows([s.logp if s else None for s in teacher], width=judged.mask.shape[1]),
+        logp_teacher=pad_rows([s.logp if s else None for s in taught.scores], width),
         trainable=trainable,
         rescored=rescored,
-        contexts=contexts,
-        teacher=teacher,
-        contexts_truncated=truncated,
+        contexts=taught.contexts,
+        teacher=taught.scores,
+        contexts_truncated=taught.truncated,
         unusable=unusable,
-        faults=faults,
+        faults=faults | taught.faults,
+        logp_teacher_wrong=wrong[0],
+        wrong_valid=wrong[1],
+        thoughts=thought_mask(judged, parts.policy) if needs.thoughts else None,
     )
     scored.advantages = judged.advantages.masked_fill(unusable, 0.0)
     return scored
-
-
-def teacher_scores(
-    judged: Judged, wanted: Tensor, usable: Tensor, parts: Parts, settings: EpochSettings
-) -> tuple[list[str | None], list[TeacherScore | None], int]:
-    """Has the teacher score the wanted rollouts.
-
-    Args:
-        judged: N rollouts.
-        wanted: True for rollouts to score, bool [N].
-        usable: True for rollouts that may serve as demonstrations, bool [N].
-        parts: The epoch's components.
-        settings: See `EpochSettings`.
-
-    Returns:
-        The contexts and scores of the N rollouts, None for those that were not scored, and the number of contexts that
-        were truncated or did not fit.
-    """
-    policy, method, questions = parts.policy, parts.method, judged.questions
-    contexts = parts.teacher.contexts(
-        method.context,
-        judged.problems,
-        judged.rollouts,
-        method.successful(judged.rewards) & usable,
-        settings.seed,
-        questions.epoch,
-        0,
-        indices=questions.indices,
-        policy=policy,
-    )
-    scores, truncated = parts.teacher.score(
-        policy,
-        judged.problems,
-        judged.rollouts,
-        [context if want else None for context, want in zip(contexts, wanted.tolist(), strict=True)],
-        settings.sampling.temperature,
-        method.context,
-        top_k=method.needs.top_k,
-        engine=scoring_engine(parts.teacher, method, parts.engine, settings.sampling),
-    )
-    shown = [None if found is None else context for context, found in zip(contexts, scores, strict=True)]
-    return shown, scores, truncated
 
 
 def rescore(judged: Judged, needed: Tensor, policy: Policy, sampling: Sampling) -> None:
@@ -223,6 +186,10 @@ def assign_credit(scored: Scored, method: Method, settings: EpochSettings) -> Ep
             mask=scored.mask,
             has_context=scored.has_context,
             teacher_entropy=_teacher_entropy(scored) if method.needs.entropy else None,
+            logp_teacher_wrong=scored.logp_teacher_wrong,
+            wrong_valid=scored.wrong_valid,
+            thoughts=scored.thoughts,
+            gate_open=scored.gate_open,
             sum_over_ranks=sum_over_ranks,
         )
     )
@@ -284,5 +251,7 @@ def make_epoch(
     with phase("advantages"):
         judged = judge(questions, rollouts, parts.method)
     scored = score(judged, parts, settings, phase)
+    if parts.gate is not None:
+        step_gate(scored, parts.gate)
     record = assign_credit(scored, parts.method, settings)
     return record, pack(record, settings, parts.policy.work if parts.policy.shares_prompts else None)

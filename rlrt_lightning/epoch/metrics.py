@@ -56,7 +56,7 @@ def epoch_metrics(record: EpochRecord, clock: Clock, counter: TokenCounter, cap:
         metrics["speed/score_padding"] = Mean(1 - tokens / counter.padded_tokens, counter.padded_tokens)
     metrics["rollout/shaped_reward"] = float(record.shaped_rewards.mean())
     metrics["signal/context_truncated"] = float(record.contexts_truncated)
-    return metrics
+    return metrics | record.gate_metrics
 
 
 def mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -112,6 +112,11 @@ class Scored(Judged):
         contexts_truncated: Number of contexts that were truncated or did not fit.
         unusable: True for rollouts with non-finite log-probs of sampler or policy, which get no gradient, bool [N].
         faults: Indices and descriptions of rollouts with non-finite log-probs of sampler, policy or teacher.
+        logp_teacher_wrong: See `Signals`, [N, C, T]; None unless the method needs it.
+        wrong_valid: See `Signals`, bool [N, C]; None unless the method needs it.
+        thoughts: See `Signals`, bool [N, T]; None unless the method needs it.
+        gate_open: Whether the method's gate is open; true without a gate.
+        gate_metrics: Metrics of the gate's step in this epoch, by tag.
     """
 
     logp_sampler: Tensor
@@ -125,6 +130,11 @@ class Scored(Judged):
     contexts_truncated: int
     unusable: Tensor
     faults: dict[int, str]
+    logp_teacher_wrong: Tensor | None = None
+    wrong_valid: Tensor | None = None
+    thoughts: Tensor | None = None
+    gate_open: bool = True
+    gate_metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def has_context(self) -> Tensor:

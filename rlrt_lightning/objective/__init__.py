@@ -10,13 +10,16 @@ Shapes: N rollouts; T is the length of the longest response in the batch. A mask
 from rlrt_lightning.objective.advantages import group_advantages
 from rlrt_lightning.objective.divergences import divergence, divergence_on_support, dynamic_weights
 from rlrt_lightning.objective.estimators import pass_at_k
+from rlrt_lightning.objective.gate import EntropyGate
 from rlrt_lightning.objective.methods import (
     DIVER,
     GRPO,
+    RLCSD,
     RLRT,
     RLSD,
     SDPO,
     SRPO,
+    AntiSD,
     Context,
     Credit,
     DivergenceSettings,
@@ -33,21 +36,26 @@ from rlrt_lightning.objective.surrogate import (
     clipped_surrogate,
     distillation_loss,
     importance_weights,
+    path_weights,
     token_mean,
+    two_path_surrogate,
 )
 
 __all__ = [
     "DIVER",
     "GRPO",
+    "RLCSD",
     "RLRT",
     "RLSD",
     "SDPO",
     "SRPO",
     "Aggregation",
+    "AntiSD",
     "Context",
     "Credit",
     "DivergenceSettings",
     "EntropyBonus",
+    "EntropyGate",
     "Importance",
     "Method",
     "Needs",
@@ -62,5 +70,7 @@ __all__ = [
     "group_advantages",
     "importance_weights",
     "pass_at_k",
+    "path_weights",
     "token_mean",
+    "two_path_surrogate",
 ]

@@ -78,6 +78,54 @@ def clipped_surrogate(
     return Surrogate(-token_mean(objective, mask, aggregation), (cut & mask).sum() / tokens)
 
 
+def two_path_surrogate(
+    logp_new: Tensor,
+    logp_old: Tensor,
+    token_advantages: Tensor,
+    mask: Tensor,
+    selected: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    eta: float = 1.0,
+) -> Surrogate:
+    """RLCSD's loss (arXiv:2606.11709): the clipped surrogate's mean over the tokens that are not selected, plus eta
+    times its mean over the selected ones. A mean without tokens is 0.
+
+    Args:
+        logp_new: See `clipped_surrogate`.
+        logp_old: See `clipped_surrogate`.
+        token_advantages: See `clipped_surrogate`.
+        mask: True at response tokens, [N, T].
+        selected: True at selected tokens, [N, T].
+        clip_low: See `clipped_surrogate`.
+        clip_high: See `clipped_surrogate`.
+        eta: Factor of the selected tokens' mean.
+    """
+    mask = mask.bool()
+    selected = selected.bool() & mask
+    weights = path_weights(selected, int(mask.sum()), int(selected.sum()), eta, widened(logp_new).dtype)
+    return clipped_surrogate(logp_new, logp_old, token_advantages, mask, clip_low, clip_high, importance=weights)
+
+
+def path_weights(
+    selected: Tensor, tokens: int, selected_tokens: int, eta: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Token weights with which the mean over all tokens is `two_path_surrogate`'s sum of two means.
+
+    Args:
+        selected: True at selected tokens, bool of any shape.
+        tokens: Number of response tokens in the mini-batch.
+        selected_tokens: Number of selected ones.
+        eta: Factor of the selected tokens' mean.
+        dtype: Dtype of the weights.
+
+    Returns:
+        In the shape of `selected`.
+    """
+    other, own = tokens / max(tokens - selected_tokens, 1), eta * tokens / max(selected_tokens, 1)
+    return torch.full(selected.shape, other, dtype=dtype, device=selected.device).masked_fill(selected, own)
+
+
 def importance_weights(
     logp_policy: Tensor, logp_sampler: Tensor, mask: Tensor, level: Importance = "token", cap: float = 2.0
 ) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from rlrt_lightning.policy import padding
 from rlrt_lightning.policy.caching import cache_argument, copy_rows
 from rlrt_lightning.policy.head import head_in_float32, logits_from_states
 from rlrt_lightning.policy.log_probs import Compute, in_chunks, token_log_probs
@@ -210,7 +211,7 @@ class ForwardPasses(TokenSide, nn.Module):
     ) -> list[tuple[Tensor, ...]]:
         """Applies `compute` to the logits of given responses after given prompts, as `from_logits` does, without
         gradients. Sequences of similar length are batched, with about `score_tokens` tokens per batch. A prompt shared
-        by several responses is read once.
+        by several responses is read once, and so is a long common prefix of several prompts.
 
         Args:
             compute: See `from_logits`.
@@ -222,38 +223,42 @@ class ForwardPasses(TokenSide, nn.Module):
             For each sequence the outputs of `compute` for its response tokens, [T, ...], on the CPU.
         """
         scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
+        lengths = [len(response) for _, response in sequences]
         with self.evaluating():
             for chosen, states in self._states_in_batches(sequences):
                 inputs = [torch.cat([values[i] for i in chosen]).to(self.device) for values in token_inputs]
-                _scatter(self._in_chunks(compute, states, temperature, *inputs), chosen, sequences, scores)
+                padding.scatter_rows(self._in_chunks(compute, states, temperature, *inputs), chosen, lengths, scores)
         return scores
 
     def _states_in_batches(
         self, sequences: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of sequences: their indices, and the states of their response tokens as in `_states`, [R, H]."""
-        if not self._caches_prompts or not self.work.worth_sharing(sequences):
+        parts = self.work.split(sequences) if self._caches_prompts else None
+        if parts is None:
             for chosen in batches([sum(map(len, sequence)) for sequence in sequences], self.score_tokens):
                 yield chosen, self._states(*pad_sequences([sequences[i] for i in chosen], self.device))
             return
         siblings: dict[tuple[int, ...], list[int]] = {}
-        for i, (prompt, _) in enumerate(sequences):
-            siblings.setdefault(tuple(prompt), []).append(i)
+        for i, (prefix, _, _) in enumerate(parts):
+            siblings.setdefault(tuple(prefix), []).append(i)
         groups = list(siblings.items())
-        most = max(len(rows) for _, rows in groups)  # a prompt's cache is copied for each of its rows
-        for part in batches([len(prompt) for prompt, _ in groups], max(1, self.score_tokens // most)):
-            yield from self._states_after_prompts(sequences, [i for g in part for i in groups[g][1]])
+        most = max(len(rows) for _, rows in groups)  # a prefix's cache is copied for each of its rows
+        for batch in batches([len(prefix) for prefix, _ in groups], max(1, self.score_tokens // most)):
+            yield from self._states_after_prefixes(parts, [i for g in batch for i in groups[g][1]])
 
-    def _states_after_prompts(
-        self, sequences: Sequence[tuple[list[int], list[int]]], chosen: Sequence[int]
+    def _states_after_prefixes(
+        self, parts: Sequence[tuple[list[int], list[int], list[int]]], chosen: Sequence[int]
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Reads the distinct prompts of the chosen sequences, then their responses in batches."""
-        prompts, prompt_mask, prompt_index = share_prompts([sequences[i][0] for i in chosen], self.device)
+        """Reads the distinct prefixes of the chosen sequences, then the rest of the prompts and the responses in
+        batches; `parts` are token ids of prefix, rest and response."""
+        prompts, prompt_mask, prompt_index = share_prompts([parts[i][0] for i in chosen], self.device)
         prefix = self._prefill(prompts, prompt_mask)
-        for part in batches([len(sequences[i][1]) for i in chosen], self.score_tokens):
+        for part in batches([len(parts[i][1] + parts[i][2]) for i in chosen], self.score_tokens):
             batch = [chosen[m] for m in part]
-            ids, _, mask = pad_sequences([([], sequences[i][1]) for i in batch], self.device)
-            yield batch, self._response_states(prefix, prompt_mask, prompt_index[part], ids, mask)[mask]
+            ids, mask, response_mask = pad_sequences([parts[i][1:] for i in batch], self.device)
+            states = self._response_states(prefix, prompt_mask, prompt_index[part], ids, mask.bool())
+            yield batch, states[response_mask]
 
     def _states_with_shared_prompts(
         self,
@@ -344,6 +349,7 @@ class ForwardPasses(TokenSide, nn.Module):
             For each sequence the outputs of `compute` for its response tokens, [T, ...], on the CPU.
         """
         scores: list[tuple[Tensor, ...]] = [()] * len(sequences)
+        responses = [len(response) for _, response in sequences]
         lengths = [max(sum(map(len, a)), sum(map(len, b))) for a, b in zip(sequences, others, strict=True)]
         with self.evaluating():
             for chosen in batches(lengths, self.score_tokens):
@@ -355,7 +361,9 @@ class ForwardPasses(TokenSide, nn.Module):
                     first = self._tempered_logits(a, temperature)
                     with self.weights_of(other):
                         parts.append(compute(first, self._tempered_logits(b, temperature)))
-                _scatter([torch.cat(results) for results in zip(*parts, strict=True)], chosen, sequences, scores)
+                padding.scatter_rows(
+                    [torch.cat(results) for results in zip(*parts, strict=True)], chosen, responses, scores
+                )
         return scores
 
     def _tempered_logits(self, states: Tensor, temperature: float) -> Tensor:
@@ -433,15 +441,3 @@ class ForwardPasses(TokenSide, nn.Module):
             attention_mask = torch.cat([attention_mask, mask[:, step : step + 1].long()], 1)
             states.append(self._extend(cache, ids[:, step : step + 1], attention_mask))
         return one_pass, torch.cat(states, 1)
-
-
-def _scatter(
-    results: Sequence[Tensor],
-    chosen: Sequence[int],
-    sequences: Sequence[tuple[list[int], list[int]]],
-    scores: list[tuple[Tensor, ...]],
-) -> None:
-    """Splits results [R, ...] of the chosen sequences' response tokens, and stores each sequence's part in `scores`."""
-    lengths = [len(sequences[i][1]) for i in chosen]
-    for i, *parts in zip(chosen, *(r.cpu().split(lengths) for r in results), strict=True):
-        scores[i] = tuple(part.clone() for part in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -43,6 +44,52 @@ def share_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str =
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in numbers])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in numbers])
     return ids.to(device), mask.to(device), torch.tensor(after, device=device)
+
+
+def split_prompts(
+    sequences: Sequence[tuple[list[int], list[int]]],
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Splits each prompt into a prefix, read once for all prompts that begin with it, and the rest, read again for each
+    response. Prompts share a prefix only if this reduces the number of tokens; equal prompts have no rest.
+
+    Args:
+        sequences: Token ids of prompt and response.
+
+    Returns:
+        Token ids of prefix, rest and response.
+    """
+    rows = Counter(tuple(prompt) for prompt, _ in sequences)
+    lengths: dict[tuple[int, ...], int] = {}
+    cluster: list[tuple[int, ...]] = []
+    length = 0
+    for prompt in sorted(rows):  # neighbours have the longest common prefixes
+        common = _common(cluster[0][:length], prompt) if cluster else 0
+        apart = length + sum(rows[p] * (len(p) - length) for p in cluster) + len(prompt)
+        together = common + sum(rows[p] * (len(p) - common) for p in (*cluster, prompt))
+        cluster, length = ([*cluster, prompt], common) if common and together < apart else ([prompt], len(prompt))
+        lengths |= dict.fromkeys(cluster, length)
+    cuts = [lengths[tuple(prompt)] for prompt, _ in sequences]
+    return [(prompt[:n], prompt[n:], response) for n, (prompt, response) in zip(cuts, sequences, strict=True)]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def scatter_rows(
+    results: Sequence[Tensor], chosen: Sequence[int], lengths: Sequence[int], scores: list[tuple[Tensor, ...]]
+) -> None:
+    """Splits results [R, ...] of the chosen sequences' response tokens, and stores each sequence's part in `scores`.
+
+    Args:
+        results: Values of the chosen sequences' response tokens, row by row, [R, ...] each.
+        chosen: Indices of the sequences.
+        lengths: Number of response tokens of each sequence, also of those not chosen.
+        scores: The results of all sequences.
+    """
+    for i, *parts in zip(chosen, *(r.cpu().split([lengths[i] for i in chosen]) for r in results), strict=True):
+        scores[i] = tuple(part.clone() for part in parts)
 
 
 def pad_rows(rows: Sequence[Tensor | None], width: int | None = None) -> Tensor:

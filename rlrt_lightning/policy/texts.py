@@ -26,26 +26,44 @@ def without_thinking(text: str, inside: bool = False) -> str:
         text: The text.
         inside: Whether the text begins inside a block that the prompt has opened.
     """
+    blocks = _blocks(text, inside)
+    if not blocks:
+        return text
+    starts = [0, *(end for _, _, _, end in blocks)]
+    ends = [*(start for start, _, _, _ in blocks), len(text)]
+    return "".join(text[start:end] for start, end in zip(starts, ends, strict=True)).strip()
+
+
+def thoughts(text: str, inside: bool = False) -> list[tuple[int, int]]:
+    """Where a text's thinking starts and ends, without the tags. See `without_thinking`."""
+    return [(start, end) for _, start, end, _ in _blocks(text, inside)]
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether the prompt ends with an opening tag, so that the response begins inside the thinking."""
+    return prompt.rstrip().endswith(OPENING_TAG)
+
+
+def _blocks(text: str, inside: bool) -> list[tuple[int, int, int, int]]:
+    """The bounds of opening and closing tag of each `<think>` block; both bounds of a missing tag are the text's."""
     tags = list(_TAG.finditer(text))
     inside = inside or bool(tags and tags[0][1])
-    if not inside and not tags:
-        return text
-    kept, start, i = [], 0, 0
+    found: list[tuple[int, int, int, int]] = []
+    i = 0
     while True:
+        opening = 0, 0
         if not inside:
             while i < len(tags) and tags[i][1]:
                 i += 1
             if i == len(tags):
-                kept.append(text[start:])
-                break
-            kept.append(text[start : tags[i].start()])
-            i += 1
+                return found
+            opening, i = tags[i].span(), i + 1
         inside = False
         end = _end_of_block(tags, i)
+        found.append((*opening, *((len(text), len(text)) if end is None else tags[end].span())))
         if end is None:
-            break
-        start, i = tags[end].end(), end + 1
-    return "".join(kept).strip()
+            return found
+        i = end + 1
 
 
 def _end_of_block(tags: Sequence[re.Match[str]], first: int) -> int | None:

@@ -6,9 +6,11 @@ import logging
 import pickle
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from rlrt_lightning.policy.chat import ChatTemplate, control_tokens, named_tokens
+from rlrt_lightning.policy.texts import thoughts
 from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.tasks.base import Messages
 
@@ -206,6 +208,20 @@ class TokenSide:
         """
         kept = [i for i in ids if i in self.token_ids and (keep_special or i not in self._control_tokens)]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def thoughts(self, ids: Sequence[int], inside: bool) -> list[bool]:
+        """Which response tokens are thinking: those between `<think>` and `</think>`, not the tags' own tokens. The
+        tags are found in the text, so that they may be special tokens or consist of several tokens.
+
+        Args:
+            ids: The token ids.
+            inside: Whether the response begins inside the thinking, because the prompt ends with `<think>`.
+        """
+        pieces = {i: str(self.tokenizer.decode([i])) if i in self.token_ids else "" for i in set(ids)}
+        ends = list(accumulate(len(pieces[i]) for i in ids))
+        spans = thoughts("".join(pieces[i] for i in ids), inside)
+        starts = [0, *ends[:-1]]
+        return [any(a <= start and end <= b for a, b in spans) for start, end in zip(starts, ends, strict=True)]
 
     def read_back(self, text: str) -> str:
         """A text after encoding and decoding, as it would appear within a completion."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
+from rlrt_lightning.policy.padding import split_prompts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -64,3 +66,17 @@ class Work(NamedTuple):
         """Whether reading each distinct prompt once saves enough work; sequences are prompts with their responses."""
         saves = self.sharing(sequences) < WORTH_SHARING * self.separately(sequences)
         return saves and all(prompt for prompt, _ in sequences)
+
+    def split(
+        self, sequences: Sequence[tuple[list[int], list[int]]]
+    ) -> list[tuple[list[int], list[int], list[int]]] | None:
+        """Splits each sequence into a prefix, read once for all sequences that begin with it, the rest of its prompt
+        and its response; whole prompts or common prefixes, whichever takes less work. None if reading each sequence
+        whole takes less."""
+
+        def joined(parts: Sequence[tuple[list[int], list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+            return [(prefix, rest + response) for prefix, rest, response in parts]
+
+        whole = [(prompt, list[int](), response) for prompt, response in sequences]
+        best = min(whole, split_prompts(sequences), key=lambda parts: self.sharing(joined(parts)))
+        return best if self.worth_sharing(joined(best)) else None

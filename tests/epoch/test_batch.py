@@ -182,7 +182,7 @@ def test_sdpos_mean_counts_only_rollouts_with_a_context() -> None:
     has_context = torch.tensor([s is not None for s in data.teacher])
     data.credit = SDPO()(data.advantages, data.rewards, data.logp_old, data.logp_teacher, data.mask, has_context)
     sizes = mini_batch_sizes(data, 1)
-    assert sizes.tolist() == [[int(data.mask[has_context].sum()), int(has_context.sum())]]
+    assert sizes.tolist() == [[int(data.mask[has_context].sum()), int(has_context.sum()), 0]]
     (batch,) = micro_batches(data, 1, 1, "token-mean")
     assert batch.share == pytest.approx(1.0)
     assert len(batch.input_ids) == has_context.sum()

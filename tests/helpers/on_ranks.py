@@ -24,7 +24,7 @@ from rlrt_lightning.__main__ import main as command_line
 from rlrt_lightning.callbacks import Evaluation, HFExport, RankGuard, ReversedSignalLogger, SafeStop, TeacherRefresh
 from rlrt_lightning.callbacks.memory_estimate import estimate
 from rlrt_lightning.datamodule import Benchmark
-from rlrt_lightning.objective import SRPO
+from rlrt_lightning.objective import RLCSD, SRPO, AntiSD
 from rlrt_lightning.policy import model
 from rlrt_lightning.policy.loading import NeedsTransformers
 from rlrt_lightning.policy.lora import LoRA
@@ -235,6 +235,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "ema": {"refresh": {"ema_decay": 0.5}, "rest_on_cpu": True},
     "copied": {"engine_dtype": "float32", "gradient_checkpointing": True, "epochs": 1},
     "srpo": {"method": SRPO(context="answer", normalize_std=True), "epochs": 1},
+    "antisd": {"method": AntiSD(warmup_steps=1, close_at=1.0), "task": LongBesideShort()},
+    "rlcsd": {"method": RLCSD(beta=1.0, tau=0.5, eta=0.5), "task": LongBesideShort()},
     "one_sided": {"task": OnlyEvenSolvable(), "data": Unshuffled},
     "one_pass": {"task": LongBesideShort(), "accumulate": 1},
     "passes": {"task": LongBesideShort(), "accumulate": 1, "tokens_per_pass": 150},

@@ -27,6 +27,10 @@ SETTINGS = {
     "grpo_entropy": "EntropyBonus(normalize_std=False, coef=0.001)",
     "rlrt": "RLRT(lam=0.5, eps_w=1.0, gated=True",
     "rlrt_all": "RLRT(lam=0.5, eps_w=1.0, gated=False",
+    "rlrt_contrast": "RLRT(lam=0.5, eps_w=1.0, gated=True, success_threshold=0.5, context='sibling', "
+    "normalize_std=True, contrast=True",
+    "antisd": "AntiSD(lam=0.5, warmup_steps=5, close_at=0.93, success_threshold=0.5, context='sibling_or_solution'",
+    "rlcsd": "RLCSD(beta=0.2, lam=0.5, tau=0.03, delta=0.02, residual_low=-0.5, residual_high=0.5, eta=1.0",
     "rlsd": "RLSD(lam=0.5, eps_w=0.2, gated=False, success_threshold=0.5, context='answer'",
     "teacher_predicted": "RLSD(lam=0.5, eps_w=1.0, gated=True, success_threshold=0.5, context='sibling'",
     "sdpo": "SDPO(alpha=0.5, top_k=100, importance_cap=2.0, context='sibling'",
@@ -37,6 +41,9 @@ SETTINGS = {
 TEACHERS = {
     "rlrt": "the weights of the policy that generates the rollouts",
     "rlrt_all": "the weights of the policy that generates the rollouts",
+    "rlrt_contrast": "the weights of the policy that generates the rollouts",
+    "antisd": "the weights of the policy that generates the rollouts",
+    "rlcsd": "a copy of the policy's weights, refreshed every 10 epochs",
     "rlsd": "the initial weights",
     "teacher_predicted": "the weights of the policy that generates the rollouts",
     "sdpo": "a moving average of the policy's weights (decay 0.95), updated every epoch",
@@ -49,7 +56,7 @@ def test_each_method_has_a_config() -> None:
     assert set(SETTINGS) == {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", slow_except(SETTINGS, "rlrt", "srpo"))
+@pytest.mark.parametrize("name", slow_except(SETTINGS, "rlrt", "srpo", "rlcsd"))
 def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     flags = ("--trainer.max_epochs=2", *TRAIN_ONLY, "--trainer.enable_checkpointing=false")
@@ -64,6 +71,9 @@ def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, cap
         assert values.abs().max() > 0
     assert ("train/divergence" in curves) == (name in ("sdpo", "srpo"))
     assert ("signal/context" in curves) == (name not in ("grpo", "grpo_entropy", "diver"))
+    assert ("signal/gate_open" in curves) == (name == "antisd")
+    assert ("signal/selected" in curves) == (name == "rlcsd")
+    assert ("signal/contrasted" in curves) == (name in ("rlcsd", "rlrt_contrast"))
     shaped = [v for _, v in curves["rollout/shaped_reward"]] != [v for _, v in curves["rollout/reward"]]
     assert shaped == (name == "diver")
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from rlrt_lightning.objective import (
     DIVER,
     GRPO,
+    RLCSD,
     RLRT,
     RLSD,
     SDPO,
     SRPO,
+    AntiSD,
     Credit,
     EntropyBonus,
     Needs,
@@ -29,6 +31,9 @@ from rlrt_lightning.objective import (
     importance_weights,
     pass_at_k,
 )
+
+MORE = "teacher_entropy", "logp_teacher_wrong", "wrong_valid", "thoughts"
+"""The signals that only some methods need."""
 
 
 class Batch:
@@ -43,18 +48,30 @@ class Batch:
         self.logp_student, self.logp_teacher = -3 * torch.rand(2, n, t, generator=g, dtype=torch.float64)
         self.has_context = torch.rand(n, generator=g) < 0.7
         self.teacher_entropy = 2 * torch.rand(n, t, generator=g, dtype=torch.float64)
+        self.logp_teacher_wrong = -3 * torch.rand(n, 2, t, generator=g, dtype=torch.float64)
+        self.wrong_valid = torch.rand(n, 2, generator=g) < 0.7
+        self.thoughts = torch.rand(n, t, generator=g) < 0.5
 
     def credit(self, method: Any, **changes: Any) -> Any:
         v = {**vars(self), **changes}
         a = group_advantages(v["rewards"], v["groups"], method.normalize_std)
         signals = a, v["rewards"], v["logp_student"], v["logp_teacher"], v["mask"], v["has_context"]
-        return method(*signals, teacher_entropy=v["teacher_entropy"])
+        return method(*signals, **{name: v[name] for name in MORE})
 
 
 seeds = st.integers(0, 2**31)
 batches = settings(max_examples=40)
-WEIGHTED = [RLRT(), RLRT(gated=False), RLRT(lam=1.0, eps_w=0.5), RLSD(), RLSD(gated=True, lam=1.0)]
-METHODS = [GRPO(), EntropyBonus(), SDPO(), SRPO(), *WEIGHTED]
+WEIGHTED = [
+    RLRT(),
+    RLRT(gated=False),
+    RLRT(lam=1.0, eps_w=0.5),
+    RLRT(contrast=True),
+    RLSD(),
+    RLSD(gated=True, lam=1.0),
+    RLSD(context="sibling", contrast=True, thoughts_only=True),
+]
+ADDITIVE = [AntiSD(), RLCSD(beta=1.0, tau=0.5), RLCSD(beta=2.0, lam=1.0, tau=0.5, residual_low=-2, residual_high=2)]
+METHODS = [GRPO(), EntropyBonus(), SDPO(), SRPO(), *WEIGHTED, *ADDITIVE]
 
 
 def tensors(credit: Any) -> dict[str, Tensor]:
@@ -66,20 +83,39 @@ def tensors(credit: Any) -> dict[str, Tensor]:
 def test_lam_zero_is_grpo(seed: int) -> None:
     batch = Batch(seed)
     grpo = batch.credit(GRPO(normalize_std=True))
-    for method in (RLRT(lam=0.0), RLRT(lam=0.0, gated=False), RLSD(lam=0.0)):
+    weighted = RLRT(lam=0.0), RLRT(lam=0.0, gated=False), RLRT(lam=0.0, contrast=True), RLSD(lam=0.0)
+    for method in (*weighted, AntiSD(lam=0.0), RLCSD(lam=0.0), RLCSD(lam=0.0, delta=0.0)):
         torch.testing.assert_close(batch.credit(method).advantages, grpo.advantages, rtol=0, atol=1e-12)
+        assert batch.credit(method).selected is None or not batch.credit(method).selected.any()
+        assert not method.uses_teacher(grpo.advantages[:, 0], batch.rewards).any(), "nothing is scored in vain"
 
 
-@pytest.mark.parametrize("method", WEIGHTED)
+@pytest.mark.parametrize("method", [*WEIGHTED, *ADDITIVE])
 @given(seed=seeds)
 @batches
-def test_without_context_the_weight_is_one(method: Any, seed: int) -> None:
+def test_without_context_the_credit_is_grpos(method: Any, seed: int) -> None:
     batch = Batch(seed)
-    out = batch.credit(
-        method, has_context=torch.zeros(12, dtype=torch.bool), logp_teacher=torch.full((12, 6), torch.nan)
-    )
+    none = torch.zeros(12, dtype=torch.bool)
+    junk = torch.full((12, 6), torch.nan)
+    out = batch.credit(method, has_context=none, logp_teacher=junk, logp_teacher_wrong=junk[:, None].expand(12, 2, 6))
     assert torch.equal(out.weights, batch.mask.double())
     assert not out.asymmetry.any()
+    assert torch.equal(out.advantages, batch.credit(GRPO(method.normalize_std)).advantages)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, SRPO)])
+@given(seed=seeds)
+@batches
+def test_the_credit_of_a_rollout_does_not_depend_on_its_neighbours(method: Any, seed: int) -> None:
+    """Given its advantage. SRPO's weights are relative to those of all wrong rollouts."""
+    batch = Batch(seed)
+    advantages = group_advantages(batch.rewards, batch.groups, method.normalize_std)
+    names = "rewards", "logp_student", "logp_teacher", "mask", "has_context"
+    every, row = tensors(batch.credit(method)), slice(seed % 12, seed % 12 + 1)
+    values = {name: value[row] for name, value in vars(batch).items()}
+    alone = method(advantages[row], *(values[n] for n in names), **{n: values[n] for n in MORE})
+    for name, got in tensors(alone).items():
+        torch.testing.assert_close(got, every[name][row], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,9 +127,11 @@ def test_padding_does_not_change_the_credit(method: Any, seed: int) -> None:
     wide = batch.credit(
         method,
         mask=torch.cat([batch.mask, torch.zeros(12, 3, dtype=torch.bool)], 1),
+        thoughts=torch.cat([batch.thoughts, torch.ones(12, 3, dtype=torch.bool)], 1),
         logp_student=torch.cat([batch.logp_student, junk], 1),
         logp_teacher=torch.cat([batch.logp_teacher, junk], 1),
         teacher_entropy=torch.cat([batch.teacher_entropy, junk], 1),
+        logp_teacher_wrong=torch.cat([batch.logp_teacher_wrong, junk[:, None].expand(12, 2, 3)], 2),
     )
     narrow = tensors(batch.credit(method))
     for name, got in tensors(wide).items():
@@ -337,7 +375,7 @@ def test_credit_of_signals_equals_the_call_with_tensors() -> None:
     for method in METHODS:
         a = group_advantages(batch.rewards, batch.groups, method.normalize_std)
         log_probs = a, batch.rewards, batch.logp_student, batch.logp_teacher
-        more = {"teacher_entropy": batch.teacher_entropy}
+        more = {name: getattr(batch, name) for name in MORE}
         direct = method.credit(Signals(*log_probs, batch.mask, batch.has_context, **more))
         called = tensors(method(*log_probs, batch.mask.double(), batch.has_context.int(), **more))
         for name, value in tensors(direct).items():

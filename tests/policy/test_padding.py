@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrt_lightning.policy.padding import MAX_PADDING, balance, batches, blocks, pad_sequences, share_prompts
+from rlrt_lightning.policy.padding import (
+    MAX_PADDING,
+    balance,
+    batches,
+    blocks,
+    pad_sequences,
+    share_prompts,
+    split_prompts,
+)
 from tests.helpers.tiny import ARCHITECTURES, tiny_policy
 
 
@@ -120,3 +128,17 @@ def test_responses_that_share_a_prompt_score_the_same_as_alone(architecture: str
         (alone,) = made.score([sequence], 0.7)
         assert got.shape == (len(sequence[1]),)
         torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_share_a_prefix_where_this_reduces_the_tokens() -> None:
+    begin = list(range(10, 50))
+    twice = [(([*begin, 1]), [5]), ([*begin, 2], [5]), ([*begin, 1], [6, 7])]
+    assert split_prompts(twice) == [(begin, [1], [5]), (begin, [2], [5]), (begin, [1], [6, 7])]
+    apart = [(([7, *begin]), [5]), ([7, *reversed(begin)], [5]), ([7, *begin], [6]), ([7, *reversed(begin)], [6])]
+    assert split_prompts(apart) == [(prompt, [], response) for prompt, response in apart], (
+        "the rest would be read twice"
+    )
+    contained = [(begin, [5]), ([*begin, 9], [5])]
+    assert split_prompts(contained) == [(begin, [], [5]), (begin, [9], [5])]
+    assert split_prompts([]) == []
+    assert split_prompts([([], [1]), ([], [2])]) == [([], [], [1]), ([], [], [2])]

@@ -94,6 +94,29 @@ def test_only_the_text_inside_think_tags_is_removed(text: str, left: str) -> Non
     assert without_thinking(text) == left
 
 
+@pytest.mark.parametrize("special", [TAGS, []], ids=["tags are tokens", "tags are several tokens"])
+@pytest.mark.parametrize(
+    ("text", "inside", "thought"),
+    [
+        ("é1<think>2é3</think>45", False, "2é3"),
+        ("12</think>3", True, "12"),
+        ("12</think>3", False, "12"),
+        ("12", True, "12"),
+        ("12", False, ""),
+        ("1<think>2</think>3<think>4", False, "24"),
+        ("<think>1<think>2</think>3</think>4", False, "1<think>2</think>3"),
+    ],
+)
+def test_the_tokens_inside_thinking_tags_are_found(
+    special: list[str], text: str, inside: bool, thought: str, tmp_path: Path
+) -> None:
+    policy = byte_policy(tmp_path, special=special)
+    ids = ids_of(policy, text)
+    assert (len(ids) < len(text.encode())) == bool(special and "<" in text), "a tag is one token, or one of each byte"
+    found = policy.thoughts(ids, inside)
+    assert policy.tokenizer.decode([i for i, yes in zip(ids, found, strict=True) if yes]) == thought
+
+
 def test_thinking_opened_by_the_prompt_is_removed(tmp_path: Path) -> None:
     assert without_thinking("never closed", inside=True) == ""
     assert without_thinking("<think>a</think>b", inside=True) == "b"

@@ -22,7 +22,7 @@ from tests.helpers.processes import ROOT, run_cli
 
 STRATEGIES = ["ddp", "fsdp2"]
 RANKS = {"ddp": 2, "fsdp2": 2, "hybrid": 4}
-COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "one_sided", "passes"]
+COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "antisd", "rlcsd", "one_sided", "passes"]
 OTHERS = ["one_pass", "bf16", "bf16_true", "saved", "exported_adapter"]
 IN_CI = ["plain", "ema", "saved"]
 """The runs that the tests compare that are not marked as slow."""
@@ -125,6 +125,10 @@ def test_the_compared_runs_learn_and_evaluate(runs: dict[str, Path]) -> None:
     assert plain["metrics"][0]["signal/context"] > 0
     assert ema["teacher"][1], "the averaged teacher scored the second epoch"
     assert 0 < sided["metrics"][0]["groups/mixed"] <= 0.5
+    antisd, rlcsd = (recorded(runs["one"], name)["metrics"] for name in ("antisd", "rlcsd"))
+    assert [epoch["signal/gate_entropy"] > 0 for epoch in antisd] == [True, True]
+    assert antisd[0]["signal/gate_open"] == 0
+    assert 0 < rlcsd[0]["signal/selected"] < 1
 
 
 @pytest.mark.parametrize("name", slow_except(["plain", "ema", "lora"], *IN_CI))

@@ -13,11 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlrt_lightning.objective.ratios import log_ratio
+from rlrt_lightning.objective.gate import EntropyGate
+from rlrt_lightning.objective.ratios import log_ratio, widened
+from rlrt_lightning.objective.surrogate import Aggregation
 
-Context = Literal["none", "sibling", "solution", "answer", "feedback"]
+Context = Literal["none", "sibling", "solution", "answer", "feedback", "sibling_or_solution"]
 """What the teacher sees besides the prompt: nothing, another successful rollout of the group, the reference solution,
-the ground-truth answer, or the verifier's message about the rollout itself."""
+the ground-truth answer, the verifier's message about the rollout itself, or another successful rollout if there is one
+and the reference solution otherwise."""
+
+Remark = Literal["none", "verdict", "feedback"]
+"""What follows the context and the template: nothing, whether the rollout itself is correct, or the verifier's message
+about it."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,21 @@ class Needs:
         top_k: Number of the student's most likely tokens that a divergence compares with the teacher
             (`Credit.distillation`); 0 for no divergence, None for the whole vocabulary.
         teacher: The teacher's weights, unless `teacher_refresh` is set.
+        remark: What the teacher's prompt says about the rollout itself, after the context.
+        wrong_siblings: The teacher also scores each rollout with up to this many failed rollouts of its group as
+            contexts, one at a time (`Signals.logp_teacher_wrong`). Rollouts without a context or without a failed
+            sibling are then not scored at all.
+        thoughts: Which tokens are thinking (`Signals.thoughts`).
+        aggregation: The only `model.aggregation` that fits the method's loss; None for any.
     """
 
     entropy: bool = False
     top_k: int | None = 0
     teacher: TeacherWeights = TeacherWeights()
+    remark: Remark = "none"
+    wrong_siblings: int = 0
+    thoughts: bool = False
+    aggregation: Aggregation | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +116,11 @@ class Signals:
         mask: True at response tokens, bool [N, T].
         has_context: True for rollouts whose teacher had a context, bool [N].
         teacher_entropy: H(P_T), nats, [N, T]; ignored for rollouts without a context. None unless `Needs.entropy`.
+        logp_teacher_wrong: log P_T with each of C failed siblings as the context, nats, [N, C, T]. None unless
+            `Needs.wrong_siblings`.
+        wrong_valid: True for the failed siblings that exist, bool [N, C]; values of others are ignored.
+        thoughts: True at tokens inside thinking tags, bool [N, T]. None unless `Needs.thoughts`.
+        gate_open: Whether the method's gate (`Method.new_gate`) is open in this epoch.
         sum_over_ranks: Sums a tensor over all ranks, for means over the rollouts of all ranks.
     """
 
@@ -109,6 +131,10 @@ class Signals:
     mask: Tensor
     has_context: Tensor
     teacher_entropy: Tensor | None = None
+    logp_teacher_wrong: Tensor | None = None
+    wrong_valid: Tensor | None = None
+    thoughts: Tensor | None = None
+    gate_open: bool = True
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values
 
     @property
@@ -116,6 +142,30 @@ class Signals:
         """D_t = log P_S^t(y_t) - log P_T^t(y_t) (arXiv:2605.10781, Sec. 3), stop-gradient: nats, [N, T], 0 for rollouts
         without a context."""
         return log_ratio(self.logp_student, self.logp_teacher, self.mask & self.has_context[:, None]).detach()
+
+    @property
+    def has_contrast(self) -> Tensor:
+        """True for rollouts that have a context and at least one failed sibling, bool [N].
+
+        Raises:
+            ValueError: If the scores with failed siblings are missing.
+        """
+        if self.wrong_valid is None:
+            raise ValueError("the method needs logp_teacher_wrong and wrong_valid, the scores with failed siblings")
+        return self.has_context & self.wrong_valid.bool().any(-1)
+
+    @property
+    def contrast(self) -> Tensor:
+        """e_t = log P_T(y_t | successful sibling) - log mean_k P_T(y_t | failed sibling k) (arXiv:2606.11709),
+        stop-gradient: nats, [N, T], 0 for rollouts without a contrast."""
+        found = self.has_contrast[:, None]
+        assert self.logp_teacher_wrong is not None
+        assert self.wrong_valid is not None
+        valid = self.wrong_valid.bool()
+        wrong = widened(self.logp_teacher_wrong).masked_fill(~valid[..., None], -torch.inf)
+        count = valid.sum(-1, keepdim=True).clamp(min=1)
+        mean = wrong.logsumexp(1) - count.to(wrong.dtype).log()
+        return log_ratio(self.logp_teacher, mean, self.mask & found).detach()
 
 
 @dataclass(frozen=True)
@@ -148,6 +198,9 @@ class Credit:
         divergence: Settings of the divergence; None for no divergence.
         entropy_bonus: Coefficient of the policy's entropy; None for no bonus.
         counted: True for rollouts whose tokens are included in the mean, bool [N]; None for all.
+        contrast: e_t (`Signals.contrast`), nats; 0 for rollouts without one. None if the method has none.
+        selected: True at the tokens that have a mean of their own, as in `two_path_surrogate`, bool; None for one mean.
+        eta: Factor of that mean.
 
     Raises:
         ValueError: If only one of `distillation` and `divergence` is given.
@@ -161,6 +214,9 @@ class Credit:
     divergence: DivergenceSettings | None = None
     entropy_bonus: Tensor | None = None
     counted: Tensor | None = None
+    contrast: Tensor | None = None
+    selected: Tensor | None = None
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.distillation is None) != (self.divergence is None):
@@ -262,6 +318,11 @@ class Method(ABC):
             texts: The N completions.
         """
         return rewards
+
+    def new_gate(self) -> EntropyGate | None:
+        """A gate in its initial state, which the module steps once an epoch with the median of the teacher's entropy
+        and saves in checkpoints; None if the method has none. A method with a gate needs entropies (`Needs`)."""
+        return None
 
     def at(self, step: int) -> Method:
         """The method after `step` optimizer steps, for settings that change during training."""

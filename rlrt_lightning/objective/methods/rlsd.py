@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rlrt_lightning.objective.methods.base import Context, Needs, TeacherWeights
+from rlrt_lightning.objective.methods.base import Context, Needs, Signals, TeacherWeights
 from rlrt_lightning.objective.methods.rlrt import RLRT
 from rlrt_lightning.objective.ratios import bounded_ratio
 
@@ -29,17 +29,34 @@ class RLSD(RLRT):
             successful rollout of the group), "solution" (the reference solution) or "feedback" (the verifier's message
             about the rollout).
         normalize_std: Divide advantages by the group's standard deviation.
-        lam_decay_steps: Decay lam linearly to 0 over this many optimizer steps; null keeps it constant.
+        contrast: Use RLRT's contrast with failed siblings (see `RLRT`), with the inverse weight; requires the context
+            "sibling". Rollouts without a failed sibling get weight 1.
+        lam_warmup_steps: Raise lam linearly from 0 over this many optimizer steps; null starts with lam.
+        lam_decay_steps: Decay lam linearly to 0 over this many optimizer steps, after its warm-up; null keeps it
+            constant.
+        thoughts_only: Apply the token weight only to tokens between <think> and </think>, as an option of the authors'
+            code does; other tokens get weight 1. See `signal/thoughts`.
     """
 
     eps_w: float = 0.2
     gated: bool = False
     context: Context = "answer"
+    thoughts_only: bool = False
 
     @property
     def needs(self) -> Needs:
         """See `Method.needs`."""
-        return super().needs if self.gated else Needs(teacher=TeacherWeights(every_n_epochs=None))
+        needs = replace(super().needs, thoughts=self.thoughts_only)
+        return needs if self.gated else replace(needs, teacher=TeacherWeights(every_n_epochs=None))
+
+    def acts_on(self, signals: Signals) -> Tensor:
+        """See `RLRT.acts_on`."""
+        acts = super().acts_on(signals)
+        if not self.thoughts_only:
+            return acts
+        if signals.thoughts is None:
+            raise ValueError("RLSD.thoughts_only needs thoughts, the tokens inside thinking tags")
+        return acts & signals.thoughts
 
     def token_weights(self, sign: Tensor, asymmetry: Tensor) -> Tensor:
         """w_t = exp(-sign(A) * D_t) = (P_T^t(y_t) / P_S^t(y_t))^sign(A), [N, T]; see `RLRT.token_weights`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlrt_lightning.objective.methods.base import Context, Credit, Needs, Signals, TeacherWeights
+from rlrt_lightning.objective.methods.base import Context, Credit, Needs, Remark, Signals, TeacherWeights
 from rlrt_lightning.objective.methods.distillation import Distilling
 
 
@@ -28,6 +28,8 @@ class SDPO(Distilling):
             "solution", "answer" or "feedback".
         success_threshold: A reward of at least this counts as success (r = 1); only successful rollouts serve as
             "sibling" contexts.
+        feedback: Also show the verifier's message about the rollout itself, after the context. Rollouts that have only
+            one of the two get that one.
     """
 
     alpha: float = 0.5
@@ -35,12 +37,19 @@ class SDPO(Distilling):
     importance_cap: float = 2.0
     context: Context = "sibling"
     success_threshold: float = 0.5
+    feedback: bool = False
     normalize_std = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feedback and self.context == "feedback":
+            raise ValueError("SDPO.feedback is true, but SDPO.context is feedback already; set another context")
 
     @property
     def needs(self) -> Needs:
         """See `Method.needs`."""
-        return Needs(top_k=self.top_k, teacher=TeacherWeights(ema_decay=0.95))
+        remark: Remark = "feedback" if self.feedback else "none"
+        return Needs(top_k=self.top_k, teacher=TeacherWeights(ema_decay=0.95), remark=remark)
 
     def credit(self, signals: Signals) -> Credit:
         """See `Method.credit`."""
