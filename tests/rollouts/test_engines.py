@@ -14,9 +14,10 @@ import torch
 
 from rlrt_lightning import ConfigError, Policy, Sampling, VllmColocateEngine, VllmServerEngine
 from rlrt_lightning.rollouts.base import Stops
+from rlrt_lightning.rollouts.vllm_client import Server, Target
 from rlrt_lightning.rollouts.vllm_colocate import part_ends
 from rlrt_lightning.rollouts.vllm_common import request
-from rlrt_lightning.rollouts.vllm_server import _Server, server_command
+from rlrt_lightning.rollouts.vllm_serve import server_command
 from rlrt_lightning.runtime.precision import half_precision
 
 
@@ -129,8 +130,8 @@ def test_a_prompt_is_read_once_for_siblings_with_a_common_beginning(length: int)
 
 def test_a_completion_begun_by_old_weights_is_requested_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another worker loads the weights into a restarted server during this request."""
-    server = _Server("http://127.0.0.1:9", 1.0, 1.0, 1)
-    server.target = "7", tmp_path
+    server = Server("http://127.0.0.1:9", 1.0, 1.0, 1)
+    server.target = Target(tmp_path / "7")
     version, answers = "", ["begun by old weights", "by new ones"]
 
     def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
