@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +92,7 @@ class LoRA:
         config = self.config
         config.base_model_name_or_path = base
         config.inference_mode = True
-        targets = (name.rpartition(".lora_A.")[0] for name in weights)
-        config.target_modules = sorted({target.rpartition(".")[2] for target in targets if target})
+        config.target_modules = adapted_layers(weights)
         config.save_pretrained(str(folder))
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -106,6 +105,12 @@ def merged(model: nn.Module, name: str, weight: Tensor) -> tuple[str, Tensor] | 
         with torch.no_grad():
             weight = weight + cast(Any, model.get_submodule(owner)).get_delta_weight("default").to(weight)
     return without_adapter(name, weight)
+
+
+def adapted_layers(names: Iterable[str]) -> list[str]:
+    """The names of the layers with adapters, such as `q_proj`, from the names of a model's tensors."""
+    layers = (name.rpartition(".lora_A.")[0] for name in names)
+    return sorted({layer.rpartition(".")[2] for layer in layers if layer})
 
 
 def unusual_target(model: PreTrainedModel) -> str | None:

@@ -25,7 +25,7 @@ from rlrt_lightning.policy.loading import (
     stand_ins,
     tensor_files,
 )
-from rlrt_lightning.policy.lora import LoRA, merged, without_adapter
+from rlrt_lightning.policy.lora import LoRA, adapted_layers, merged, without_adapter
 from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
 from rlrt_lightning.policy.tokens import reason
 from rlrt_lightning.policy.work import TokenCounter
@@ -191,6 +191,15 @@ class Policy(ForwardPasses):
             with stand_ins(model):
                 self.lora.add_to(model)
         return model
+
+    def adapted_layers(self) -> list[str]:
+        """The names of the layers with adapters, such as `q_proj`. Does not load the weights.
+
+        Raises:
+            NeedsTransformers: If the weights are not loaded and the model's initialization needs them.
+        """
+        model = self.model if hasattr(self, "model") else self._prepared(self._meta_model())
+        return adapted_layers(name for name, _ in model.named_parameters())
 
     def adopt(self, model: PreTrainedModel, half: bool = False) -> None:
         """Uses a loaded model as the policy's model.

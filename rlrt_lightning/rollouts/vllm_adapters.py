@@ -16,10 +16,15 @@ MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def adapter_settings(policy: Policy) -> dict[str, Any]:
-    """vLLM's settings for the policy's adapters: one set at a time, of the smallest accepted rank."""
+    """vLLM's settings for the policy's adapters. They name the layers, because by default vLLM also prepares the output
+    head for adapters, and then fails to compute log-probs of prompts."""
     assert policy.lora is not None
-    rank = next(allowed for allowed in MAX_RANKS if allowed >= policy.lora.rank)
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": next(allowed for allowed in MAX_RANKS if allowed >= policy.lora.rank),
+        "lora_target_modules": policy.adapted_layers(),
+    }
 
 
 def obstacle(policy: Policy, dtype: Dtype) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlrt_lightning.policy.loading import NeedsTransformers
 from rlrt_lightning.rollouts.vllm_adapters import adapter_settings, obstacle
 from rlrt_lightning.rollouts.vllm_common import head_overrides
 from rlrt_lightning.runtime.errors import ConfigError
@@ -76,11 +77,17 @@ def server_command(
 def _adapter_flags(policy: Policy, engine: VllmServerEngine) -> list[str]:
     if policy.lora is None or engine.lora == "merged":
         return []
-    if (reason := obstacle(policy, engine.dtype_for(policy))) is not None:
+    reason = obstacle(policy, engine.dtype_for(policy))
+    try:
+        settings = adapter_settings(policy) if reason is None else {}
+    except NeedsTransformers as error:
+        reason = str(error)
+    if reason is not None:
         log.info("data.engine: vLLM gets the LoRA adapters merged into the weights: %s", reason)
         return []
-    settings = adapter_settings(policy)
-    return ["--enable-lora", "--max-lora-rank", str(settings["max_lora_rank"]), "--max-loras", "1"]
+    flags = ["--enable-lora", "--max-loras", str(settings["max_loras"])]
+    flags += ["--max-lora-rank", str(settings["max_lora_rank"])]
+    return [*flags, "--lora-target-modules", *settings["lora_target_modules"]]
 
 
 def _is_loopback(host: str) -> bool:
