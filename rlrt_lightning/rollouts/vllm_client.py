@@ -89,7 +89,7 @@ class Server:
                 # If the target weights were loaded meanwhile, outdated weights may have sampled the first tokens.
                 if self._is_up_to_date() and loads == self._loads and not _is_aborted(answer):
                     return answer
-            except _UnknownAdapters:  # after a restart
+            except UnknownAdapters:  # after a restart
                 unknown += 1
                 if unknown > MAX_UNKNOWN:
                     raise
@@ -190,7 +190,7 @@ class Server:
                 f"data.engine.urls: {self.url} requires an API key: set the environment variable VLLM_API_KEY"
             )
         if answer.status_code == 404 and path == "/v1/completions":
-            raise _UnknownAdapters(f"data.engine.urls: {self.url}{path} returned 404: {answer.text[:500]}")
+            raise UnknownAdapters(f"data.engine.urls: {self.url}{path} returned 404: {answer.text[:500]}")
         if answer.status_code == 404 and not path.startswith("/v1/"):
             raise EngineError(
                 f"data.engine.urls: {self.url} has no endpoint {path}; start it with python -m rlrt_lightning serve, "
@@ -204,7 +204,7 @@ class Server:
             return {}
 
 
-class _UnknownAdapters(EngineError):
+class UnknownAdapters(EngineError):
     """The server does not have the adapters that the request names."""
 
 

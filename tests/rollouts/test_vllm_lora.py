@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlrt_lightning import LastDigit, LoRA, Policy, Rollout, Sampling, VllmColocateEngine, VllmServerEngine
 from rlrt_lightning.rollouts.vllm_adapters import MAX_RANKS
+from rlrt_lightning.rollouts.vllm_serve import server_command
 from tests.helpers.command_line import cli_exit_code, scalars
 from tests.helpers.vllm_server import ENGINE_SECONDS, VllmServer
 
@@ -29,7 +30,7 @@ pytestmark = [
 ]
 
 BLOCK = 128  # tokens in a block of vLLM's prefix cache on a CPU
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 """Largest difference in nats between vLLM's log-probs and the policy's in float32."""
 
 
@@ -45,7 +46,7 @@ def perturb(policy: Policy, seed: int) -> None:
     with torch.no_grad():
         for name, weight in policy.model.named_parameters():
             if ".lora_B." in name:
-                weight.copy_(0.02 * torch.randn(weight.shape, generator=g))
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=g))
 
 
 def draw(engine: Any, policy: Policy, prompts: list[list[int]] | None = None) -> list[Rollout]:
@@ -138,10 +139,9 @@ def test_no_prefix_of_earlier_adapters_is_reused(
     [
         ({"lora": "merged"}, {}, "data.engine.lora is merged"),
         ({}, {"rank": MAX_RANKS[-1] + 1}, "model.policy.lora.rank is 513, and vLLM's maximum is 512"),
-        ({}, {"targets": ["q_proj", "lm_head"]}, "lm_head has an adapter"),
         ({}, {"targets": ["q_proj"]}, "vLLM cannot load the adapters: a module is unknown"),
     ],
-    ids=["by setting", "rank", "head", "refused by vLLM"],
+    ids=["by setting", "rank", "refused by vLLM"],
 )
 def test_adapters_are_merged_where_vllm_cannot_compute_with_them(
     settings: dict[str, Any],
@@ -152,7 +152,7 @@ def test_adapters_are_merged_where_vllm_cannot_compute_with_them(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine, policy = VllmColocateEngine(**settings), with_adapters(**adapters)
-    if "refused" in reason or "unknown" in reason:
+    if "unknown" in reason:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         def refuse(self: LLMEngine, request: Any) -> bool:
@@ -177,7 +177,26 @@ def test_vllm_accepts_every_listed_maximum_rank() -> None:
     assert [LoRAConfig(max_lora_rank=rank).max_lora_rank for rank in MAX_RANKS] == list(MAX_RANKS)
 
 
-LORA = ("--model.policy.lora.rank=4", "--optimizer.lr=1e-3", "--data.prompts_per_epoch=16")
+def test_a_server_is_started_for_the_policys_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def command(policy: Policy, **settings: Any) -> list[str]:
+        return server_command(policy, VllmServerEngine(["http://127.0.0.1:1"], **settings), "127.0.0.1", 1, [])
+
+    policy = Policy(lora=LoRA(rank=9))
+    flags = command(policy)
+    begin = flags.index("--enable-lora")
+    layers = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    expected = ["--enable-lora", "--max-loras", "1", "--max-lora-rank", "16", "--lora-target-modules", *layers]
+    assert flags[begin : begin + len(expected)] == expected
+    assert not hasattr(policy, "model"), "the weights are not loaded"
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=30)).save_pretrained(tmp_path)
+    assert "--enable-lora" not in command(Policy(path=str(tmp_path), lora=LoRA()))
+    assert "--enable-lora" not in command(policy, lora="merged")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "--enable-lora" not in command(policy, dtype="float32")
+    assert "--enable-lora" in command(policy, dtype="bfloat16")
+
+
+LORA = ("--model.policy.lora.rank=4", "--model.optimizer.lr=1e-3", "--data.prompts_per_epoch=16")
 
 
 def test_a_run_with_adapters_resumes_exactly(tmp_path: Path, sent: Counter[str]) -> None:
