@@ -70,6 +70,7 @@ def test_a_server_that_scores_has_few_tokens_in_a_step(cuda: bool, monkeypatch: 
     assert ("--no-enable-chunked-prefill" in command) != cuda
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_adapters_of_head_and_embeddings_are_merged(target: str) -> None:
     engine, policy = VllmServerEngine(["http://127.0.0.1:8000"]), Policy(lora=LoRA(targets=["q_proj", target]))
