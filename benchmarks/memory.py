@@ -1,6 +1,7 @@
 """Memory per GPU for each strategy: a formula for any model, and its check against two CPU processes.
 
 python benchmarks/memory.py                     # the table for the recipes' models
+python benchmarks/memory.py --recipes           # the estimates in the recipes
 python benchmarks/memory.py --check             # formula and measurement for a model of 250 M weights in float32
 python benchmarks/memory.py --loading           # the peak of each rank's host memory while it loads the weights
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -17,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import Mock, patch
 
 import torch
@@ -27,6 +29,14 @@ from rlrt_lightning.policy import memory
 
 GB = 10**9
 FP32, BF16 = memory.FP32, 2
+
+QWEN3 = {
+    "0.6B": (1024, 3072, 28, 16),
+    "1.7B": (2048, 6144, 28, 16),
+    "4B": (2560, 9728, 36, 32),
+    "8B": (4096, 12288, 36, 32),
+}
+"""Hidden size, intermediate size, layers and attention heads, from the models' config.json."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +93,26 @@ def fetched(model: Model, strategy: str, base: int) -> float:
     return memory.gathered(base * outside, BF16 * model.layer) if strategy == "fsdp2" else 0.0
 
 
-def table(ranks: int) -> str:
-    """The table in docs/strategies.md."""
+def qwen3(size: str) -> Any:
+    """The configuration of a Qwen3 model."""
     from transformers import Qwen3Config
 
-    # Dimensions from the models' config.json: hidden and intermediate size, layers, attention heads.
-    dimensions = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16)}
-    dimensions |= {"4B": (2560, 9728, 36, 32), "8B": (4096, 12288, 36, 32)}
-    models = [
-        Model.of(
-            f"Qwen3-{name}",
-            Qwen3Config(
-                vocab_size=151936,
-                hidden_size=hidden,
-                intermediate_size=inner,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=8,
-                head_dim=128,
-                tie_word_embeddings=name != "8B",
-            ),
-        )
-        for name, (hidden, inner, layers, heads) in dimensions.items()
-    ]
+    hidden, inner, layers, heads = QWEN3[size]
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=size != "8B",
+    )
+
+
+def table(ranks: int) -> str:
+    """The table in docs/strategies.md."""
+    models = [Model.of(f"Qwen3-{size}", qwen3(size)) for size in QWEN3]
     lines = [
         "| strategy | trained | teacher's weights | " + " | ".join(f"{m.name}, GB" for m in models) + " |",
         "| --- | --- | --- | " + " | ".join("---:" for _ in models) + " |",
@@ -122,6 +129,86 @@ def table(ranks: int) -> str:
                     sizes.append(f"{total / GB:.1f}")
                 trained = "adapters (bf16 base)" if lora else "all, float32"
                 lines.append(f"| {where} | {trained} | {teacher} | {' | '.join(sizes)} |")
+    return "\n".join(lines)
+
+
+# -- the recipes ---------------------------------------------------------------------------------------------------
+
+
+class RecipeMemory(NamedTuple):
+    """Memory of a GPU that trains a recipe, in bytes, as `MemoryEstimate` estimates it at the start of a run.
+
+    Args:
+        gpu: The GPU's memory, from the first line of the recipe.
+        tokens: Padded tokens of the largest training pass.
+        held: Weights, gradients and the optimizer's state.
+        training: What the largest training pass needs besides.
+        rollouts: What vLLM needs besides during rollouts.
+    """
+
+    gpu: float
+    tokens: int
+    held: float
+    training: float
+    rollouts: float
+
+    @property
+    def peak(self) -> float:
+        """The most that exists at the same time."""
+        return self.held + max(self.training, self.rollouts)
+
+    @classmethod
+    def of(cls, path: Path) -> RecipeMemory:
+        """Estimates the memory of a recipe for a Qwen3 model."""
+        from transformers import AutoModelForCausalLM
+
+        policy, data, trainer = (section(path, name) for name in ("model", "data", "trainer"))
+        policy = policy["policy"]
+        config = qwen3(re.findall(r"[\d.]+B", policy["path"])[0])
+        with torch.device("meta"):
+            loaded = AutoModelForCausalLM.from_config(config)
+        model, sharded = Model.of(path.stem, config), trainer.get("strategy") == "fsdp"
+        strategy, residual = ("fsdp2", BF16) if sharded else ("one GPU", FP32)
+        tokens = data["tokens_per_pass"]
+        parts = memory.training_pass(
+            memory.Shape.of(loaded),
+            tokens,
+            length=data["max_prompt_tokens"] + data["sampling"]["max_new_tokens"],
+            chunk=min(1024, tokens),  # the default of model.policy.logits_chunk
+            residual=residual,
+            computed=BF16,
+            checkpointing=policy.get("gradient_checkpointing", False),
+        )
+        copies = fetched(model, strategy, FP32) if sharded else memory.cast_weights(loaded, BF16)
+        gpu = GB * float(re.findall(r"of (\d+) GB", path.read_text(encoding="utf-8"))[0])
+        return cls(
+            gpu,
+            tokens,
+            held(model, strategy, trainer["devices"], "policy", lora=False),
+            sum(parts.values()) + copies,
+            gpu * data["engine"]["init_args"]["memory"],
+        )
+
+
+def section(recipe: Path, name: str) -> Any:
+    """A section of a recipe, which may be a file of its own."""
+    import yaml
+
+    found = yaml.safe_load(recipe.read_text(encoding="utf-8"))[name]
+    return yaml.safe_load((recipe.parent / found).read_text(encoding="utf-8")) if isinstance(found, str) else found
+
+
+def recipes_table() -> str:
+    """The table of the recipes."""
+    lines = [
+        "| recipe | GPU, GB | tokens of a pass | held, GB | training pass, GB | vLLM, GB | peak, GB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for path in sorted((Path(__file__).parents[1] / "configs/recipes").glob("*.yaml")):
+        found = RecipeMemory.of(path)
+        sizes = (found.held, found.training, found.rollouts, found.peak)
+        row = " | ".join(f"{size / GB:.1f}" for size in sizes)
+        lines.append(f"| `{path.stem}` | {found.gpu / GB:.0f} | {found.tokens:,} | {row} |")
     return "\n".join(lines)
 
 
@@ -309,6 +396,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare the formula with two CPU processes")
+    parser.add_argument("--recipes", action="store_true", help="the estimate of each recipe")
     parser.add_argument("--loading", action="store_true", help="measure the peak while the weights are loaded")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs in the fsdp2 rows of the table")
     parser.add_argument("--rank", nargs=4, help=argparse.SUPPRESS)
@@ -319,6 +407,8 @@ def main() -> None:
         one_rank(strategy, teacher, bool(int(lora)), Path(folder))
     elif words.load:
         load_one(words.load[0], Path(words.load[1]))
+    elif words.recipes:
+        print(recipes_table())
     elif words.loading:
         print(loading())
     else:

@@ -11,12 +11,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.run_files import claim_path, occupied
 
+from .model_card import model_card
+
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
 
 
 class HFExport(Callback):
-    """Writes the policy and its tokenizer to a folder that transformers and vLLM can load, at the end of training.
+    """Writes the policy and its tokenizer to a folder that transformers and vLLM can load, at the end of training, with
+    a model card (README.md) that states base model, data, method, settings and the scores of the last evaluation.
 
     Args:
         path: The folder, new or empty when training starts; null is `export` in the run's folder.
@@ -60,6 +63,7 @@ class HFExport(Callback):
                 policy.model.save_pretrained(folder, state_dict=weights)
         if write:
             policy.tokenizer.save_pretrained(folder)
+            model_card(trainer, cast("RLRTModule", pl_module), self.adapter).save(folder / "README.md")
             rank_zero_info(f"exported the policy to {folder}")
         self._written = True
 

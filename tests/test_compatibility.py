@@ -9,8 +9,9 @@ from packaging.version import Version
 
 from tests.helpers.processes import ROOT
 
-UNTESTED_FLOORS = {"setuptools", "torch", "pytest-xdist", "ruff", "mypy", "vllm", "trl", "gguf"}
-"""torch is pinned in ci.txt, the tools check the code and are not called by it, and the others have separate
+BUILDERS = {"setuptools", "sphinx", "furo", "myst-parser"}
+UNTESTED_FLOORS = BUILDERS | {"torch", "pytest-xdist", "ruff", "mypy", "vllm", "trl", "gguf"}
+"""torch is pinned in ci.txt, tools build or check the code and are not called by it, and the others have separate
 environments."""
 
 

@@ -56,6 +56,8 @@ def test_a_run_writes_pictures_samples_and_its_config(run4: Path) -> None:
     assert "signal/asymmetry" in log.Tags()["histograms"]
     assert any(tag.startswith("samples/heldout") for tag in log.Tags()["tensors"])
     assert "lam: 0.5" in (folder / "config.yaml").read_text()
+    (score,) = [value for step, value in scalars(run4)["eval/longer/avg@8"] if step == 7]
+    assert f"| longer | avg@8 | {score:.3f} |" in (folder / "export" / "README.md").read_text()
 
 
 def test_the_export_holds_the_trained_weights_and_loads_in_transformers(run4: Path) -> None:

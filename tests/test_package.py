@@ -24,6 +24,10 @@ Policy().tokenizer
 assert c.TeacherRefresh.__module__ == "rlrt_lightning.callbacks.teacher_refresh", c.TeacherRefresh.__module__
 print(c.__file__)
 """
+PRINT_RECIPE = """
+from rlrt_lightning.__main__ import main
+main(["fit", "--config", "recipes/gsm8k-qwen3-0.6b", "--print_config"])
+"""
 
 
 def run_python(code: str, *paths: Path, cwd: Path) -> str:
@@ -83,10 +87,10 @@ def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", slow_except(["wheel", "editable"], "wheel"))
-def test_an_installed_package_has_the_callbacks_and_the_model(how: str, tmp_path: Path) -> None:
+def test_an_installed_package_has_the_callbacks_the_model_and_the_configs(how: str, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"  # a copy, since a build writes into its source folder
-    for part in ("rlrt_lightning", "callbacks"):
+    for part in ("rlrt_lightning", "callbacks", "configs"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source / part)
@@ -101,6 +105,9 @@ def test_an_installed_package_has_the_callbacks_and_the_model(how: str, tmp_path
         zipfile.ZipFile(wheel).extractall(tmp_path / "site")
         where = run_python(PRINT_CALLBACKS_PATH, tmp_path / "site", cwd=tmp_path)
         assert where == str(tmp_path / "site" / "rlrt_lightning" / "callbacks" / "__init__.py")
+        printed = run_python(PRINT_RECIPE, tmp_path / "site", cwd=tmp_path)
+        assert "path: Qwen/Qwen3-0.6B" in printed
+        assert "train: openai/gsm8k:main:train" in printed, "a section in a file of its own"
     else:
         target = ["--no-deps", "--target", str(tmp_path / "site")]
         subprocess.run([*pip, "install", *target, "--editable", str(source)], check=True)

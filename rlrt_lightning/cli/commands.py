@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
 from rlrt_lightning.cli.argument_errors import RLRTParser
+from rlrt_lightning.cli.config_names import with_config_files
 from rlrt_lightning.cli.refusals import constructor_error, setting_of
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.module import RLRTModule
@@ -75,7 +76,7 @@ class RLRTCli(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
-        words = sys.argv[1:] if args is None else args
+        args = words = with_config_files(sys.argv[1:] if args is None else args)
         commands = self.subcommands()
         if words and words[0] in commands:
             # Building a parser takes 0.2 s; the other commands' parsers are not needed.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from rlrt_lightning.policy.model import Policy  # under TYPE_CHECKING the command line would parse this file 85 times
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.tasks.base import Verdict
+
+if TYPE_CHECKING:
+    from rlrt_lightning.policy.model import Policy
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,8 @@ class ScoringEngine(Protocol):
         """
 
 
-@runtime_checkable
-class RolloutEngine(Protocol):
-    """Generates rollouts from the policy. Implementations hold only settings until `sync` loads the weights."""
+class RolloutEngine(ABC):
+    """Generates rollouts from the policy. Subclasses hold only settings until `sync` loads the weights."""
 
     cuts_before_logp: bool = False
     """Whether `logp_sampler` is computed after truncation by top-p, top-k and min-p, unlike the policy's log-probs."""
@@ -177,17 +179,16 @@ class RolloutEngine(Protocol):
         """Whether it has weights to sample from."""
         return True
 
+    @abstractmethod
     def sync(self, policy: Policy) -> None:
         """Loads the policy's current weights. Called before rollouts if they have changed or the engine is not
         `ready`."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 (most engines have nothing to free)
         """Frees the memory that is not needed until the next rollouts."""
-        return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Shuts down what the engine has started; `sync` starts it again."""
-        return None
 
     def device_bytes(self, policy: Policy, available: int | None) -> tuple[float, float]:
         """Estimates the memory that it takes on the policy's device, besides the policy's own weights and a key-value
@@ -202,6 +203,7 @@ class RolloutEngine(Protocol):
         """
         return 0.0, 0.0
 
+    @abstractmethod
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[Rollout]:

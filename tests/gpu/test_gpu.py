@@ -21,6 +21,7 @@ from rlrt_lightning.policy.padding import pad_sequences
 from rlrt_lightning.policy.sharding import FSDP2Strategy
 from rlrt_lightning.rollouts import TransformersEngine
 from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE, LastDigit
+from tests.helpers.live_memory import training_pass
 from tests.helpers.sampling import draw_rollouts
 from tests.helpers.tiny import tiny_policy
 
@@ -123,6 +124,26 @@ def test_long_sequences_take_the_flash_kernel_and_memory_grows_linearly() -> Non
     peaks = [long_pass(policy, length) for length in (4096, 8192, 16_384)]
     assert peaks[1] < 2.2 * peaks[0]
     assert peaks[2] < 2.2 * peaks[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_training_pass_needs_about_as_much_memory_as_estimated(half: bool, checkpointing: bool) -> None:
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+    }
+    policy = tiny_policy("qwen3", {**sizes, "max_position_embeddings": 2048}, gradient_checkpointing=checkpointing)
+    policy._prepared(on_gpu(policy).model)
+    train, estimated = training_pass(policy, rows=8, length=2048, half=half)
+    train()  # the gradients exist from now on, and cuBLAS has its workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train()
+    assert 0.85 < estimated / (torch.cuda.max_memory_allocated() - before) < 1.15
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

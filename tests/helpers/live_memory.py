@@ -1,14 +1,19 @@
-"""The memory of the tensors that exist while a block runs, on any device and without a clock."""
+"""The memory of the tensors that exist while a block runs, on any device and without a clock, and a training pass to
+measure."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from rlrt_lightning import Policy
+from rlrt_lightning.policy import memory
 
 
 class LiveMemory(TorchDispatchMode):
@@ -43,3 +48,34 @@ class LiveMemory(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self._now -= self._sizes.pop(key)
+
+
+def training_pass(policy: Policy, rows: int, length: int, half: bool) -> tuple[Callable[[], None], float]:
+    """A training pass of random tokens, and the bytes that it is estimated to need.
+
+    Args:
+        policy: A policy with the embedded tokenizer.
+        rows: Number of sequences.
+        length: Tokens of each.
+        half: Whether it runs under bfloat16 autocast.
+    """
+    device, weight = policy.device, next(policy.model.parameters()).itemsize
+    ids = torch.randint(2, 57, (rows, length), device=device)
+    mask = torch.ones_like(ids)
+    response = (torch.arange(length, device=device) >= 16).expand(rows, -1)
+
+    def train() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logp, entropy = policy.log_probs(ids, mask, response)
+        (logp + entropy).sum().backward()
+
+    parts = memory.training_pass(
+        memory.Shape.of(policy.model, policy.attention),
+        rows * length,
+        length,
+        policy.tokens_with_logits(rows * length),
+        weight,
+        2 if half else weight,
+        policy.gradient_checkpointing,
+    )
+    return train, sum(parts.values()) + memory.cast_weights(policy.model, 2 if half else weight)

@@ -76,10 +76,9 @@ def tiny_policy(architecture: str = "qwen3", overrides: dict[str, Any] | None = 
     config = AutoConfig.for_model(
         architecture, **{**SMALL, **{**ARCHITECTURES, **MORE}[architecture], **(overrides or {})}
     )
-    made = Policy(**settings)
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager" if architecture in ("gemma2", "recurrent_gemma") else "sdpa"
-    )
+    eager = {"attention": "eager"} if architecture in ("gemma2", "recurrent_gemma") else {}
+    made = Policy(**{**eager, **settings})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=made.attention)
     with torch.no_grad():
         for p in model.parameters():  # the default initialization is too flat to reveal errors
             if p.dim() > 1:

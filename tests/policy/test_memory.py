@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from benchmarks.memory import RecipeMemory
 from rlrt_lightning import LastDigit, Policy, Sampling, TransformersEngine
 from rlrt_lightning.callbacks import TeacherRefresh, memory_estimate
 from rlrt_lightning.callbacks.memory_estimate import Estimate, estimate
@@ -19,7 +21,9 @@ from rlrt_lightning.policy import memory
 from rlrt_lightning.policy.lora import LoRA
 from rlrt_lightning.runtime.optimizers import state_bytes
 from tests.helpers.epochs import fit_and_record
-from tests.helpers.live_memory import LiveMemory
+from tests.helpers.live_memory import LiveMemory, training_pass
+from tests.helpers.processes import ROOT
+from tests.helpers.recipes import RECIPES
 from tests.helpers.tiny import tiny_policy
 
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "head_dim": 32, "vocab_size": 3000}
@@ -97,31 +101,16 @@ def test_a_training_pass_needs_about_as_much_as_estimated(
     architecture: str, attention: str, checkpointing: bool, dtype: torch.dtype, half: bool
 ) -> None:
     """Within 15 % of the bytes of the tensors that exist at the same time, with `half` under autocast."""
-    policy = tiny_policy(architecture, {**SIZES, "max_position_embeddings": 512}, logits_chunk=64)
-    policy.model.set_attn_implementation(attention)
+    policy = tiny_policy(architecture, {**SIZES, "max_position_embeddings": 512}, logits_chunk=64, attention=attention)
     policy.model.to(dtype)
     policy.gradient_checkpointing = checkpointing
     policy._prepared(policy.model)
-    rows, length = 4, 256
-    ids = torch.randint(2, 57, (rows, length))
-    mask = torch.ones_like(ids)
-    response = (torch.arange(length) >= 16).expand(rows, -1)
-
-    def train() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            logp, entropy = policy.log_probs(ids, mask, response)
-        (logp + entropy).sum().backward()
-
+    train, estimated = training_pass(policy, rows=4, length=256, half=half)
     train()  # the gradients exist from now on
-    existing = [*policy.parameters(), *policy.buffers(), *(p.grad for p in policy.parameters()), ids, mask, response]
+    existing = [*policy.parameters(), *policy.buffers(), *(p.grad for p in policy.parameters())]
     with LiveMemory(existing) as live:
         train()
-    size = dtype.itemsize
-    parts = memory.training_pass(
-        memory.Shape.of(policy.model, attention), rows * length, length, 64, size, 2 if half else size, checkpointing
-    )
-    found = sum(parts.values()) + memory.cast_weights(policy.model, 2 if half else size)
-    assert 0.85 < found / live.peak < 1.15
+    assert 0.85 < estimated / live.peak < 1.15
 
 
 @pytest.mark.parametrize(
@@ -207,6 +196,16 @@ def test_a_run_that_may_not_fit_is_warned_about_and_continues(
         for setting in ("data.tokens_per_pass", "model.policy.gradient_checkpointing=true", "trainer.strategy=fsdp"):
             assert setting in warned[0]
         assert warned[0].index("data.tokens_per_pass") < warned[0].index("trainer.strategy"), "the largest part first"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_states_the_estimate_and_fits_on_its_gpu(name: str) -> None:
+    path = ROOT / "configs/recipes" / f"{name}.yaml"
+    found = RecipeMemory.of(path)
+    paragraph = path.read_text(encoding="utf-8").split("\n#\n")[1]
+    stated = [float(size) for size in re.findall(r"([\d.]+) GB", paragraph.replace("\n#", ""))]
+    assert stated == [round(size / 1e9, 1) for size in (found.peak, found.held, found.training, found.rollouts)]
+    assert found.peak < 0.9 * found.gpu, "the CUDA context and fragmentation need some"
 
 
 def test_the_memory_of_a_cpu_is_shared_by_its_processes() -> None:

@@ -147,7 +147,7 @@ def test_a_recipe_trains_and_evaluates(recipe: str, tmp_path: Path) -> None:
         "--data.sampling.max_new_tokens=64",
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
-        "--trainer.accumulate_grad_batches=2",
+        "--data.tokens_per_pass=3072",
         "--trainer.max_epochs=2",
         "--trainer.check_val_every_n_epoch=2",
         "--trainer.enable_progress_bar=false",
