@@ -22,7 +22,7 @@ from torch import Tensor
 from rlrt_lightning import LoRA, Policy, Sampling, VllmColocateEngine
 
 WAYS = ("merged", "auto")
-SYNCS = 5  # measured in each process
+SYNCS = 3  # measured in each process
 
 
 class CountingEngine(VllmColocateEngine):
