@@ -49,7 +49,9 @@ class HFExport(Callback):
         policy = cast("RLRTModule", pl_module).policy
         write = trainer.is_global_zero
         if self.adapter and policy.lora is not None:
-            policy.lora.save(policy.model, folder, policy.path, write)
+            adapter = policy.lora.weights(policy.model)  # on every rank, because the weights may be sharded
+            if write:
+                policy.lora.write(adapter, folder, policy.path)
         else:
             weights = {}
             for name, tensor in policy.merged_weights():  # on every rank, because the weights may be sharded

@@ -18,7 +18,8 @@ from rlrt_lightning.analysis.shift import Shift
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.rollouts.vllm_common import require_vllm
-from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, server_command, server_environment
+from rlrt_lightning.rollouts.vllm_serve import server_command, server_environment
+from rlrt_lightning.rollouts.vllm_server import VllmServerEngine
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.precision import half_precision
 
@@ -111,13 +112,15 @@ class InstrumentTrainer(Trainer):
             port: Port to listen on.
             flags: Additional flags of vLLM, such as ["--tensor-parallel-size", "2"].
         """
-        engine, policy = cast(RolloutDataModule, datamodule).engine, cast(RLRTModule, model).policy
+        engine, module = cast(RolloutDataModule, datamodule).engine, cast(RLRTModule, model)
         if not isinstance(engine, VllmServerEngine):
             raise ConfigError("serve needs data.engine=VllmServerEngine, and the config has another engine")
         require_vllm("serve")
         engine.half = half_precision(self)
         # vLLM replaces this process, so that signals and the exit code are its own.
-        os.execve(sys.executable, server_command(policy, engine, host, port, flags or []), server_environment())
+        scores = module.teacher.scored_by == "engine"
+        command = server_command(module.policy, engine, host, port, flags or [], scores)
+        os.execve(sys.executable, command, server_environment())
 
     def _attach(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,27 +66,33 @@ class LoRA:
         except ValueError as error:
             raise ConfigError(f"model.policy.lora: {first_line(error)}") from error
 
-    def save(self, model: PreTrainedModel, folder: Path, base: str, write: bool) -> None:
-        """Writes the adapters as a folder that peft and vLLM can load on top of the base model.
+    def weights(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The adapters' full weights on the CPU, under peft's names. Collective if the weights are sharded.
 
         Args:
             model: The model with the adapters.
-            folder: The folder to write.
-            base: Path or Hugging Face id of the base model.
-            write: Whether this rank writes. All ranks have to call this if the weights are sharded.
+            dtype: Data type of the result; None keeps the model's.
         """
         from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
         state = get_peft_model_state_dict(model)
-        weights = {f"base_model.model.{name}": whole(tensor).cpu().contiguous() for name, tensor in state.items()}
-        if not write:
-            return
+        full = {name: whole(tensor).detach() for name, tensor in state.items()}
+        return {f"base_model.model.{name}": tensor.to("cpu", dtype=dtype).contiguous() for name, tensor in full.items()}
+
+    def write(self, weights: dict[str, Tensor], folder: Path, base: str) -> None:
+        """Writes the adapters as a folder that peft and vLLM can load on top of the base model.
+
+        Args:
+            weights: The result of `weights`.
+            folder: The folder to write.
+            base: Path or Hugging Face id of the base model.
+        """
+        from safetensors.torch import save_file
+
         config = self.config
         config.base_model_name_or_path = base
         config.inference_mode = True
-        targets = (name.rpartition(".lora_A.")[0] for name in state)
-        config.target_modules = sorted({target.rpartition(".")[2] for target in targets if target})
+        config.target_modules = adapted_layers(weights)
         config.save_pretrained(str(folder))
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -94,12 +100,36 @@ class LoRA:
 def merged(model: nn.Module, name: str, weight: Tensor) -> tuple[str, Tensor] | None:
     """A tensor of a model's state dict with its adapter merged into it, and its name in a checkpoint without adapters;
     None for a tensor of an adapter."""
-    if ".lora_" in name:
-        return None
     owner, base, kind = name.rpartition(".base_layer.")
     if base and kind == "weight":
         with torch.no_grad():
             weight = weight + cast(Any, model.get_submodule(owner)).get_delta_weight("default").to(weight)
+    return without_adapter(name, weight)
+
+
+def adapted_layers(names: Iterable[str]) -> list[str]:
+    """The names of the layers with adapters, such as `q_proj`, from the names of a model's tensors."""
+    layers = (name.rpartition(".lora_A.")[0] for name in names)
+    return sorted({layer.rpartition(".")[2] for layer in layers if layer})
+
+
+def unusual_target(model: PreTrainedModel) -> str | None:
+    """The name of a layer with an adapter that is the output head or not linear; None if there is none."""
+    from peft.tuners.lora import LoraLayer
+
+    head = model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and (layer is head or not isinstance(layer.get_base_layer(), nn.Linear)):
+            return name
+    return None
+
+
+def without_adapter(name: str, weight: Tensor) -> tuple[str, Tensor] | None:
+    """A tensor of a model's state dict and its name in a checkpoint without adapters; None for a tensor of an
+    adapter."""
+    if ".lora_" in name:
+        return None
+    owner, base, kind = name.rpartition(".base_layer.")
     return (f"{owner}.{kind}" if base else name), weight
 
 

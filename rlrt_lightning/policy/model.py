@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, final
 
@@ -24,7 +25,7 @@ from rlrt_lightning.policy.loading import (
     stand_ins,
     tensor_files,
 )
-from rlrt_lightning.policy.lora import LoRA, merged
+from rlrt_lightning.policy.lora import LoRA, adapted_layers, merged, without_adapter
 from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
 from rlrt_lightning.policy.tokens import reason
 from rlrt_lightning.policy.work import TokenCounter
@@ -191,6 +192,15 @@ class Policy(ForwardPasses):
                 self.lora.add_to(model)
         return model
 
+    def adapted_layers(self) -> list[str]:
+        """The names of the layers with adapters, such as `q_proj`. Does not load the weights.
+
+        Raises:
+            NeedsTransformers: If the weights are not loaded and the model's initialization needs them.
+        """
+        model = self.model if hasattr(self, "model") else self._prepared(self._meta_model())
+        return adapted_layers(name for name, _ in model.named_parameters())
+
     def adopt(self, model: PreTrainedModel, half: bool = False) -> None:
         """Uses a loaded model as the policy's model.
 
@@ -232,10 +242,20 @@ class Policy(ForwardPasses):
         """The weights with adapters merged into them, one at a time, by their names in a checkpoint. Includes a head
         that is tied to the embeddings, because a sampler may keep a separate packed copy of it. Collective if the
         weights are sharded: all ranks have to iterate, and each gets full tensors."""
-        state = self.model.state_dict()
-        for name, tensor in state.items():
-            if (pair := merged(self.model, name, tensor)) is not None:
+        return self._full_weights(partial(merged, self.model))
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Like `merged_weights`, without the adapters."""
+        return self._full_weights(without_adapter)
+
+    def _full_weights(
+        self, renamed: Callable[[str, Tensor], tuple[str, Tensor] | None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        names = set()
+        for name, tensor in self.model.state_dict().items():
+            if (pair := renamed(name, tensor)) is not None:
+                names.add(pair[0])
                 yield pair[0], whole(pair[1]).detach()
         head = self.model.get_output_embeddings()
-        if head is not None and "lm_head.weight" not in state:
+        if head is not None and "lm_head.weight" not in names:
             yield "lm_head.weight", whole(cast(Tensor, head.weight)).detach()

@@ -91,7 +91,7 @@ class Measured:
 
 
 def policy_log_probs(
-    policy: Policy, sequences: Sequences, dtype: Dtype, temperature: float = 1.0
+    policy: Policy, sequences: Sequences, dtype: Dtype, temperature: float = 1.0, merged: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """`rounded` and `exact` of `Measured`. Collective if the weights are sharded.
 
@@ -100,6 +100,7 @@ def policy_log_probs(
         sequences: Sequences with N response tokens in total.
         dtype: The engine's dtype.
         temperature: Divides the logits.
+        merged: Whether adapters are merged into the engine's weights.
     """
 
     def score(half: bool) -> Tensor:
@@ -112,7 +113,7 @@ def policy_log_probs(
     # No float32 reference: half-precision weights are not cast up, shards are gathered in half precision, and merged
     # adapters are rounded only after the sum.
     half_weights = any(weight.dtype != torch.float32 for weight in policy.model.parameters())
-    if half_weights or policy.lora is not None or isinstance(policy.model, FSDPModule):
+    if half_weights or (policy.lora is not None and merged) or isinstance(policy.model, FSDPModule):
         return rounded, None
     with weights_rounded(policy.model, getattr(torch, dtype)):
         return rounded, score(False)
@@ -174,15 +175,14 @@ class Probe:
         sequences = [(list(prompt[:1]), list(prompt[1:])) for prompt in distinct[:PROBE_PROMPTS]]
         return cls(sequences, torch.tensor(chosen, dtype=torch.bool))
 
-    def measure(self, policy: Policy, dtype: Dtype, engine: Sequence[Tensor]) -> Measured:
-        """Adds the policy's log-probs to an engine's.
+    def measured(self, engine: Sequence[Tensor], rounded: Tensor, exact: Tensor | None) -> Measured:
+        """The log-probs of the chosen tokens.
 
         Args:
-            policy: The policy.
-            dtype: The engine's dtype.
             engine: The engine's log-probs of `sequences`.
+            rounded: The first result of `policy_log_probs` for `sequences`.
+            exact: The second.
         """
-        rounded, exact = policy_log_probs(policy, self.sequences, dtype)
         chosen = self.chosen
         own = torch.cat([torch.empty(0), *engine])[chosen]
         return Measured(own, rounded[chosen], None if exact is None else exact[chosen])
@@ -202,18 +202,21 @@ def skipped(before: Measured, after: Measured) -> str | None:
     return None
 
 
-def deviating(first: Measured, after: Measured, dtype: Dtype) -> str | None:
+def deviating(first: Measured, after: Measured, dtype: Dtype, tolerance: float | None = None) -> str | None:
     """Whether the engine's log-probs differ from the policy's by more than rounding explains.
 
     Args:
         first: After the first sync.
-        after: After a later sync.
+        after: After the same sync or a later one.
         dtype: The engine's dtype.
+        tolerance: Largest mean |difference| that is always accepted, in nats.
     """
     if not len(after.engine):
         return None
     limit = after.limit(dtype)
-    if dtype == "float32":
+    if tolerance is not None:
+        limit = max(limit, tolerance)
+    elif dtype == "float32":
         limit = min(limit, MAX_GROWTH * max(float(first.difference.mean()), MIN_FLOAT32))
     mean = float(after.difference.mean())
     if mean <= limit:  # never true for NaN

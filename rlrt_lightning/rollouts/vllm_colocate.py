@@ -7,14 +7,19 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
+from rlrt_lightning.rollouts.vllm_adapters import adapter_settings, obstacle
 from rlrt_lightning.rollouts.vllm_common import (
+    AdapterRefused,
     EngineError,
     VllmEngine,
     as_rollout,
@@ -22,7 +27,7 @@ from rlrt_lightning.rollouts.vllm_common import (
     request,
     require_vllm,
 )
-from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.runtime.precision import Dtype
 
 if TYPE_CHECKING:
@@ -40,7 +45,8 @@ MAX_LONG = 4
 
 class VllmColocateEngine(VllmEngine):
     """Samples with vLLM in the training process. The weights are copied into vLLM tensor by tensor before each epoch's
-    rollouts. On a GPU, vLLM sleeps during training and frees its memory.
+    rollouts; with LoRA only the adapters, after the first copy. On a GPU, vLLM sleeps during training and frees its
+    memory; with LoRA it keeps the base weights in CPU memory meanwhile.
 
     With top-p, top-k or min-p the log-probs are those of the truncated distribution.
 
@@ -58,6 +64,9 @@ class VllmColocateEngine(VllmEngine):
             sync; null means 1e-4 in float32, and in half precision four times the policy's own rounding on the same
             tokens.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
+        lora: How vLLM gets the adapters of `model.policy.lora`: auto sends them separately if vLLM can compute with
+            them, which keeps updates that rounding would lose in merged half-precision weights; merged adds them to the
+            weights at each sync, which samples faster.
     """
 
     def __init__(
@@ -71,8 +80,9 @@ class VllmColocateEngine(VllmEngine):
         sleep: bool = True,
         tolerance: float | None = None,
         check_rollouts: int = 4,
+        lora: Literal["auto", "merged"] = "auto",
     ) -> None:
-        super().__init__(dtype, tolerance, check_rollouts)
+        super().__init__(dtype, tolerance, check_rollouts, lora)
         for name, value, good, range_ in (
             ("max_rows", max_rows, max_rows >= 1, "at least 1"),
             ("memory", memory, 0 < memory <= 1, "above 0 and at most 1"),
@@ -89,6 +99,8 @@ class VllmColocateEngine(VllmEngine):
         self.enforce_eager = enforce_eager
         self.sleep = sleep
         self._llm: Any = None
+        self._adapter: Any = None  # vLLM's request for the current adapters
+        self._adapters_sent = 0
         self._group: Any = None
         self._awake = False
         self._requests = 0
@@ -102,7 +114,8 @@ class VllmColocateEngine(VllmEngine):
     def release(self) -> None:
         """See `RolloutEngine.release`."""
         if self._llm is not None and self._awake and self.sleep and torch.cuda.is_available():
-            self._llm.sleep(level=2)  # also discards the weights, since the next sync sends them anyway
+            # Level 2 discards the weights, which the next sync sends anyway, unless it sends only adapters.
+            self._llm.sleep(level=1 if self._separate else 2)
             self._awake = False
 
     def device_bytes(self, policy: Policy, available: int | None) -> tuple[float, float]:
@@ -114,7 +127,31 @@ class VllmColocateEngine(VllmEngine):
         taken = getattr(torch, self.dtype_for(policy)).itemsize * weights / self.tensor_parallel
         return (taken + self.cpu_cache_gb * 2**30,) * 2
 
-    def _send_weights(self, policy: Policy) -> None:
+    def _obstacle(self, policy: Policy) -> str | None:
+        return super()._obstacle(policy) or obstacle(policy, self.dtype_for(policy))
+
+    def _send_weights(self, policy: Policy, weights: Iterator[tuple[str, Tensor]]) -> None:
+        with self._updating(policy) as llm:
+            self._adapter = None
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def _send_adapters(self, policy: Policy, weights: dict[str, Tensor]) -> None:
+        from vllm.lora.request import LoRARequest
+
+        assert policy.lora is not None
+        self._adapters_sent += 1
+        name = f"rlrt-{self._adapters_sent}"  # a new one, since it is part of the keys of the prefix cache
+        with self._updating(policy) as llm, TemporaryDirectory(prefix="rlrt-adapter-") as folder:
+            policy.lora.write(weights, Path(folder), policy.path)
+            self._adapter = LoRARequest(name, self._adapters_sent, folder)
+            try:
+                llm.llm_engine.add_lora(self._adapter)  # replaces the previous one, since `max_loras` is 1
+            except (ValueError, RuntimeError) as error:
+                raise AdapterRefused(f"vLLM cannot load the adapters: {first_line(error)}") from error
+
+    @contextmanager
+    def _updating(self, policy: Policy) -> Iterator[Any]:
+        """Yields the engine, ready for new weights or adapters."""
         llm = self._engine(policy)
         if self._in_flight:  # abandoned requests, which hold keys and values of outdated weights
             llm.llm_engine.abort_request(sorted(self._in_flight))
@@ -122,7 +159,7 @@ class VllmColocateEngine(VllmEngine):
         asleep = not self._awake
         if asleep:
             llm.wake_up(tags=["weights"])  # the cache only after loading: both at once may not fit
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(policy)})
+        yield llm
         if asleep:
             llm.wake_up(tags=["kv_cache"])
         if llm.reset_prefix_cache() is False:
@@ -153,6 +190,7 @@ class VllmColocateEngine(VllmEngine):
             load_format="dummy",  # the first sync sends the weights
             max_model_len=policy.max_positions,
             max_num_seqs=self.max_rows,
+            **adapter_settings(policy) if self._separate else {},
             gpu_memory_utilization=self.memory,
             tensor_parallel_size=self.tensor_parallel,
             enforce_eager=self.enforce_eager or not cuda,
@@ -306,7 +344,7 @@ class VllmColocateEngine(VllmEngine):
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if salt is not None:  # requests share cached blocks only if they have the same salt
             prompt["cache_salt"] = salt
-        self._llm.llm_engine.add_request(key, prompt, params)
+        self._llm.llm_engine.add_request(key, prompt, params, lora_request=self._adapter)
         self._in_flight.add(key)
         return key
 
@@ -329,7 +367,7 @@ class VllmColocateEngine(VllmEngine):
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
-        self._llm, self._awake = None, False
+        self._llm, self._adapter, self._awake, self._has_base = None, None, False, False
         self._in_flight.clear()
         gc.collect()
 

@@ -6,11 +6,13 @@ import importlib.util
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from rlrt_lightning.policy.lora import unusual_target
 from rlrt_lightning.rollouts.base import Rollout, RolloutEngine, Sampling, Stops, empty_rollouts, room
 from rlrt_lightning.rollouts.sync_check import (
     MIN_CHANGED_TENSORS,
@@ -40,11 +42,19 @@ class EngineError(ConfigError):
     """An engine failed. Training can be resumed from the last checkpoint."""
 
 
+class AdapterRefused(EngineError):
+    """vLLM cannot compute with the policy's adapters."""
+
+
 class VllmEngine(RolloutEngine):
     """Base class of the engine in the training process and the engine on servers.
 
-    After each sync, the log-probs of the first rollouts are compared with the policy's (`tolerance`), and those of up
-    to 16 prompts with their values after earlier syncs (`sync_check`). What is detected:
+    A policy with LoRA adapters is sent as its base weights, once, and its adapters at each sync; if vLLM cannot compute
+    with them, as the weights with the adapters merged into them.
+
+    After each sync, the log-probs of the first rollouts are compared with the policy's (`tolerance`), and on each
+    server those of up to 16 prompts with the policy's and with their values after earlier syncs (`sync_check`). What is
+    detected:
 
     - A tensor that is not sent: always.
     - A sync that vLLM ignores: at any size of the update, even one optimizer step with a learning rate of 1e-6, if a
@@ -60,11 +70,14 @@ class VllmEngine(RolloutEngine):
         tolerance: Largest mean |difference|, in nats, between vLLM's log-probs and the policy's in float32; None uses
             `sync_check.Measured.limit`.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
+        lora: "auto" sends LoRA adapters separately if vLLM can compute with them, "merged" never does.
     """
 
     cuts_before_logp = True
 
-    def __init__(self, dtype: Dtype | None, tolerance: float | None, check_rollouts: int) -> None:
+    def __init__(
+        self, dtype: Dtype | None, tolerance: float | None, check_rollouts: int, lora: Literal["auto", "merged"]
+    ) -> None:
         if tolerance is not None and tolerance <= 0:
             raise ConfigError(f"data.engine.tolerance is {tolerance}; it has to be above 0, or null")
         if check_rollouts < 1:
@@ -72,11 +85,14 @@ class VllmEngine(RolloutEngine):
         self.dtype = dtype
         self.tolerance = tolerance
         self.check_rollouts = check_rollouts
+        self.lora = lora
         self._policy: Policy | None = None
+        self._separate: bool | None = None  # whether adapters are sent separately; None before the first sync
+        self._has_base = False
         self._unchecked = self._unprobed = False
         self._probe: Probe | None = None
-        self._first: Measured | None = None
-        self._latest: Measured | None = None
+        self._first: dict[str, Measured] = {}  # of each server, after its first sync
+        self._latest: dict[str, Measured] = {}
         self._sent: dict[str, Tensor] = {}  # the checksum of each tensor
         self._changed = False  # whether the last sync sent different weights
 
@@ -88,12 +104,55 @@ class VllmEngine(RolloutEngine):
         """See `RolloutEngine.sync`."""
         self._policy = policy
         before, self._sent = self._sent, {}
-        self._send_weights(policy)
-        if missing := {HEAD, *before} - self._sent.keys():
-            raise EngineError(f"data.engine: a sync did not send {min(missing)}, so vLLM has an outdated copy of it")
+        if self._separate is None:
+            self._try_adapters(policy)
+        elif self._separate:
+            self._send_base_and_adapters(policy)
+        if not self._separate:
+            self._sent = {}
+            self._send_weights(policy, self._recorded(policy, policy.merged_weights()))
+            self._check_sent(HEAD)
+        self._check_sent(*before)
         changed = [not torch.equal(value, before[name]) for name, value in self._sent.items() if name in before]
         self._changed = sum(changed) > MIN_CHANGED_TENSORS * len(changed)
         self._unchecked = self._unprobed = True
+
+    def _try_adapters(self, policy: Policy) -> None:
+        """At the first sync: sends the adapters separately, unless that is not possible."""
+        self._separate = False
+        if policy.lora is None:
+            return
+        reason = self._obstacle(policy)
+        if reason is None:
+            self._separate = True
+            try:
+                self._send_base_and_adapters(policy)
+            except AdapterRefused as error:
+                self._separate, reason = False, str(error)
+        if reason is not None:
+            rank_zero_info(f"data.engine: vLLM gets the LoRA adapters merged into the weights: {reason}")
+
+    def _obstacle(self, policy: Policy) -> str | None:
+        """Why the adapters have to be merged, as far as it is known before they are sent."""
+        if self.lora == "merged":
+            return "data.engine.lora is merged"
+        if (name := unusual_target(policy.model)) is not None:
+            return f"{name} has an adapter, and vLLM needs adapters of linear layers other than the head"
+        return None
+
+    def _send_base_and_adapters(self, policy: Policy) -> None:
+        if not self._has_base:
+            self._send_weights(policy, self._recorded(policy, policy.base_weights()))
+            self._check_sent(HEAD)
+            self._sent, self._has_base = {}, True
+        assert policy.lora is not None
+        weights = policy.lora.weights(policy.model, getattr(torch, self.dtype_for(policy)))
+        self._sent = {name: checksum(weight) for name, weight in weights.items()}
+        self._send_adapters(policy, weights)
+
+    def _check_sent(self, *names: str) -> None:
+        if missing := set(names) - self._sent.keys():
+            raise EngineError(f"data.engine: a sync did not send {min(missing)}, so vLLM has an outdated copy of it")
 
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
@@ -126,17 +185,34 @@ class VllmEngine(RolloutEngine):
             rollout.group = fitting[rollout.group]
             yield rollout
 
-    def _weights(self, policy: Policy) -> Iterator[tuple[str, Tensor]]:
-        """`Policy.merged_weights` in vLLM's dtype; records their checksums."""
+    def _recorded(self, policy: Policy, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights in vLLM's dtype; records their checksums."""
         dtype = getattr(torch, self.dtype_for(policy))
-        for name, weight in policy.merged_weights():
+        for name, weight in weights:
             sent = weight.to(dtype)
             self._sent[name] = checksum(sent)
             yield name, sent
 
     @abstractmethod
-    def _send_weights(self, policy: Policy) -> None:
-        """Sends the policy's weights to vLLM and resets its prefix cache."""
+    def _send_weights(self, policy: Policy, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Replaces vLLM's weights and resets its prefix cache. vLLM has no adapters afterwards.
+
+        Args:
+            policy: The policy.
+            weights: The weights, under their names in a checkpoint.
+        """
+
+    @abstractmethod
+    def _send_adapters(self, policy: Policy, weights: dict[str, Tensor]) -> None:
+        """Replaces vLLM's adapters and resets its prefix cache.
+
+        Args:
+            policy: The policy.
+            weights: The adapters, as returned by `LoRA.weights`.
+
+        Raises:
+            AdapterRefused: If vLLM cannot compute with them.
+        """
 
     @abstractmethod
     def _sample(
@@ -148,29 +224,35 @@ class VllmEngine(RolloutEngine):
     def score(self, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
         """See `ScoringEngine.score`."""
 
+    def _probe_scores(self, sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[Tensor]]:
+        """`score` on each server, by the server's name."""
+        return {"vLLM": self.score(sequences)}
+
     def _check_change(self, prompts: Sequence[list[int]]) -> None:
-        """Compares the change of vLLM's log-probs since earlier syncs with the policy's, on the first prompts of the
-        run.
+        """Compares each server's log-probs of the first prompts of the run with the policy's, and their changes since
+        earlier syncs.
 
         Raises:
-            EngineError: If vLLM has outdated weights.
+            EngineError: If a server has outdated weights.
         """
         policy = self._policy
         assert policy is not None
         self._unprobed = False
         if self._probe is None:
             self._probe = Probe.of([prompt for prompt in prompts if room(policy, prompt, Sampling())])
-        engine = self.score(self._probe.sequences)
-        before, after = self._latest, self._probe.measure(policy, self.dtype_for(policy), engine)
-        self._latest = after
-        if before is None or self._first is None:
-            self._first = after
-            return
-        wrong = (skipped(before, after) if self._changed else None) or incomplete(self._first, after)
-        if wrong is None and self.tolerance is None:
-            wrong = deviating(self._first, after, self.dtype_for(policy))
-        if wrong is not None:
-            raise EngineError(f"data.engine: after a sync vLLM has outdated weights: {wrong}")
+        sequences, dtype = self._probe.sequences, self.dtype_for(policy)
+        scores = self._probe_scores(sequences)
+        own = policy_log_probs(policy, sequences, dtype, merged=not self._separate)
+        for server, engine in scores.items():
+            after = self._probe.measured(engine, *own)
+            first, before = self._first.setdefault(server, after), self._latest.get(server)
+            self._latest[server] = after
+            wrong = deviating(first, after, dtype, self.tolerance)
+            if before is not None:
+                wrong = (skipped(before, after) if self._changed else None) or incomplete(first, after) or wrong
+            if wrong is not None:
+                advice = "; data.engine.lora=merged merges the adapters" if self._separate else ""
+                raise EngineError(f"data.engine: after a sync {server} has outdated weights: {wrong}{advice}")
 
     def _check(self, rollouts: Sequence[Rollout], temperature: float) -> None:
         """Compares vLLM's log-probs with the policy's.
@@ -184,7 +266,7 @@ class VllmEngine(RolloutEngine):
         # Even without rollouts: with sharded weights every rank must take part.
         sequences, dtype = [(r.prompt_ids, r.response_ids) for r in rollouts], self.dtype_for(policy)
         own = torch.cat([torch.empty(0), *(r.logp_sampler for r in rollouts)])
-        measured = Measured(own, *policy_log_probs(policy, sequences, dtype, temperature))
+        measured = Measured(own, *policy_log_probs(policy, sequences, dtype, temperature, merged=not self._separate))
         difference = measured.difference
         if not len(difference):  # no rollouts, or all responses are empty
             return

@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-import ipaddress
-import json
 import logging
-import os
 import queue
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlrt_lightning.rollouts.base import Rollout, Sampling, Stops, room
-from rlrt_lightning.rollouts.vllm_common import EngineError, VllmEngine, as_rollout, head_overrides, request
+from rlrt_lightning.rollouts.vllm_client import EngineUnavailable, Server, Target
+from rlrt_lightning.rollouts.vllm_common import AdapterRefused, EngineError, VllmEngine, as_rollout, request
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.files import written_aside
 from rlrt_lightning.runtime.precision import Dtype
-from rlrt_lightning.runtime.ranks import of_first_rank
+from rlrt_lightning.runtime.ranks import of_first_rank, rank
 
 if TYPE_CHECKING:
-    import httpx
-
     from rlrt_lightning.policy.model import Policy
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 * 2**30
-MAX_RETRY_DELAY_S = 10.0  # between two attempts to reach a server
 
 
 class VllmServerEngine(VllmEngine):
     """Samples on vLLM servers (`python -m rlrt_lightning serve` starts one with the right flags).
 
-    New weights are sent through a folder that the trainer and the servers share. Each server reports the version of
-    its weights; responses from outdated weights, as after a server's restart, are dropped and requested again. With
-    top-p, top-k or min-p the log-probs are those of the truncated distribution.
+    New weights are sent through a folder that the trainer and the servers share; with LoRA only the adapters, after the
+    first time. Each server reports the version of its weights; responses from outdated weights, as after a server's
+    restart, are dropped and requested again. With top-p, top-k or min-p the log-probs are those of the truncated
+    distribution.
 
     The weight endpoints belong to vLLM's development mode, and anyone who can reach them can change the model: use
     loopback or a trusted network only. The environment variable VLLM_API_KEY is sent to servers that require an API
@@ -62,6 +57,9 @@ class VllmServerEngine(VllmEngine):
             sync; null means 1e-4 in float32, and in half precision four times the policy's own rounding on the same
             tokens.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
+        lora: How the servers get the adapters of `model.policy.lora`: auto sends them separately if the servers can
+            compute with them, which keeps updates that rounding would lose in merged half-precision weights; merged
+            adds them to the weights at each sync, which samples faster.
     """
 
     beside_training = True
@@ -76,8 +74,9 @@ class VllmServerEngine(VllmEngine):
         patience_s: float = 600.0,
         tolerance: float | None = None,
         check_rollouts: int = 4,
+        lora: Literal["auto", "merged"] = "auto",
     ) -> None:
-        super().__init__(dtype, tolerance, check_rollouts)
+        super().__init__(dtype, tolerance, check_rollouts, lora)
         refuse_credentials(urls, "data.engine.urls")
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise ConfigError(f"data.engine.urls is {urls}; it has to name servers, such as http://127.0.0.1:8000")
@@ -89,8 +88,9 @@ class VllmServerEngine(VllmEngine):
         self.concurrency = concurrency
         self.timeout_s = timeout_s
         self.patience_s = patience_s
-        self._servers: list[_Server] = []
+        self._servers: list[Server] = []
         self._version = 0
+        self._target: Target | None = None
 
     @property
     def ready(self) -> bool:
@@ -101,25 +101,53 @@ class VllmServerEngine(VllmEngine):
         """See `RolloutEngine.close`."""
         for server in self._servers:
             server.client.close()
-        self._servers, self._version = [], 0
+        self._servers, self._version, self._target, self._has_base = [], 0, None, False
 
-    def _send_weights(self, policy: Policy) -> None:
-        if not self._servers:
-            self._servers = [_Server(url, self.timeout_s, self.patience_s, self.concurrency) for url in self.urls]
+    def _send_weights(self, policy: Policy, weights: Iterator[tuple[str, Tensor]]) -> None:
+        folder = self._new_folder()
+        write_weights(weights, folder, write=rank() == 0)
+        self._set_target(Target(folder))
+
+    def _send_adapters(self, policy: Policy, weights: dict[str, Tensor]) -> None:
+        assert policy.lora is not None
+        assert self._target is not None
+        folder = self._new_folder()
+        if rank() == 0:
+            with written_aside(folder) as aside:
+                policy.lora.write(weights, aside, policy.path)
+        self._set_target(Target(self._target.weights, folder))
+
+    def _new_folder(self) -> Path:
         # Versions are timestamps, since servers may outlive this run and still have an earlier run's weights.
         self._version = of_first_rank(max(self._version + 1, time.time_ns()))
-        folder = Path(self.weights).resolve() / str(self._version)
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        write_weights(self._weights(policy), folder, write=first)
+        return Path(self.weights).resolve() / str(self._version)
+
+    def _set_target(self, target: Target) -> None:
+        """Makes the servers load weights; all ranks wait until they have them.
+
+        Raises:
+            AdapterRefused: If a server cannot compute with the adapters.
+        """
+        previous, self._target = self._target, target
+        if not self._servers:
+            self._servers = [Server(url, self.timeout_s, self.patience_s, self.concurrency) for url in self.urls]
         for server in self._servers:
-            server.target = str(self._version), folder
-        if first:
-            self._update_servers()
-        of_first_rank(self._version)  # the other ranks wait until the servers have the weights
-        if not first:
-            return
-        for old in folder.parent.iterdir():  # a restarted server loads the newest weights
-            if old.name.isdigit() and int(old.name) < self._version:
+            server.target = target
+        refused = None
+        if rank() == 0:
+            try:
+                self._update_servers()
+            except AdapterRefused as error:
+                refused = str(error)
+        if (refused := of_first_rank(refused)) is not None:
+            raise AdapterRefused(refused)
+        if rank() == 0:
+            # A request that arrives late may still name the previous adapters.
+            self._remove_old_folders({target.weights, previous.adapters if previous else None})
+
+    def _remove_old_folders(self, kept: set[Path | None]) -> None:
+        for old in Path(self.weights).resolve().iterdir():
+            if old.name.isdigit() and int(old.name) < self._version and old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _update_servers(self) -> None:
@@ -129,7 +157,7 @@ class VllmServerEngine(VllmEngine):
             EngineError: If no server responds, or one rejects the weights.
         """
         with ThreadPoolExecutor(len(self._servers)) as pool:
-            failed = [error for error in pool.map(_Server.try_update, self._servers) if error is not None]
+            failed = [error for error in pool.map(Server.try_update, self._servers) if error is not None]
         if len(failed) == len(self._servers):
             raise EngineError(str(failed[0]))
         for error in failed:
@@ -150,7 +178,7 @@ class VllmServerEngine(VllmEngine):
             }
             for group, index in jobs
         ]
-        for i, answer in self._request_all(bodies):
+        for i, answer in self._request_all(bodies, self._servers):
             choice, (group, index) = answer["choices"][0], jobs[i]
             logp = choice["logprobs"]["token_logprobs"]
             yield as_rollout(group, index, prompts[group], choice["token_ids"], logp, choice["finish_reason"], policy)
@@ -167,23 +195,41 @@ class VllmServerEngine(VllmEngine):
                 f"data.sampling.temperature is {temperature}; vLLM scores given tokens at temperature 1 only: set it "
                 "to 1, or set model.teacher.scored_by to trainer"
             )
+        return self._score(sequences, self._servers)
+
+    def _score(self, sequences: Sequence[tuple[list[int], list[int]]], servers: Sequence[Server]) -> list[Tensor]:
         nonempty = [i for i, (_, response) in enumerate(sequences) if response]
         prompts = [sequences[i][0] + sequences[i][1] for i in nonempty]
         bodies = [{"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0} for prompt in prompts]
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for job, answer in self._request_all(bodies):
+        for job, answer in self._request_all(bodies, servers):
             i = nonempty[job]
             response = sequences[i][1]
             steps = answer["choices"][0]["prompt_logprobs"][-len(response) :]
             scores[i] = torch.tensor([s[str(t)]["logprob"] for s, t in zip(steps, response, strict=True)])
         return scores
 
-    def _request_all(self, bodies: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _probe_scores(self, sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[Tensor]]:
+        def scores(server: Server) -> list[Tensor] | None:
+            try:
+                return self._score(sequences, [server])
+            except NoServer as error:
+                log.warning("%s; its weights are not checked", error)
+                return None
+
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            results = zip(self._servers, pool.map(scores, self._servers), strict=True)
+        return {server.url: found for server, found in results if found is not None}
+
+    def _request_all(
+        self, bodies: Sequence[dict[str, Any]], servers: Sequence[Server]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields the servers' answers as they arrive, with the index of the request. Each server takes the next
         request when it has capacity.
 
         Raises:
-            EngineError: If no server responds any more, or one rejects a request.
+            NoServer: If no server responds any more.
+            EngineError: If one rejects a request.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(len(bodies)):
@@ -191,7 +237,7 @@ class VllmServerEngine(VllmEngine):
         answered: queue.SimpleQueue[tuple[int, dict[str, Any]] | Exception] = queue.SimpleQueue()
         stop = threading.Event()
 
-        def work(server: _Server) -> None:
+        def work(server: Server) -> None:
             while not stop.is_set():
                 try:
                     i = waiting.get(timeout=0.05)
@@ -207,10 +253,11 @@ class VllmServerEngine(VllmEngine):
                     answered.put(error)
                     return
 
-        workers = [(server, number) for server in self._servers for number in range(self.concurrency)]
-        for server, number in workers[: max(len(bodies), len(self._servers))]:
+        workers = [(server, number) for number in range(self.concurrency) for server in servers]
+        workers = workers[: max(len(bodies), len(servers))]
+        for server, number in workers:
             threading.Thread(target=work, args=(server,), name=f"{server.url}-{number}", daemon=True).start()
-        active = min(len(workers), max(len(bodies), len(self._servers)))
+        active = len(workers)
         try:
             missing = len(bodies)
             while missing:
@@ -218,7 +265,7 @@ class VllmServerEngine(VllmEngine):
                 if isinstance(answer, EngineUnavailable):
                     active -= 1
                     if active == 0:
-                        raise EngineError(str(answer))
+                        raise NoServer(str(answer))
                 elif isinstance(answer, Exception):
                     raise answer
                 else:
@@ -228,125 +275,8 @@ class VllmServerEngine(VllmEngine):
             stop.set()
 
 
-class EngineUnavailable(Exception):
-    """A server has not responded for `patience_s`."""
-
-
-class _Server:
-    """Client of one server, which keeps the server's weights up to date."""
-
-    def __init__(self, url: str, timeout_s: float, patience_s: float, concurrency: int) -> None:
-        import httpx
-
-        self.url, self.patience_s = url, patience_s
-        limits = httpx.Limits(max_connections=concurrency + 4)
-        key = os.environ.get("VLLM_API_KEY")
-        # No proxy from the environment: the servers are on the local network.
-        self.client: httpx.Client = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(timeout_s, connect=10.0),
-            limits=limits,
-            trust_env=False,
-        )
-        self.target: tuple[str, Path] | None = None  # version and folder of the weights that it should have
-        self._loads = 0
-        self._is_down = False
-        self._lock = threading.Lock()
-
-    def complete(self, body: dict[str, Any], stop: threading.Event) -> dict[str, Any]:
-        """The answer to a request, computed with the target weights.
-
-        Raises:
-            EngineUnavailable: If the server does not respond.
-            EngineError: If it rejects the request.
-        """
-        while not stop.is_set():
-            try:
-                loads = self._loads
-                answer = self._call("POST", "/v1/completions", body)
-                # If the target weights were loaded meanwhile, outdated weights may have sampled the first tokens.
-                if self._is_up_to_date() and loads == self._loads:
-                    return answer
-            except _Unreachable:
-                pass
-            self.update(stop)
-        raise EngineUnavailable(f"{self.url}: stopped")
-
-    def try_update(self) -> EngineUnavailable | None:
-        """Calls `update`; returns the error instead of raising it."""
-        try:
-            self.update()
-        except EngineUnavailable as error:
-            return error
-        return None
-
-    def update(self, stop: threading.Event | None = None) -> None:
-        """Waits until the server responds, and loads the target weights if it has others.
-
-        Raises:
-            EngineUnavailable: If it does not respond in time.
-        """
-        with self._lock:  # only one of the server's workers updates it
-            since, pause, why = time.monotonic(), 0.1, ""
-            while stop is None or not stop.is_set():
-                try:
-                    if not self._is_up_to_date():
-                        self._load()
-                    self._is_down = False
-                    return
-                except _Unreachable as error:
-                    why = str(error)
-                if self._is_down or time.monotonic() - since > self.patience_s:
-                    self._is_down = True  # from now on, only one attempt per sync
-                    raise EngineUnavailable(
-                        f"data.engine.urls: {self.url} has not answered for {self.patience_s:g} s ({why}); start the "
-                        "server (python -m rlrt_lightning serve) and resume with --ckpt_path last"
-                    )
-                time.sleep(pause)
-                pause = min(2 * pause, MAX_RETRY_DELAY_S, self.patience_s)
-
-    def _is_up_to_date(self) -> bool:
-        assert self.target is not None
-        return self._call("GET", "/weight_info").get("weight_version") == self.target[0]
-
-    def _load(self) -> None:
-        assert self.target is not None
-        version, folder = self.target
-        self._loads += 1
-        self._call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-        # While requests are running, such as those of an abandoned call, vLLM would otherwise keep its cache.
-        self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
-        self._call("POST", "/update_weight_version", {"new_version": version})
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        import httpx
-
-        try:
-            answer = self.client.request(method, path, json=body)
-        except httpx.TransportError as error:
-            raise _Unreachable(f"{type(error).__name__}: {error}") from None
-        if answer.status_code in (502, 503, 504):  # still starting, possibly behind a proxy
-            raise _Unreachable(f"{path} returned {answer.status_code}")
-        if answer.status_code == 401:
-            raise EngineError(
-                f"data.engine.urls: {self.url} requires an API key: set the environment variable VLLM_API_KEY"
-            )
-        if answer.status_code == 404 and path != "/v1/completions":
-            raise EngineError(
-                f"data.engine.urls: {self.url} has no endpoint {path}; start it with python -m rlrt_lightning serve, "
-                "or set VLLM_SERVER_DEV_MODE=1 in its environment"
-            )
-        if answer.status_code >= 400:
-            raise EngineError(f"data.engine.urls: {self.url}{path} returned {answer.status_code}: {answer.text[:500]}")
-        try:
-            return answer.json()
-        except json.JSONDecodeError:
-            return {}
-
-
-class _Unreachable(Exception):
-    """One request to the server failed; it can be retried."""
+class NoServer(EngineError):
+    """No server responds any more."""
 
 
 def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, write: bool = True) -> None:
@@ -382,56 +312,3 @@ def _shards(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
             shard, size = {}, 0
     if shard:
         yield shard
-
-
-def server_command(policy: Policy, engine: VllmServerEngine, host: str, port: int, flags: Sequence[str]) -> list[str]:
-    """The command that starts a server for a policy.
-
-    Args:
-        policy: The policy.
-        engine: The engine that will use the server.
-        host: Address to listen on.
-        port: Port to listen on.
-        flags: Additional flags of vLLM.
-
-    Raises:
-        ConfigError: If the flags set something that has its own setting.
-    """
-    for flag in flags:
-        if (name := flag.partition("=")[0]) in ("--host", "--port", "--model"):
-            raise ConfigError(f"serve.flags sets {name}; use serve's --host and --port, or model.policy.path, instead")
-        if name.replace("_", "-").startswith("--hf-overrides") and head_overrides(policy):  # vLLM uses only the last
-            raise ConfigError(
-                "serve.flags sets --hf-overrides, which would drop the float32 head: also set "
-                "model.policy.head_dtype=null"
-            )
-    if not _is_loopback(host):
-        log.warning(
-            "anyone who can reach %s, port %s, can replace the model's weights without a key: use a trusted network "
-            "only, or 127.0.0.1 to listen on this machine alone",
-            host,
-            port,
-        )
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy.path]
-    command += ["--dtype", engine.dtype_for(policy), "--host", host, "--port", str(port)]
-    command += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
-    command += ["--generation-config", "vllm"]  # ignore the model's own limits and penalties
-    if overrides := head_overrides(policy):
-        command += ["--hf-overrides", json.dumps(overrides)]
-    if policy.max_positions is not None:
-        command += ["--max-model-len", str(policy.max_positions)]
-    if not torch.cuda.is_available():
-        command += ["--enforce-eager", "--no-enable-chunked-prefill"]  # see VllmColocateEngine
-    return [*command, *flags]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a host name
-        return False
-
-
-def server_environment() -> dict[str, str]:
-    """The environment of `server_command`. The weight endpoints need vLLM's development mode."""
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "VLLM_SERVER_DEV_MODE": "1"}

@@ -18,7 +18,9 @@ from rlrt_lightning.__main__ import main
 from rlrt_lightning.callbacks.evaluation import _escape_cell
 from rlrt_lightning.callbacks.signal_picture import Picture, Scored, Token, html_page
 from rlrt_lightning.policy.model import EMBEDDED
-from rlrt_lightning.rollouts.vllm_server import VllmServerEngine, _Server, server_command
+from rlrt_lightning.rollouts.vllm_client import Server
+from rlrt_lightning.rollouts.vllm_serve import server_command
+from rlrt_lightning.rollouts.vllm_server import VllmServerEngine
 from rlrt_lightning.runtime.credentials import masked, refuse_credentials
 from rlrt_lightning.tasks import DatasetTask
 from tests.helpers.command_line import cli_exit_code
@@ -259,6 +261,6 @@ def test_serving_on_another_host_warns_and_flags_cannot_set_the_host(caplog: pyt
 
 def test_the_servers_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert "authorization" not in _Server("http://127.0.0.1", 1, 1, 1).client.headers
+    assert "authorization" not in Server("http://127.0.0.1", 1, 1, 1).client.headers
     monkeypatch.setenv("VLLM_API_KEY", "canary")
-    assert _Server("http://127.0.0.1", 1, 1, 1).client.headers["authorization"] == "Bearer canary"
+    assert Server("http://127.0.0.1", 1, 1, 1).client.headers["authorization"] == "Bearer canary"

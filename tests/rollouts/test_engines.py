@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from rlrt_lightning import ConfigError, Policy, Sampling, VllmColocateEngine, VllmServerEngine
+from rlrt_lightning import ConfigError, LoRA, Policy, Sampling, VllmColocateEngine, VllmServerEngine
 from rlrt_lightning.rollouts.base import Stops
+from rlrt_lightning.rollouts.vllm_client import Server, Target
 from rlrt_lightning.rollouts.vllm_colocate import part_ends
 from rlrt_lightning.rollouts.vllm_common import request
-from rlrt_lightning.rollouts.vllm_server import _Server, server_command
+from rlrt_lightning.rollouts.vllm_serve import server_command
 from rlrt_lightning.runtime.precision import half_precision
 
 
@@ -56,6 +57,28 @@ def test_vllms_dtype_follows_the_trainers_precision(precision: str, half: Any) -
     assert flags[flags.index("--hf-overrides") + 1] == '{"head_dtype": "float32"}'
     assert "--hf-overrides" not in server_command(Policy(head_dtype=None), engine, "127.0.0.1", 8000, [])
     assert VllmServerEngine(["http://127.0.0.1:8000"], dtype="float16").dtype_for(Policy()) == "float16"
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_server_that_scores_has_few_tokens_in_a_step(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They bound the logits that it holds at the same time. Without a GPU prompts cannot be split into chunks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    policy, engine, flag = Policy(), VllmServerEngine(["http://127.0.0.1:8000"]), "--max-num-batched-tokens"
+    assert flag not in server_command(policy, engine, "127.0.0.1", 8000, [])
+    command = server_command(policy, engine, "127.0.0.1", 8000, [flag, "4096"], scores=True)
+    assert [command[i + 1] for i, word in enumerate(command) if word == flag] == (["2048"] if cuda else []) + ["4096"]
+    assert ("--no-enable-chunked-prefill" in command) != cuda
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_of_head_and_embeddings_are_merged(target: str) -> None:
+    engine, policy = VllmServerEngine(["http://127.0.0.1:8000"]), Policy(lora=LoRA(targets=["q_proj", target]))
+    policy.load()
+    assert f"{target} has an adapter" in (engine._obstacle(policy) or "")
+    plain = Policy(lora=LoRA())
+    plain.load()
+    assert engine._obstacle(plain) is None
 
 
 class CachedEngine(VllmColocateEngine):
@@ -129,8 +152,8 @@ def test_a_prompt_is_read_once_for_siblings_with_a_common_beginning(length: int)
 
 def test_a_completion_begun_by_old_weights_is_requested_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another worker loads the weights into a restarted server during this request."""
-    server = _Server("http://127.0.0.1:9", 1.0, 1.0, 1)
-    server.target = "7", tmp_path
+    server = Server("http://127.0.0.1:9", 1.0, 1.0, 1)
+    server.target = Target(tmp_path / "7")
     version, answers = "", ["begun by old weights", "by new ones"]
 
     def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

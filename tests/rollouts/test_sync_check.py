@@ -135,12 +135,28 @@ def test_rounded_weights_are_restored_after_an_error() -> None:
     assert torch.equal(weight, before)
 
 
-def test_adapters_and_weights_in_half_precision_have_no_float32_reference() -> None:
+def test_merged_adapters_and_weights_in_half_precision_have_no_float32_reference() -> None:
     for policy in (Policy(lora=LoRA(rank=2)), Policy(dtype="bfloat16"), Policy()):
         policy.load()
         if policy.dtype == "float32" and policy.lora is None:
             policy.model.bfloat16()  # as --trainer.precision=bf16-true does
         assert policy_log_probs(policy, SEQUENCES, "bfloat16")[1] is None
+
+
+def test_the_reference_of_separate_adapters_has_them_rounded_like_the_weights() -> None:
+    policy = Policy(lora=LoRA(rank=2))
+    policy.load()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            if weight.requires_grad:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=g))
+    _, exact = policy_log_probs(policy, SEQUENCES, "bfloat16", merged=False)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.copy_(weight.bfloat16())
+    assert exact is not None
+    torch.testing.assert_close(torch.cat(policy.score(SEQUENCES)), exact, rtol=0, atol=1e-5)
 
 
 def test_a_probe_compares_common_beginnings_once() -> None:

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -39,6 +35,7 @@ from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE, question, solution
 from tests.helpers.command_line import SMALL, cli_exit_code, scalars
 from tests.helpers.processes import ROOT, run_cli, unused_port
+from tests.helpers.vllm_server import ENGINE_SECONDS, VllmServer
 
 pytestmark = [
     pytest.mark.skipif(
@@ -49,7 +46,6 @@ pytestmark = [
 
 DIGITS = [4, 5, 7, 0]
 SAMPLING = Sampling(max_new_tokens=30)
-ENGINE_SECONDS = 240  # until a started server answers
 
 
 def embedded() -> Policy:
@@ -266,57 +262,20 @@ def test_two_ranks_draw_the_same_rollouts_as_one(strategy: str, tensor_parallel:
 # -- servers -------------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """`python -m rlrt_lightning serve` on loopback."""
-
-    def __init__(self) -> None:
-        self.port = unused_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        args = [f"--config={ROOT / 'configs' / name}.yaml" for name in ("rlrt", "rollouts/vllm_server")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlrt_lightning", "serve", *args, f"--port={self.port}"],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
-
-    def wait(self) -> None:
-        import httpx
-
-        end = time.monotonic() + ENGINE_SECONDS
-        while time.monotonic() < end:
-            try:
-                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            assert self.process.poll() is None, "the server ended"
-            time.sleep(0.5)
-        raise AssertionError("the server does not answer")
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server()
+def server() -> Iterator[VllmServer]:
+    made = VllmServer()
     made.wait()
     yield made
     made.kill()
 
 
-def client(server: Server, folder: Path, **settings: Any) -> VllmServerEngine:
+def client(server: VllmServer, folder: Path, **settings: Any) -> VllmServerEngine:
     settings = {"timeout_s": 60.0, "patience_s": float(ENGINE_SECONDS), "concurrency": 8, **settings}
     return VllmServerEngine([server.url], weights=str(folder / "weights"), **settings)
 
 
-def test_the_servers_log_probs_equal_the_policys_after_every_sync(server: Server, tmp_path: Path) -> None:
+def test_the_servers_log_probs_equal_the_policys_after_every_sync(server: VllmServer, tmp_path: Path) -> None:
     made, engine = embedded(), client(server, tmp_path)
     for epoch in range(3):
         perturb(made, epoch)
@@ -332,7 +291,7 @@ def test_the_servers_log_probs_equal_the_policys_after_every_sync(server: Server
 
 
 def test_all_engines_end_responses_at_the_same_token(
-    server: Server, colocated: VllmColocateEngine, tmp_path: Path
+    server: VllmServer, colocated: VllmColocateEngine, tmp_path: Path
 ) -> None:
     """At special tokens and at strings with and without them, with a random model that draws all tokens."""
     made, engines = embedded(), {"server": client(server, tmp_path), "colocate": colocated}
@@ -356,7 +315,7 @@ def test_all_engines_end_responses_at_the_same_token(
     engines["server"].close()
 
 
-def test_a_server_gives_each_prompt_its_room_and_scores_empty_responses(server: Server, tmp_path: Path) -> None:
+def test_a_server_gives_each_prompt_its_room_and_scores_empty_responses(server: VllmServer, tmp_path: Path) -> None:
     made, engine = embedded(), client(server, tmp_path)
     engine.sync(made)
     prompts = [made.encode_prompt(question(DIGITS)), [3, *[20] * 124, 4], [3, *[20] * 126, 4]]
@@ -374,7 +333,7 @@ def test_a_server_gives_each_prompt_its_room_and_scores_empty_responses(server: 
 
 
 @pytest.mark.slow
-def test_a_restarted_server_gets_the_policys_weights_again(server: Server, tmp_path: Path) -> None:
+def test_a_restarted_server_gets_the_policys_weights_again(server: VllmServer, tmp_path: Path) -> None:
     """After its restart it has the weights on disk, which are no longer the policy's."""
     made, engine = embedded(), client(server, tmp_path, check_rollouts=1, concurrency=2)
     perturb(made, 11)
@@ -394,7 +353,7 @@ def test_a_restarted_server_gets_the_policys_weights_again(server: Server, tmp_p
     engine.close()
 
 
-def test_servers_draw_the_next_epoch_during_training(server: Server, tmp_path: Path) -> None:
+def test_servers_draw_the_next_epoch_during_training(server: VllmServer, tmp_path: Path) -> None:
     flags = [f"--data.engine.urls=['{server.url}']", f"--data.engine.weights={tmp_path / 'weights'}"]
     flags += ["--data.ahead=true", "--trainer.max_epochs=4", "--checkpoint.save_top_k=-1"]
     configs = ("configs/rollouts/vllm_server.yaml",)
@@ -412,7 +371,7 @@ def test_servers_draw_the_next_epoch_during_training(server: Server, tmp_path: P
 
 
 def test_a_run_without_a_reachable_server_ends_and_can_be_resumed(
-    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server: VllmServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, configs = tmp_path / "run", ("configs/rollouts/vllm_server.yaml",)
     flags = [f"--data.engine.urls=['{server.url}']", f"--data.engine.weights={tmp_path / 'weights'}"]
@@ -429,7 +388,7 @@ def test_a_run_without_a_reachable_server_ends_and_can_be_resumed(
     assert len(scalars(folder, 2)["rollout/reward"]) == 1
 
 
-def test_the_other_servers_continue_without_an_unreachable_one(server: Server, tmp_path: Path) -> None:
+def test_the_other_servers_continue_without_an_unreachable_one(server: VllmServer, tmp_path: Path) -> None:
     made = embedded()
     urls = [f"http://127.0.0.1:{unused_port()}", server.url]
     engine = VllmServerEngine(urls, weights=str(tmp_path / "weights"), patience_s=1.0, concurrency=4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlrt_lightning import LastDigit, Policy, Sampling, VllmColocateEngine
+from rlrt_lightning import LastDigit, LoRA, Policy, Sampling, VllmColocateEngine
 from rlrt_lightning.policy.padding import pad_sequences
 from rlrt_lightning.rollouts.vllm_common import HEAD, EngineError
 from tests.helpers.command_line import cli_exit_code, scalars
@@ -30,8 +30,8 @@ def engine(request: pytest.FixtureRequest) -> Iterator[VllmColocateEngine]:
     made.close()
 
 
-def loaded(head_dtype: Any = None) -> Policy:
-    made = Policy(head_dtype=head_dtype)
+def loaded(head_dtype: Any = None, lora: LoRA | None = None) -> Policy:
+    made = Policy(head_dtype=head_dtype, lora=lora)
     made.load()
     return made
 
@@ -46,7 +46,8 @@ def one_step(policy: Policy, lr: float) -> None:
     prompts = [policy.encode_prompt(p.prompt) for p in LastDigit().problems("heldout")[16:24]]
     response = policy.tokenizer("carefully: tea 4 milk 5 (9) eggs 7 (6) rice 0 (6), so 6")["input_ids"]
     ids, mask, asked = pad_sequences([(prompt, response) for prompt in prompts], policy.device)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
+    trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     logp, _ = policy.log_probs(ids, mask, asked)
     (torch.linspace(-1, 1, len(ids))[:, None] * logp).mean().backward()
     optimizer.step()
@@ -81,6 +82,27 @@ def test_a_skipped_sync_is_detected_after_one_small_step(
         assert draw(engine, policy) == 32
     for _ in range(5):
         one_step(policy, 1e-5)
+        engine.sync(policy)
+        assert draw(engine, policy) == 32, "complete syncs raise no error"
+
+
+def test_skipped_adapters_are_detected_after_one_small_step(
+    engine: VllmColocateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = loaded(lora=LoRA(rank=4))
+    engine.sync(policy)
+    assert draw(engine, policy) == 32
+    for lr in (1e-4, 1e-5):
+        one_step(policy, lr)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_send_adapters", lambda *_: None)
+            engine.sync(policy)
+            with pytest.raises(EngineError, match=r"data\.engine: .* outdated weights: .* changed by"):
+                draw(engine, policy)
+        engine.sync(policy)
+        assert draw(engine, policy) == 32
+    for lr in (1e-4, 1e-5, 1e-6, 1e-6, 1e-7):
+        one_step(policy, lr)
         engine.sync(policy)
         assert draw(engine, policy) == 32, "complete syncs raise no error"
 
