@@ -34,13 +34,16 @@ if TYPE_CHECKING:
         Needs,
         Signals,
         TeacherWeights,
+        cispo_surrogate,
         clipped_surrogate,
         distillation_loss,
         divergence,
         dynamic_weights,
         group_advantages,
         importance_weights,
+        overlong_penalty,
         pass_at_k,
+        reference_kl,
     )
     from rlrt_lightning.policy.lora import LoRA
     from rlrt_lightning.policy.model import Policy

@@ -1,8 +1,8 @@
 """The mathematics, as pure tensor functions: no model, no Lightning, no I/O.
 
 From rewards to gradients: `advantages` (group advantage A), `methods` (token credit: Eqs. 6 and 7 of arXiv:2605.10781),
-`divergences` (minimized by SDPO and SRPO), `surrogate` (the losses). `ratios` bounds every probability ratio,
-`estimators` holds pass@k. Dtypes are preserved, except that ratios and losses of half-precision inputs are float32.
+`divergences` (minimized by SDPO and SRPO), `surrogate` (the losses). `shaping` holds terms added to the reward, `ratios`
+bounds every probability ratio, `estimators` holds pass@k. Dtypes are preserved, except that ratios and losses of half-precision inputs are float32.
 
 Shapes: N rollouts; T is the length of the longest response in the batch. A mask [N, T] is true at response tokens.
 """
@@ -26,13 +26,17 @@ from rlrt_lightning.objective.methods import (
     Signals,
     TeacherWeights,
 )
+from rlrt_lightning.objective.shaping import overlong_penalty
 from rlrt_lightning.objective.surrogate import (
     Aggregation,
     Importance,
+    Ratio,
     Surrogate,
+    cispo_surrogate,
     clipped_surrogate,
     distillation_loss,
     importance_weights,
+    reference_kl,
     token_mean,
 )
 
@@ -51,9 +55,11 @@ __all__ = [
     "Importance",
     "Method",
     "Needs",
+    "Ratio",
     "Signals",
     "Surrogate",
     "TeacherWeights",
+    "cispo_surrogate",
     "clipped_surrogate",
     "distillation_loss",
     "divergence",
@@ -61,6 +67,8 @@ __all__ = [
     "dynamic_weights",
     "group_advantages",
     "importance_weights",
+    "overlong_penalty",
     "pass_at_k",
+    "reference_kl",
     "token_mean",
 ]
