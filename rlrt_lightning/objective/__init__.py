@@ -1,8 +1,9 @@
 """The mathematics, as pure tensor functions: no model, no Lightning, no I/O.
 
 From rewards to gradients: `advantages` (group advantage A), `methods` (token credit: Eqs. 6 and 7 of arXiv:2605.10781),
-`divergences` (minimized by SDPO and SRPO), `surrogate` (the losses). `shaping` holds terms added to the reward, `ratios`
-bounds every probability ratio, `estimators` holds pass@k. Dtypes are preserved, except that ratios and losses of half-precision inputs are float32.
+`divergences` (minimized by SDPO and SRPO), `surrogate` (the losses). `shaping` holds terms added to the reward,
+`ratios` bounds every probability ratio, `estimators` holds pass@k. Dtypes are preserved, except that ratios and losses
+of half-precision inputs are float32.
 
 Shapes: N rollouts; T is the length of the longest response in the batch. A mask [N, T] is true at response tokens.
 """

@@ -114,7 +114,7 @@ def ours(r: Rollouts, beta: float = 0.0, aggregation: Any = "token-mean", **sett
     ids=str,
 )
 def test_losses_and_gradients_equal_trls(of_trl: dict[str, Any], settings: dict[str, Any]) -> None:
-    """With one advantage for all tokens of a rollout, the gradient of GSPO's token form is that of its sequence form."""
+    """With one advantage for all tokens of a rollout, GSPO's token form has the gradient of its sequence form."""
     r = Rollouts()
     theirs, mine = trl_loss(r, **of_trl), ours(r, **settings)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
