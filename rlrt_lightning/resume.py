@@ -161,8 +161,6 @@ def of_object(value: Any, name: str, exclude: Sequence[str] = ()) -> Settings:
         plain = _plain(inner)
         if plain is not inspect.Parameter.empty:
             found[f"{name}.{parameter}"] = plain
-        elif inspect.isroutine(inner):
-            found[f"{name}.{parameter}"] = _class_name(inner)
         elif hasattr(inner, "__dict__"):
             found |= of_object(inner, f"{name}.{parameter}")
     return found
@@ -180,6 +178,8 @@ def _plain(value: Any) -> Any:
         value = value.value
     if value is None or isinstance(value, bool):
         return value
+    if inspect.isroutine(value):
+        return _class_name(value)
     kinds: dict[type, Callable[[Any], Any]] = {int: int, float: float, str: str, Path: str}
     for kind, convert in kinds.items():  # subclasses, such as NumPy scalars, would be pickled as objects
         if isinstance(value, kind):

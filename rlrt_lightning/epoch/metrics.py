@@ -102,6 +102,9 @@ def rollout_metrics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor
         entropies = entropies[entropies.isfinite()]
         if len(entropies):
             metrics["rollout/entropy"] = Mean(float(entropies.mean()), len(entropies))
+    for name in dict.fromkeys(name for v in verdicts for name in v.rewards):
+        parts = [v.rewards[name] for v in verdicts if name in v.rewards]
+        metrics[f"rewards/{name}"] = Mean(sum(parts) / len(parts), len(parts))
     labels = Counter(v.label for v in verdicts if v.label is not None)
     metrics |= {f"labels/{label}": torch.tensor(count / len(verdicts)) for label, count in labels.items()}
     return {tag: value if isinstance(value, Mean) else float(value) for tag, value in metrics.items()}

@@ -56,6 +56,7 @@ class Verdict:
         message: The reason for the verdict, for the sample tables.
         label: A category of the completion (its strategy, its language, ...). The fraction of each label is logged.
         fault: True if the verifier itself failed (it raised, hung or died); the completion then counts as wrong.
+        rewards: The parts of the reward by name, if it has several; the mean of each is logged.
     """
 
     reward: float
@@ -64,6 +65,7 @@ class Verdict:
     message: str = ""
     label: str | None = None
     fault: bool = False
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 class Task(ABC):
