@@ -1,8 +1,8 @@
 """Our losses and TRL's on the same rollouts: `python benchmarks/trl_losses.py`.
 
-The embedded model draws rollouts, then its weights are moved, so that ratios differ from 1 and clips bind. For each loss
-the table has the difference of the gradient of one optimizer step, with three micro-batches of ours, from that of TRL's
-`GRPOTrainer.compute_loss` on all rollouts at once: the norm of the difference relative to the norm of TRL's gradient.
+The embedded model draws rollouts, then its weights are moved, so that ratios differ from 1 and clips bind. For each
+loss the table has the difference of the gradient of one optimizer step, with three micro-batches of ours, from that of
+TRL's `GRPOTrainer.compute_loss` on all rollouts at once: the norm of the difference relative to that of TRL's gradient.
 Needs TRL: `pip install -e '.[bench]'`.
 """
 

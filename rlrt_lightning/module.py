@@ -328,7 +328,7 @@ class RLRTModule(LightningModule):
                 f"ckpt_path: the checkpoint is of a different model: {len(differ)} weights differ, such as {first}, "
                 f"{list(theirs[first]) if first in theirs else 'missing'} in the checkpoint and "
                 f"{list(ours[first]) if first in ours else 'missing'} in this run; set model.policy, "
-                "model.method and teacher_refresh as in the run that saved it"
+                "model.method, model.reference_kl and teacher_refresh as in the run that saved it"
             )
 
     @classmethod

@@ -184,12 +184,13 @@ def _plain(value: Any) -> Any:
     for kind, convert in kinds.items():  # subclasses, such as NumPy scalars, would be pickled as objects
         if isinstance(value, kind):
             return convert(value)
-    items = list(value.values()) if isinstance(value, Mapping) else value
-    if not isinstance(items, (list, tuple, set, frozenset)):
+    items = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
         return inspect.Parameter.empty
     plain = [_plain(item) for item in items]
-    if inspect.Parameter.empty in plain:  # such as evaluation sets, which have their own tasks
-        plain = [of_object(item, "") if hasattr(item, "__dict__") else repr(item) for item in items]
+    for i, item in enumerate(items):
+        if plain[i] is inspect.Parameter.empty:  # such as evaluation sets, which have their own tasks
+            plain[i] = of_object(item, "") if hasattr(item, "__dict__") else repr(item)
     return dict(zip(map(str, value), plain, strict=True)) if isinstance(value, Mapping) else plain
 
 
