@@ -189,7 +189,7 @@ class DatasetTask(Task):
         truth = look_up(row, self.answer)
         if self._answer_finder is not None and not is_empty(truth):
             truth = extracted(self._answer_finder, truth, f"answer_pattern in {self.answer}")
-        answer = ground_truth(truth, self.answer, self._judge)
+        answer = ground_truth(truth, self.answer, getattr(self._judge, "deciding", self._judge))
         return Problem(
             id=default_id if self.id is None else _name(look_up(row, self.id), self.id),
             prompt=self._apply_template(prompt),

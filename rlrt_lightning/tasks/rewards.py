@@ -81,7 +81,7 @@ def as_verdict(value: Verdict | float | bool) -> Verdict:
     return Verdict(reward, reward >= 0.5)
 
 
-class WeightedRewards(Reward):
+class WeightedRewards:
     """The weighted sum of several rewards (`DatasetTask.reward`).
 
     Args:
@@ -112,12 +112,8 @@ class WeightedRewards(Reward):
             if not math.isfinite(weight):
                 raise ConfigError(f"reward_weights: the weight of {name} is {weight}; it has to be finite")
         self.correct_by = correct_by or next(iter(self.rewards))
+        self.deciding = self.rewards[self.correct_by]
         self.isolated = any(getattr(reward, "isolated", True) for reward in self.rewards.values())
-
-    def read_truth(self, value: Any) -> Any:
-        """Has the reward that decides about correctness read the ground truth."""
-        judge = self.rewards[self.correct_by]
-        return judge.read_truth(value) if isinstance(judge, Reward) else value
 
     def warm_up(self) -> None:
         """Warms all rewards up."""

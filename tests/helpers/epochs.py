@@ -85,9 +85,8 @@ def fit_and_record(
     module = RLRTModule(
         policy=policy or Policy(),
         method=method,
-        teacher=Teacher(TEACHER_TEMPLATE, scored_by=scored_by),
         optimizer=optimizer,
-        **(model or {}),
+        **{"teacher": Teacher(TEACHER_TEMPLATE, scored_by=scored_by), **(model or {})},
     )
     recorder = Recorder()
     trainer = Trainer(
