@@ -189,7 +189,7 @@ class RLRTModule(LightningModule):
             loss = loss - token_mean(bonus, batch.response_mask, self.aggregation, mean["length"])
         loss = loss * batch.share
         # A share of 0 marks a placeholder for a rank without trainable rollouts; it has no metrics.
-        metrics = {tag: (mean, count if batch.share else 0) for tag, (mean, count) in metrics.items()}
+        metrics = {tag: (value, count if batch.share else 0) for tag, (value, count) in metrics.items()}
         return {"loss": loss, "metrics": {**metrics, "train/loss": (loss.detach(), 1)}}
 
     def _surrogate(self, logp: Tensor, batch: MicroBatch) -> Surrogate:

@@ -44,7 +44,7 @@ def clipped_surrogate(
     arXiv:1707.06347, with DAPO's asymmetric clip and token mean, arXiv:2503.14476).
 
     With ratio "sequence", rho is the geometric mean of the rollout's token ratios (GSPO, arXiv:2507.18071, in its token
-    form, Eq. 14): all tokens of a rollout have the same value of rho, and each has the gradient of its own log-prob, so
+    form): all tokens of a rollout have the same value of rho, and each has the gradient of its own log-prob, so
     that token advantages keep their effect.
 
     log rho is bounded to +-20 nats: a token beyond the bound has no gradient, whatever the sign of its advantage.
@@ -95,8 +95,8 @@ def cispo_surrogate(
     importance: Tensor | None = None,
     length: int | None = None,
 ) -> Surrogate:
-    """-mean sg(min(rho, 1 + clip_high)) A_t log P_new with rho = P_new / P_old (CISPO, arXiv:2506.13585, Eqs. 4 and 5,
-    without a lower bound): the clip bounds a token's weight, and no token loses its gradient.
+    """-mean sg(min(rho, 1 + clip_high)) A_t log P_new with rho = P_new / P_old (CISPO, arXiv:2506.13585, without a
+    lower bound): the clip bounds a token's weight, and no token loses its gradient.
 
     Args:
         logp_new: Log-probs under the policy being trained, nats, [N, T]; the only input with a gradient.
