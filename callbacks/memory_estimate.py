@@ -108,16 +108,19 @@ def estimate(trainer: Any, module: RLRTModule, data: RolloutDataModule, availabl
         buckets=getattr(trainer.model, "gradient_as_bucket_view", True) is False,  # an attribute of DDP
     )
     generating, training = data.engine.device_bytes(policy, available)
-    scores = {"teacher's weights": _bytes(teacher.parameters())}
-    if not teacher.rest_on_cpu:
-        held |= scores
+    copies = {"teacher": teacher, **({} if module.reference is None else {"reference": module.reference})}
     held["averaged weights"] = _bytes(_averages(trainer, policy.device))
     tokens, length = largest_pass(trainer, policy, data)
     phases = {
         "training pass": {**_training_pass(trainer, policy, tokens, length), "engine": training},
         "rollouts": {"engine": generating},
-        "scoring": scores if teacher.rest_on_cpu else {},
     }
+    for name, copy in copies.items():
+        weights = {f"{name}'s weights": _bytes(copy.parameters())}
+        if teacher.rest_on_cpu:  # one at a time is on the device
+            phases[f"scoring by the {name}"] = weights
+        else:
+            held |= weights
     return Estimate(held, phases, tokens, length)
 
 
@@ -176,7 +179,7 @@ def advice(found: Estimate, trainer: Any, module: RLRTModule) -> list[str]:
         ("a smaller model.policy.logits_chunk", {"logits"}, policy.logits_chunk > 1),
         ("trainer.strategy=fsdp", set(memory.held(0)), not isinstance(trainer.strategy, FSDP2Strategy)),
         ("model.policy.lora.rank=16", {"gradients", "optimizer state"}, policy.lora is None),
-        ("model.teacher.rest_on_cpu=true", {"teacher's weights"}, not teacher.rest_on_cpu),
+        ("model.teacher.rest_on_cpu=true", {"teacher's weights", "reference's weights"}, not teacher.rest_on_cpu),
         ("a smaller data.engine.memory or dtype", {"engine"}, True),
     ]
     sizes = dict(found.held)

@@ -37,13 +37,16 @@ if TYPE_CHECKING:
         Needs,
         Signals,
         TeacherWeights,
+        cispo_surrogate,
         clipped_surrogate,
         distillation_loss,
         divergence,
         dynamic_weights,
         group_advantages,
         importance_weights,
+        overlong_penalty,
         pass_at_k,
+        reference_kl,
         two_path_surrogate,
     )
     from rlrt_lightning.policy.lora import LoRA

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning import LightningDataModule
 
-from rlrt_lightning.epoch.ahead import Ahead
+from rlrt_lightning.epoch.ahead import Ahead, restore, tokens_of
 from rlrt_lightning.epoch.batch import Batches, MicroBatch
 from rlrt_lightning.epoch.checks import (
     check_ahead,
@@ -27,6 +27,7 @@ from rlrt_lightning.epoch.metrics import Clock, epoch_metrics
 from rlrt_lightning.epoch.passes import Passes
 from rlrt_lightning.epoch.prompts import PromptReader, read_problems
 from rlrt_lightning.epoch.record import Drawn, EpochRecord, Questions
+from rlrt_lightning.epoch.rounds import Source
 from rlrt_lightning.epoch.stream import MOST_MISSES, Position, PromptStream
 from rlrt_lightning.evaluation.sets import Benchmark, EvaluationLoader, read_set
 from rlrt_lightning.policy.work import TokenCounter
@@ -41,6 +42,7 @@ from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.runtime.stopping import StopSignal
 from rlrt_lightning.runtime.trainer_checks import set_up_trainer
 from rlrt_lightning.tasks import LastDigit, Problem, Task
+from rlrt_lightning.tasks.base import has_curriculum, task_state
 from rlrt_lightning.tasks.sending import pickled
 from rlrt_lightning.tasks.verifier import Verifier
 
@@ -57,6 +59,10 @@ class RolloutDataModule(LightningDataModule):
         sampling: Sampling parameters.
         prompts_per_epoch: Number of problems per epoch, over all ranks.
         rollouts_per_prompt: Number of rollouts per problem, the group size K.
+        sampling_rounds: Dynamic sampling (DAPO, arXiv:2503.14476): draw further rounds of `prompts_per_epoch` problems,
+            at most this many in all, until that many groups have different rewards, and train on these; others fill the
+            epoch only if there are too few. See `groups/rounds`, `groups/drawn` and `groups/missing`. 1: no dynamic
+            sampling.
         minibatches: Optimizer steps per epoch. Each gets an equal number of problems, which are split into
             `--trainer.accumulate_grad_batches` micro-batches of similar size, or as `tokens_per_pass` allows.
         tokens_per_pass: Maximum number of tokens in a forward and backward pass, padding included (rollouts times the
@@ -68,6 +74,9 @@ class RolloutDataModule(LightningDataModule):
         max_prompt_tokens: Maximum prompt length, in tokens.
         overlong_prompts: Whether longer prompts are dropped and counted, or an error. Data from files is checked at the
             start. Evaluation sets keep all problems; `error` refuses prompts there that are too long for the model.
+        overlong_buffer: Soft overlong punishment (DAPO, arXiv:2503.14476, Eq. 13): the reward of a response falls
+            linearly by up to 1 over the last `overlong_buffer` tokens before `sampling.max_new_tokens`; logged as
+            `rollout/shaped_reward`. null for none.
         rescore: Compute the policy's log-probs by a forward pass of the trainer instead of using the sampler's, and
             correct for the difference (`model.importance`). Needed if the two differ, as in bfloat16.
         ahead: Generate the next epoch's rollouts while the current epoch trains; requires vLLM servers. They come from
@@ -91,12 +100,14 @@ class RolloutDataModule(LightningDataModule):
         sampling: Sampling = Sampling(),
         prompts_per_epoch: int = 256,
         rollouts_per_prompt: int = 8,
+        sampling_rounds: int = 1,
         minibatches: int = 2,
         tokens_per_pass: int | None = None,
         benchmarks: dict[str, Benchmark] | None = None,
         eval_prompts: int = 64,
         max_prompt_tokens: int = 2048,
         overlong_prompts: Literal["drop", "error"] = "drop",
+        overlong_buffer: int | None = None,
         rescore: bool = False,
         ahead: bool = False,
         verifier_workers: int = 2,
@@ -111,12 +122,14 @@ class RolloutDataModule(LightningDataModule):
         self.sampling = sampling
         self.prompts_per_epoch = prompts_per_epoch
         self.rollouts_per_prompt = rollouts_per_prompt
+        self.sampling_rounds = sampling_rounds
         self.minibatches = minibatches
         self.tokens_per_pass = tokens_per_pass
         self.benchmarks = benchmarks if benchmarks is not None else {"heldout": Benchmark()}
         self.eval_prompts = eval_prompts
         self.max_prompt_tokens = max_prompt_tokens
         self.overlong_prompts = overlong_prompts
+        self.overlong_buffer = overlong_buffer
         self.rescore = rescore
         self.ahead = ahead
         self.verifier_workers = verifier_workers
@@ -154,7 +167,7 @@ class RolloutDataModule(LightningDataModule):
         Lightning calls this twice before the first step of a resumed run; the second call returns the same batches.
         """
         if self._made is None:
-            self._begun = dict(vars(self._position))
+            self._begun = self._state()
             with self.computing():
                 self._made = self._make_epoch()
         self._passes.begin(self._trainer, self._made)
@@ -177,34 +190,24 @@ class RolloutDataModule(LightningDataModule):
         self._clock, counter = Clock(), TokenCounter()
         module.policy.counter = counter
         method, gate = module.method.at(trainer.global_step), module.next_gate()
-        parts = Parts(module.policy, module.teacher, method, self.engine, gate)
-        settings = EpochSettings(
-            sampling=self.sampling,
-            rollouts_per_prompt=self.rollouts_per_prompt,
-            minibatches=self.minibatches,
-            accumulate_grad_batches=trainer.accumulate_grad_batches,
-            tokens_per_pass=self.tokens_per_pass,
-            rescore=self.rescore,
-            max_fault_share=self.max_fault_share,
-            importance=module.importance,
-            importance_cap=module.importance_cap,
-            aggregation=module.aggregation,
-            seed=self.seed,
-        )
-        questions, seconds = self._questions(), list[float]()
-        drawn = partial(self._draw_epoch, questions, seconds)
-        self.epoch, batches = make_epoch(questions, drawn, parts, settings, self._phase, Progress.for_trainer(trainer))
+        parts = Parts(module.policy, module.teacher, method, self.engine, gate, module.reference_weights)
+        settings = EpochSettings.of(self, module, trainer.accumulate_grad_batches)
+        spent: list[tuple[int, float]] = []
+        observe = self.task.observe if has_curriculum(self.task) else None
+        source = Source(self._questions, partial(self._draw_epoch, spent), observe)
+        self.epoch, batches = make_epoch(source, parts, settings, self._phase, Progress.for_trainer(trainer))
         self.engine.release()
         metrics = epoch_metrics(self.epoch, self._clock, counter, module.importance_cap if self.rescore else None)
         metrics["rollout/overlong_prompts"] = float(self._position.overlong)
-        if seconds:  # unknown for rollouts from a checkpoint
-            metrics["speed/rollout_tokens_per_s"] = float(self.epoch.mask.sum()) / seconds[0]
+        if spent:  # unknown for rollouts from a checkpoint
+            tokens, seconds = (sum(values) for values in zip(*spent, strict=True))
+            metrics["speed/rollout_tokens_per_s"] = tokens / seconds
         self.rollout_metrics = mean_over_ranks(metrics)
         return batches
 
-    def _questions(self) -> Questions:
+    def _questions(self, drawn: int = 0) -> Questions:
         assert self._stream is not None
-        return self._stream.questions(self.prompts_per_epoch)
+        return self._stream.questions(self.prompts_per_epoch, drawn)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -212,18 +215,21 @@ class RolloutDataModule(LightningDataModule):
         with self.stop_signal.interruptible(self._trainer), self._clock(name):
             yield
 
-    def _draw_epoch(self, questions: Questions, seconds: list[float]) -> list[Drawn]:
-        """Returns the epoch's rollouts, from a checkpoint or generated ahead if available, and starts generating the
-        next epoch's with `ahead`. Appends the seconds that generating them took to `seconds`."""
+    def _draw_epoch(self, spent: list[tuple[int, float]], questions: Questions) -> list[Drawn]:
+        """Returns the rollouts of an epoch's problems, from a checkpoint or generated ahead if available, and starts
+        generating the next epoch's with `ahead`. Appends their tokens and the seconds that generating them took to
+        `spent`."""
         start, restored, self._restored = time.perf_counter(), self._restored, []
         if restored:
-            drawn = self._restore(restored, questions)
+            drawn = restore(restored, questions, self._module.policy, self.verifier(self.task).submit)
         elif (taken := self._ahead.take()) is not None:
             drawn = taken[0]
-            seconds.append(taken[1])
+            spent.append((tokens_of(drawn), taken[1]))
         else:
+            synced = self._clock.seconds.get("time/sync", 0.0)
             drawn = self._roll_out(self.task, questions, self.rollouts_per_prompt, self.sampling)
-            seconds.append(time.perf_counter() - start - self._clock.seconds.get("time/sync", 0.0))
+            synced = self._clock.seconds.get("time/sync", 0.0) - synced
+            spent.append((tokens_of(drawn), time.perf_counter() - start - synced))
         if self.ahead and self._trainer.current_epoch + 1 != self._trainer.max_epochs:
             self._begin_next_epoch()
         return drawn
@@ -237,18 +243,6 @@ class RolloutDataModule(LightningDataModule):
         self._sync_engine()
         verify = self.verifier(self.task).submit
         self._ahead.begin(draw(questions, self.engine, verify, self.rollouts_per_prompt, self.sampling))
-
-    def _restore(self, rows: Sequence[dict[str, Any]], questions: Questions) -> list[Drawn]:
-        """This rank's rollouts from a checkpoint, submitted to the verifier."""
-        policy, verifier, drawn = self._module.policy, self.verifier(self.task), list[Drawn]()
-        for row in rows:
-            group, owner = divmod(row["place"], world_size())
-            if owner == rank():
-                values = {name: value for name, value in row.items() if name not in ("place", "group")}
-                text = policy.decode(row["response_ids"])
-                rollout = Rollout(group, prompt_ids=questions.prompts[group], text=text, **values)
-                drawn.append((rollout, verifier.submit(questions.problems[group], text)))
-        return drawn
 
     def _roll_out(self, task: Task, questions: Questions, n: int, sampling: Sampling) -> list[Drawn]:
         """Generates rollouts with the current policy, in the order in which they finish."""
@@ -350,11 +344,11 @@ class RolloutDataModule(LightningDataModule):
         check_teacher_tokens(module.policy, module.teacher, module.method, problems, self._reader)
         check_cuts(self.engine, self.sampling, self.rescore)
         if self.ahead:
-            check_ahead(self.engine, self.rescore, module.importance, module.teacher)
+            check_ahead(self, module.importance, module.teacher)
         scoring_engine(module.teacher, module.method, self.engine, self.sampling)
         limit = self.max_prompt_tokens if positions is None else min(self.max_prompt_tokens, positions - 1)
         self._reader.check_lengths("data.task", problems, "data.max_prompt_tokens", limit, "they are dropped")
-        self._stream = PromptStream(problems, self._reader, limit, self.seed, self._position)
+        self._stream = PromptStream(problems, self._reader, limit, self.seed, self._position, self.task.admits)
 
     def example(self, stage: str) -> Problem | None:
         """The first problem of a stage whose prompt is not too long, for display; None if there is none."""
@@ -373,17 +367,20 @@ class RolloutDataModule(LightningDataModule):
         self._verifiers.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the prompts (`Position`) and the rollouts generated ahead. Between an epoch's updates also
-        each rank's remaining micro-batches: their rollouts come from outdated weights and cannot be generated again.
-        Collective: all ranks have to call it."""
+        """The position in the prompts (`Position`), the task's state, and the rollouts generated ahead. Between an
+        epoch's updates also each rank's remaining micro-batches: their rollouts come from outdated weights and cannot
+        be generated again. Collective: all ranks have to call it."""
         if self._made is None:
-            return self._begun or {**vars(self._position), **self._drawn_ahead()}
+            return self._begun or {**self._state(), **self._drawn_ahead()}
         if not self._made.served:
-            return self._begun or dict(vars(self._position))
+            return self._begun or self._state()
         remaining = [vars(batch) for batch in self._made.remaining]
         own = {"given": self._made.served, "left": remaining, "rollout_metrics": self.rollout_metrics}
         state = {"under_way": gather(own), "accumulate": self._trainer.accumulate_grad_batches}
-        return {**vars(self._position), **self._drawn_ahead(), **state}
+        return {**self._state(), **self._drawn_ahead(), **state}
+
+    def _state(self) -> dict[str, Any]:
+        return {**vars(self._position), **task_state(self.task)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`.
@@ -393,6 +390,8 @@ class RolloutDataModule(LightningDataModule):
         """
         for name in vars(self._position):
             setattr(self._position, name, state_dict[name])
+        if task_state(self.task) and "task" in state_dict:
+            cast(Any, self.task).load_state_dict(state_dict["task"])
         self._restored = state_dict.get("ahead", []) if self.ahead else []
         ranks, trainer = state_dict.get("under_way"), self._trainer
         if trainer.state.fn != "fit":

@@ -6,7 +6,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule
@@ -22,13 +22,18 @@ from rlrt_lightning.objective import (
     Aggregation,
     Importance,
     Method,
+    Ratio,
+    Surrogate,
+    cispo_surrogate,
     clipped_surrogate,
     distillation_loss,
     divergence_on_support,
+    reference_kl,
     token_mean,
 )
 from rlrt_lightning.objective.gate import EntropyGate
 from rlrt_lightning.objective.ratios import kl_estimate, log_ratio
+from rlrt_lightning.policy.copies import FrozenWeights, Reference
 from rlrt_lightning.policy.log_probs import log_probs_at
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.padding import at_mask
@@ -67,11 +72,24 @@ class RLRTModule(LightningModule):
             EntropyBonus, DIVER, or a custom class.
         clip_low: The ratio P_new / P_old is clipped below at 1 - clip_low.
         clip_high: The ratio P_new / P_old is clipped above at 1 + clip_high.
-        dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound.
+        dual_clip: Bounds the loss of tokens with a negative advantage at dual_clip * |A|; null for no bound. verl and
+            the code that RLRT's authors built on use 3.
+        surrogate: clip is PPO's clipped surrogate. cispo (arXiv:2506.13585) bounds each token's weight
+            P_new / P_old at 1 + clip_high instead of removing its gradient; clip_low is unused then.
+        ratio: Level of P_new / P_old in the clipped surrogate: token, or sequence for the geometric mean over the
+            rollout's tokens (GSPO, arXiv:2507.18071, which uses clip_low 3e-4, clip_high 4e-4 and seq-mean-token-mean).
         aggregation: token-mean weights all tokens of a mini-batch equally; seq-mean-token-mean averages within each
-            rollout first.
+            rollout first; constant-length divides by rollouts * `length` (Dr. GRPO, arXiv:2503.20783).
+        length: Tokens of a rollout in constant-length; null is the longest response allowed
+            (`data.sampling.max_new_tokens`).
+        reference_kl: Coefficient of the KL divergence to the policy's initial weights in the loss; 0 for none. All
+            rollouts are then trained on, and scored once an epoch by a frozen copy of the weights, or without a copy if
+            the policy has adapters or the teacher has the initial weights. See `model.teacher.rest_on_cpu`.
+        mask_truncated: Leave truncated rollouts out of the loss and of its mean; they still count in their group's
+            advantages.
         importance: Level of the importance weight min(P_trainer / P_sampler, importance_cap): token, sequence or off.
-            With `data.rescore`, it multiplies each token's loss (surrogate, divergence to the teacher, entropy bonus).
+            With `data.rescore`, it multiplies each token's loss (surrogate, divergence to the teacher, KL to the
+            reference, entropy bonus).
         importance_cap: Upper bound of the importance weight; the paper uses 2.
         optimizer: Class path and settings of the optimizer; the paper uses AdamW with lr 1e-6. The default has no
             weight decay.
@@ -89,7 +107,12 @@ class RLRTModule(LightningModule):
         clip_low: float = 0.2,
         clip_high: float = 0.28,
         dual_clip: float | None = None,
+        surrogate: Literal["clip", "cispo"] = "clip",
+        ratio: Ratio = "token",
         aggregation: Aggregation = "token-mean",
+        length: int | None = None,
+        reference_kl: float = 0.0,
+        mask_truncated: bool = False,
         importance: Importance = "token",
         importance_cap: float = 2.0,
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
@@ -103,15 +126,29 @@ class RLRTModule(LightningModule):
                 "clip_low": (clip_low, 0 <= clip_low < 1, "from 0 to below 1"),
                 "clip_high": (clip_high, clip_high >= 0, "0 or more"),
                 "dual_clip": (dual_clip, dual_clip is None or 1 < dual_clip < math.inf, "above 1, or null"),
+                "length": (length, length is None or length >= 1, "1 or more, or null"),
+                "reference_kl": (reference_kl, 0 <= reference_kl < math.inf, "0 or more"),
                 "warmup_steps": (warmup_steps, warmup_steps >= 0, "0 or more"),
                 "importance_cap": (importance_cap, importance_cap >= 1, "at least 1"),
             },
         )
+        if length is not None and aggregation != "constant-length":
+            raise ConfigError(
+                f"model.length is {length}, but model.aggregation is {aggregation}, which does not use it"
+            )
+        if surrogate == "cispo" and (ratio != "token" or dual_clip is not None):
+            raise ConfigError("model.surrogate is cispo, which has neither ratio=sequence nor dual_clip; remove them")
         self.policy = policy
         self.method = method
         self.teacher = teacher
+        self.reference = Reference(teacher.rest_on_cpu) if reference_kl > 0 else None
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+        self.surrogate: Literal["clip", "cispo"] = surrogate
+        self.ratio: Ratio = ratio
         self.aggregation: Aggregation = aggregation
+        self.length = length
+        self.reference_kl = reference_kl
+        self.mask_truncated = mask_truncated
         self.importance: Importance = importance
         self.importance_cap = importance_cap
         self.optimizer_factory = SharedFactory(optimizer)
@@ -136,46 +173,45 @@ class RLRTModule(LightningModule):
             the number of values in it.
         """
         logp, entropy, divergence = self._token_values(batch)
-        surrogate = clipped_surrogate(
-            logp,
-            batch.logp_old,
-            batch.advantages,
-            batch.response_mask,
-            self.clip_low,
-            self.clip_high,
-            self.dual_clip,
-            self.aggregation,
-            batch.importance,
-        )
-        loss = surrogate.loss
+        surrogate = self._surrogate(logp, batch)
+        loss, mean = surrogate.loss, self._mean(batch)
         tokens = int(batch.response_mask.sum())
         metrics = {
             "train/clip_fraction": (surrogate.clip_fraction, tokens),
             "train/entropy": (entropy.detach().sum() / max(tokens, 1), tokens),
-            "train/kl": (_kl(logp.detach(), batch), tokens),
+            "train/kl": (_kl(logp.detach(), batch.logp_old, batch), tokens),
         }
+        if batch.logp_reference is not None:
+            kl = reference_kl(logp, batch.logp_reference, batch.response_mask, **mean)
+            loss = loss + self.reference_kl * kl
+            metrics["train/reference_kl"] = _kl(batch.logp_reference, logp.detach(), batch), tokens
         if divergence is not None:
             assert batch.distillation is not None
-            loss = loss + distillation_loss(
-                divergence,
-                logp,
-                batch.logp_old,
-                batch.distillation,
-                batch.response_mask,
-                batch.distillation_cap,
-                self.aggregation,
-                batch.importance,
-            )
-            distilled = batch.distillation != 0
-            mean = (divergence.detach() * distilled).sum() / distilled.sum().clamp(min=1)
-            metrics["train/divergence"] = mean, int(distilled.sum())
+            weights, cap = batch.distillation, batch.distillation_cap
+            loss = loss + distillation_loss(divergence, logp, batch.logp_old, weights, batch.response_mask, cap, **mean)
+            distilled = weights != 0
+            average = (divergence.detach() * distilled).sum() / distilled.sum().clamp(min=1)
+            metrics["train/divergence"] = average, int(distilled.sum())
         if batch.entropy_bonus is not None:
             bonus = batch.importance * batch.entropy_bonus * entropy
-            loss = loss - token_mean(bonus, batch.response_mask, self.aggregation)
+            loss = loss - token_mean(bonus, batch.response_mask, self.aggregation, mean["length"])
         loss = loss * batch.share
         # A share of 0 marks a placeholder for a rank without trainable rollouts; it has no metrics.
-        metrics = {tag: (mean, count if batch.share else 0) for tag, (mean, count) in metrics.items()}
+        metrics = {tag: (value, count if batch.share else 0) for tag, (value, count) in metrics.items()}
         return {"loss": loss, "metrics": {**metrics, "train/loss": (loss.detach(), 1)}}
+
+    def _surrogate(self, logp: Tensor, batch: MicroBatch) -> Surrogate:
+        inputs, mean = (logp, batch.logp_old, batch.advantages, batch.response_mask), self._mean(batch)
+        if self.surrogate == "cispo":
+            return cispo_surrogate(*inputs, self.clip_high, **mean)
+        return clipped_surrogate(*inputs, self.clip_low, self.clip_high, self.dual_clip, ratio=self.ratio, **mean)
+
+    def _mean(self, batch: MicroBatch) -> dict[str, Any]:
+        """How token losses are averaged: arguments of the loss functions."""
+        length = self.length
+        if self.aggregation == "constant-length" and length is None:
+            length = cast(Any, self.trainer).datamodule.sampling.max_new_tokens
+        return {"aggregation": self.aggregation, "importance": batch.importance, "length": length}
 
     def _token_values(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probs and entropies of the response tokens, and the divergence between student and teacher if the method
@@ -302,7 +338,7 @@ class RLRTModule(LightningModule):
             resume.compare(self.trainer, self, checkpoint)
         elif found is not None:
             self.teacher.schedule = resume.teacher_weights(checkpoint) or self.method.needs.teacher
-            self.teacher.load(self.policy)
+            self._load_copies()
         if found is None:
             return
         theirs = {name: tuple(value.shape) for name, value in found.items()}
@@ -313,7 +349,7 @@ class RLRTModule(LightningModule):
                 f"ckpt_path: the checkpoint is of a different model: {len(differ)} weights differ, such as {first}, "
                 f"{list(theirs[first]) if first in theirs else 'missing'} in the checkpoint and "
                 f"{list(ours[first]) if first in ours else 'missing'} in this run; set model.policy, "
-                "model.method and teacher_refresh as in the run that saved it"
+                "model.method, model.reference_kl and teacher_refresh as in the run that saved it"
             )
 
     @classmethod
@@ -342,15 +378,25 @@ class RLRTModule(LightningModule):
             check_strategy(strategy)
         sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
         self.policy.load(sharding)
-        self.teacher.load(self.policy, sharding)
+        self._load_copies(sharding)
         if sharding is not None:
             self._shard(sharding)
+
+    @property
+    def reference_weights(self) -> FrozenWeights | None:
+        """The initial weights of the KL divergence: the teacher's if it has them, otherwise a copy; None without it."""
+        return self.teacher if self.reference is not None and self.teacher.weights == "initial" else self.reference
+
+    def _load_copies(self, sharding: FSDP2Strategy | None = None) -> None:
+        self.teacher.load(self.policy, sharding)
+        if self.reference is not None and self.reference_weights is self.reference:
+            self.reference.load(self.policy, sharding)
 
     def _shard(self, strategy: FSDP2Strategy) -> None:
         if isinstance(self.policy.model, FSDPModule):
             return  # loaded as shards, or sharded by an earlier call of fit or validate
-        for own in (self.policy, self.teacher):
-            if hasattr(own, "model"):
+        for own in (self.policy, self.teacher, self.reference):
+            if own is not None and hasattr(own, "model"):
                 strategy.shard(cast(Any, own.model), self.policy.head_is_float32)
         if self.teacher.adapters is not None:
             self.teacher.adapters.copy(self.policy.model)  # copies the sharding too
@@ -363,6 +409,6 @@ class RLRTModule(LightningModule):
             return False
 
 
-def _kl(logp: Tensor, batch: MicroBatch) -> Tensor:
-    """KL(P_old || P_new) estimated on the sampled tokens."""
-    return kl_estimate(log_ratio(logp, batch.logp_old, batch.response_mask)[batch.response_mask]).mean()
+def _kl(logp: Tensor, sampled_from: Tensor, batch: MicroBatch) -> Tensor:
+    """KL(Q || P) estimated on the sampled tokens, from log P and log Q, [B, S] each."""
+    return kl_estimate(log_ratio(logp, sampled_from, batch.response_mask)[batch.response_mask]).mean()

@@ -161,8 +161,6 @@ def of_object(value: Any, name: str, exclude: Sequence[str] = ()) -> Settings:
         plain = _plain(inner)
         if plain is not inspect.Parameter.empty:
             found[f"{name}.{parameter}"] = plain
-        elif inspect.isroutine(inner):
-            found[f"{name}.{parameter}"] = _class_name(inner)
         elif hasattr(inner, "__dict__"):
             found |= of_object(inner, f"{name}.{parameter}")
     return found
@@ -180,16 +178,19 @@ def _plain(value: Any) -> Any:
         value = value.value
     if value is None or isinstance(value, bool):
         return value
+    if inspect.isroutine(value):
+        return _class_name(value)
     kinds: dict[type, Callable[[Any], Any]] = {int: int, float: float, str: str, Path: str}
     for kind, convert in kinds.items():  # subclasses, such as NumPy scalars, would be pickled as objects
         if isinstance(value, kind):
             return convert(value)
-    items = list(value.values()) if isinstance(value, Mapping) else value
-    if not isinstance(items, (list, tuple, set, frozenset)):
+    items = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
         return inspect.Parameter.empty
     plain = [_plain(item) for item in items]
-    if inspect.Parameter.empty in plain:  # such as evaluation sets, which have their own tasks
-        plain = [of_object(item, "") if hasattr(item, "__dict__") else repr(item) for item in items]
+    for i, item in enumerate(items):
+        if plain[i] is inspect.Parameter.empty:  # such as evaluation sets, which have their own tasks
+            plain[i] = of_object(item, "") if hasattr(item, "__dict__") else repr(item)
     return dict(zip(map(str, value), plain, strict=True)) if isinstance(value, Mapping) else plain
 
 

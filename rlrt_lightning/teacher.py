@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from rlrt_lightning.contexts import TEMPLATES, Shown, assign
-from rlrt_lightning.objective.methods import Context, TeacherWeights
+from rlrt_lightning.objective.methods import Context
+from rlrt_lightning.policy.copies import FrozenWeights
 from rlrt_lightning.policy.log_probs import log_probs_at
-from rlrt_lightning.policy.lora import TeacherAdapters
-from rlrt_lightning.policy.sharding import FSDP2Strategy, local, move_weights
 from rlrt_lightning.policy.texts import opens_thinking, shortened, without_thinking
 from rlrt_lightning.rollouts.base import Rollout, ScoringEngine
 from rlrt_lightning.runtime.errors import ConfigError
@@ -27,8 +23,6 @@ from rlrt_lightning.runtime.seeding import generator
 from rlrt_lightning.tasks.base import Messages, Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from rlrt_lightning.policy.model import Policy
 
 
@@ -50,7 +44,7 @@ class TeacherScore:
 
 
 @final
-class Teacher(nn.Module):
+class Teacher(FrozenWeights):
     """The policy as of its last refresh (see `TeacherRefresh`), with a privileged context.
 
     If it is refreshed every epoch, it is the policy that generated the rollouts and stores no weights.
@@ -71,11 +65,10 @@ class Teacher(nn.Module):
             that needs only log-probs. The trainer and VllmColocateEngine read a demonstration once for all siblings,
             VllmServerEngine once per sibling.
         rest_on_cpu: Keep the teacher's full copy of the weights, if it has one, in CPU memory except while it scores:
-            frees GPU memory during training, for two transfers per epoch.
+            frees GPU memory during training, for two transfers per epoch. Also that of `model.reference_kl`.
+        chat_kwargs: Variables of the chat template in the teacher's prompts, such as `enable_thinking: true`, which
+            override those of `model.policy.chat_kwargs`; null uses the policy's.
     """
-
-    model: PreTrainedModel
-    """The teacher's own weights; set only if it has a full copy."""
 
     def __init__(
         self,
@@ -84,8 +77,9 @@ class Teacher(nn.Module):
         strip_think: bool = True,
         scored_by: Literal["trainer", "engine"] = "trainer",
         rest_on_cpu: bool = False,
+        chat_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(rest_on_cpu)
         for name in ("{prompt}", "{context}"):
             if template is not None and name not in template:
                 raise ConfigError(f"model.teacher.template has no {name}")
@@ -97,59 +91,7 @@ class Teacher(nn.Module):
         self.max_context_tokens = max_context_tokens
         self.strip_think = strip_think
         self.scored_by = scored_by
-        self.rest_on_cpu = rest_on_cpu
-        self.schedule = TeacherWeights()
-        """Schedule of the weights; `TeacherRefresh` sets it before they are loaded."""
-        self.adapters: TeacherAdapters | None = None
-
-    # -- weights ---------------------------------------------------------------------------------------------------
-
-    @property
-    def weights(self) -> Literal["policy", "initial", "own"]:
-        """See `TeacherWeights.kind`."""
-        return self.schedule.kind
-
-    def load(self, policy: Policy, strategy: FSDP2Strategy | None = None) -> None:
-        """Copies the policy's weights if the teacher needs its own. If the policy has adapters, only they are copied,
-        or nothing for initial weights. A copy that is no longer needed is freed.
-
-        Args:
-            policy: The policy, with its weights.
-            strategy: Shards the copy if the policy's weights are sharded.
-        """
-        if self.weights == "policy" and hasattr(self, "model"):
-            del self.model
-        if self.adapters is not None and (self.weights == "policy" or self.adapters.off != (self.weights == "initial")):
-            self.adapters = None
-        if self.weights == "policy" or self.adapters is not None or hasattr(self, "model"):
-            return
-        if policy.lora is not None:
-            self.adapters = TeacherAdapters(policy.model, off=self.weights == "initial")
-        elif strategy is not None and isinstance(policy.model, FSDPModule):
-            self.model = policy.sharded_copy(strategy)
-        else:
-            self.model = copy.deepcopy(policy.model).eval().requires_grad_(False)
-
-    @contextmanager
-    def _on_device(self, device: torch.device) -> Iterator[None]:
-        """Moves the teacher's copy from the CPU to the policy's device and back, with `rest_on_cpu`."""
-        if not self.rest_on_cpu or not hasattr(self, "model"):
-            yield
-            return
-        move_weights(self.model, device)
-        try:
-            yield
-        finally:
-            move_weights(self.model, torch.device("cpu"))
-
-    @torch.no_grad()
-    def refresh(self, policy: Policy, ema_decay: float = 0.0) -> None:
-        """teacher <- ema_decay * teacher + (1 - ema_decay) * policy."""
-        followed = policy.model.named_parameters()
-        if policy.lora is not None:
-            followed = ((name, p) for name, p in followed if p.requires_grad)
-        for ours, (_, theirs) in zip(self.parameters(), followed, strict=True):
-            local(ours).lerp_(local(theirs).to(local(ours)), 1 - ema_decay)
+        self.chat_kwargs = chat_kwargs or {}
 
     # -- context ---------------------------------------------------------------------------------------------------
 
@@ -215,8 +157,9 @@ class Teacher(nn.Module):
 
         prompt: str | Messages = problem.prompt
         if isinstance(prompt, str):
-            return policy.encode_prompt(fill(prompt))
-        return policy.encode_prompt([*prompt[:-1], {**prompt[-1], "content": fill(prompt[-1]["content"])}])
+            return policy.encode_prompt(fill(prompt), self.chat_kwargs)
+        filled = [*prompt[:-1], {**prompt[-1], "content": fill(prompt[-1]["content"])}]
+        return policy.encode_prompt(filled, self.chat_kwargs)
 
     def contexts(
         self,
@@ -396,7 +339,7 @@ class Teacher(nn.Module):
         else:
             top = [torch.zeros(len(r.response_ids), 0, dtype=torch.int32) for r in chosen]
         targets = [torch.tensor(r.response_ids) for r in chosen]
-        with self._on_device(policy.device), policy.weights_of(self):
+        with self.applied_to(policy):
             scored = policy.score_by(_token_scores, sequences, temperature, targets, top)
         for i, (logp, entropy, top_logp), tokens in zip(which, scored, top, strict=True):
             scores[i] = TeacherScore(logp, entropy, tokens, top_logp)

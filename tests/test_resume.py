@@ -285,7 +285,8 @@ def test_a_checkpoint_loads_without_a_trainer(run2: Path) -> None:
 @pytest.mark.slow
 def test_own_teacher_weights_and_adapters_load_without_a_trainer(tmp_path: Path) -> None:
     runs = [["--model.policy.lora.rank=4", "--teacher_refresh.every_n_epochs=2"], ["--model.method=RLSD"]]
-    for version, (flags, kind) in enumerate(zip(runs, ("own", "initial"), strict=True)):
+    runs.append(["--model.reference_kl=0.1"])
+    for version, (flags, kind) in enumerate(zip(runs, ("own", "initial", "policy"), strict=True)):
         assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
         module = RLRTModule.load_from_checkpoint(tmp_path / f"rlrt/version_{version}/checkpoints/last.ckpt")
         assert module.teacher.weights == kind

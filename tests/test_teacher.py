@@ -68,7 +68,7 @@ def test_contexts_solution_and_feedback_are_shown_where_they_exist() -> None:
 
 def test_the_default_template_depends_on_the_kind_of_context() -> None:
     made, shown = Policy(), []
-    made.encode_prompt = lambda prompt: shown.append(prompt) or [0]
+    made.encode_prompt = lambda prompt, *_: shown.append(prompt) or [0]
     for kind in ("sibling", "solution", "answer", "feedback"):
         Teacher().prompt(made, problems()[0], "CONTEXT", kind)
     assert all(text.startswith("tea 0 milk 2") and "CONTEXT" in text for text in shown)
@@ -83,7 +83,7 @@ def test_the_template_fills_the_last_message_and_keeps_other_braces() -> None:
     fancy = Problem("x", [{"role": "user", "content": "tea 1"}, {"role": "user", "content": "b{context}{2}"}])
     ids, _ = teacher.prompt(made, fancy, "guess {prompt}")
     shown = []
-    made.encode_prompt = lambda prompt: shown.append(prompt) or [0]
+    made.encode_prompt = lambda prompt, *_: shown.append(prompt) or [0]
     teacher.prompt(made, fancy, "guess {prompt}")
     assert shown[0][0] == fancy.prompt[0]
     assert shown[0][1]["content"] == "A b{context}{2}, so guess {prompt} B"
@@ -93,7 +93,7 @@ def test_the_template_fills_the_last_message_and_keeps_other_braces() -> None:
 def test_thinking_is_removed_and_long_contexts_lose_their_middle() -> None:
     made, shown = Policy(), []
     encode = made.encode_prompt
-    made.encode_prompt = lambda prompt: shown.append(prompt) or encode(prompt)
+    made.encode_prompt = lambda prompt, *_: shown.append(prompt) or encode(prompt)
     assert not Teacher(TEMPLATE).prompt(made, problems()[0], "<think>9a9</think>\n\nguess 1")[1]
     long = " ".join(["tea 0"] * 50 + ["milk 1"] * 8)
     assert Teacher(TEMPLATE, max_context_tokens=29).prompt(made, problems()[0], long)[1]

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
+from rlrt_lightning.epoch.record import Drawn, Questions, Verify
+from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.rollouts.base import Rollout
-from rlrt_lightning.tasks.base import Verdict
+from rlrt_lightning.runtime.ranks import rank, world_size
 
-Drawn = tuple[Rollout, "Future[Verdict]"]
-"""A rollout and its verdict, which may be pending."""
+
+def restore(rows: Sequence[dict[str, Any]], questions: Questions, policy: Policy, submit: Verify) -> list[Drawn]:
+    """This rank's rollouts from a checkpoint.
+
+    Args:
+        rows: All ranks' rollouts (`Ahead.rows`) with their `place` among the rollouts' problems of all ranks.
+        questions: This rank's problems.
+        policy: Decodes the responses.
+        submit: Submits a completion to the verifier.
+    """
+    drawn = list[Drawn]()
+    for row in rows:
+        group, owner = divmod(row["place"], world_size())
+        if owner == rank():
+            values = {name: value for name, value in row.items() if name not in ("place", "group")}
+            text = policy.decode(row["response_ids"])
+            rollout = Rollout(group, prompt_ids=questions.prompts[group], text=text, **values)
+            drawn.append((rollout, submit(questions.problems[group], text)))
+    return drawn
+
+
+def tokens_of(drawn: Iterable[Drawn]) -> int:
+    """The number of response tokens."""
+    return sum(len(rollout.response_ids) for rollout, _ in drawn)
 
 
 class Ahead:

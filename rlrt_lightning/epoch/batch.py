@@ -42,6 +42,7 @@ class MicroBatch:
         top_tokens: The k tokens compared by the divergence at each of the R response tokens, row by row, int32 [R, k].
         top_logp: Their log-probs under the teacher, nats, [R, k].
         entropy_bonus: Coefficient of the entropy at each token, [B, S]; None if the method has none.
+        logp_reference: Log-probs under the reference, nats, [B, S]; None without a KL divergence to it.
         share: Factor of the micro-batch's mean loss, so that the gradients, which Lightning averages over micro-batches
             and ranks, are those of the mean over the whole mini-batch.
         temperature: The sampling temperature.
@@ -65,6 +66,7 @@ class MicroBatch:
         top_tokens: Tensor | None,
         top_logp: Tensor | None,
         entropy_bonus: Tensor | None,
+        logp_reference: Tensor | None,
         share: float,
         temperature: float,
         rows: list[int],
@@ -84,6 +86,7 @@ class MicroBatch:
         self.top_tokens = top_tokens
         self.top_logp = top_logp
         self.entropy_bonus = entropy_bonus
+        self.logp_reference = logp_reference
         self.share = share
         self.temperature = temperature
         self.rows = rows
@@ -199,7 +202,7 @@ def micro_batches(
         totals = mini_batch_sizes(epoch, minibatches)
     weights = epoch.importance * _path_weights(epoch, minibatches, totals)
     tokens = epoch.mask.sum(-1)
-    useful = epoch.credit.trains
+    useful = epoch.trains
     step_of = _step_of(epoch, minibatches)
     by_token = aggregation == "token-mean"
     steps = [(step_of == step).nonzero()[:, 0] for step in range(minibatches)]
@@ -311,6 +314,7 @@ def _collate(
         top_tokens=top_tokens,
         top_logp=top_logp,
         entropy_bonus=None if credit.entropy_bonus is None else by_sequence(credit.entropy_bonus),
+        logp_reference=None if epoch.logp_reference is None else by_sequence(epoch.logp_reference),
         share=share,
         temperature=temperature,
         rows=rows.tolist(),

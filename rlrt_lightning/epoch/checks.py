@@ -13,6 +13,7 @@ from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.rollouts import RolloutEngine, Sampling, ScoringEngine
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.tasks import Problem
+from rlrt_lightning.tasks.base import has_curriculum
 from rlrt_lightning.teacher import Teacher
 
 
@@ -35,6 +36,7 @@ def check_data_settings(data: Any) -> None:
     least = {
         "tokens_per_pass": 1 if data.tokens_per_pass is None else data.tokens_per_pass,
         "eval_prompts": data.eval_prompts,
+        "sampling_rounds": data.sampling_rounds,
         "max_prompt_tokens": data.max_prompt_tokens,
         "verifier_workers": data.verifier_workers,
     }
@@ -47,6 +49,12 @@ def check_data_settings(data: Any) -> None:
             "max_fault_share": (data.max_fault_share, 0 <= data.max_fault_share <= 1, "from 0 to 1"),
         },
     )
+    buffer, longest = data.overlong_buffer, data.sampling.max_new_tokens
+    if buffer is not None and not 1 <= buffer <= longest:
+        raise ConfigError(
+            f"data.overlong_buffer is {buffer}; it has to be from 1 to data.sampling.max_new_tokens ({longest}), or "
+            "null"
+        )
     if data.sampling.temperature == 0:
         raise ConfigError("data.sampling.temperature is 0, so all rollouts of a prompt are equal; set it to 1")
 
@@ -89,19 +97,25 @@ def check_cuts(engine: RolloutEngine, sampling: Sampling, rescore: bool) -> None
         )
 
 
-def check_ahead(engine: RolloutEngine, rescore: bool, importance: Importance, teacher: Teacher) -> None:
+def check_ahead(data: Any, importance: Importance, teacher: Teacher) -> None:
     """Checks that the next epoch's rollouts can be generated during training.
 
     Raises:
         ConfigError: If `data.ahead` does not work with the other settings.
     """
-    wrong = None
+    wrong, engine, rescore = None, data.engine, data.rescore
     if not engine.beside_training:
         wrong = f"{type(engine).__name__} cannot generate while the policy trains; use VllmServerEngine"
     elif not rescore or importance == "off":
         wrong = "the rollouts are one epoch old; set data.rescore=true, and model.importance to token or sequence"
     elif teacher.scored_by == "engine":
         wrong = "the engine would score with newer weights than it sampled with; set model.teacher.scored_by=trainer"
+    elif data.sampling_rounds > 1:
+        wrong = "the next epoch's problems depend on how many rounds this one needs; set data.sampling_rounds=1"
+    elif has_curriculum(data.task):
+        wrong = (
+            f"{type(data.task).__name__} chooses the next epoch's problems by this one's rewards; set data.ahead=false"
+        )
     if wrong is not None:
         raise ConfigError(f"data.ahead is true, but {wrong}")
 
@@ -151,11 +165,13 @@ def check_context(method: Method, problems: Sequence[Problem]) -> None:
 def check_teacher_tokens(
     policy: Policy, teacher: Teacher, method: Method, problems: Sequence[Problem], reader: PromptReader
 ) -> None:
-    """Checks that the model has embeddings for all tokens in the prompts of policy and teacher.
+    """Checks that the chat template reads `Teacher.chat_kwargs`, and that the model has embeddings for all tokens in
+    the prompts of policy and teacher.
 
     Raises:
-        ConfigError: If a prompt has a token without an embedding.
+        ConfigError: If the template ignores a variable, or a prompt has a token without an embedding.
     """
+    policy.check_chat_kwargs(teacher.chat_kwargs, "model.teacher.chat_kwargs")
     kind = method.context
     remarks = {"none": "", "verdict": "".join(VERDICTS), "feedback": FEEDBACK}
 

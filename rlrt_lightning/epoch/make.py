@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlrt_lightning.epoch.batch import Batches, MicroBatch, micro_batches, mini_batch_sizes
-from rlrt_lightning.epoch.numerics import log_probs, non_finite_log_probs
-from rlrt_lightning.epoch.record import Drawn, EpochRecord, Judged, Questions, Scored
+from rlrt_lightning.epoch.numerics import log_probs, non_finite_log_probs, reference_log_probs
+from rlrt_lightning.epoch.record import Drawn, EpochRecord, Judged, Questions, Scored, Verify
+from rlrt_lightning.epoch.rounds import Source, draw_rounds
 from rlrt_lightning.epoch.teaching import step_gate, teacher_scores, thought_mask, wrong_log_probs
-from rlrt_lightning.objective import Aggregation, Importance, Method, Signals, group_advantages, importance_weights
+from rlrt_lightning.objective import (
+    Aggregation,
+    Importance,
+    Method,
+    Signals,
+    group_advantages,
+    importance_weights,
+    overlong_penalty,
+)
 from rlrt_lightning.objective.gate import EntropyGate
+from rlrt_lightning.policy.copies import FrozenWeights
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.padding import pad_rows
 from rlrt_lightning.policy.work import Work
@@ -28,13 +38,10 @@ from rlrt_lightning.rollouts import Rollout, RolloutEngine, Sampling
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.progress import Progress
 from rlrt_lightning.runtime.ranks import gather, rank, sum_over_ranks, world_size
-from rlrt_lightning.tasks import Problem, Verdict
+from rlrt_lightning.tasks import Problem
 from rlrt_lightning.teacher import Teacher
 
 log = logging.getLogger(__name__)
-
-Verify = Callable[[Problem, str], "Future[Verdict]"]
-"""Submits a completion to the verifier, which judges it in the background."""
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Context manager of a named phase: times it, and lets a run that was asked to stop end within it."""
@@ -50,6 +57,7 @@ class Parts:
         method: The method as of the epoch's first optimizer step.
         engine: Generates the rollouts, and scores for the teacher if `Teacher.scored_by` is "engine".
         gate: The method's gate, which the epoch steps; None if the method has none.
+        reference: The weights of the KL divergence to a reference; None for no divergence.
     """
 
     policy: Policy
@@ -57,6 +65,7 @@ class Parts:
     method: Method
     engine: RolloutEngine
     gate: EntropyGate | None = None
+    reference: FrozenWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class EpochSettings:
 
     sampling: Sampling
     rollouts_per_prompt: int
+    sampling_rounds: int
     minibatches: int
     accumulate_grad_batches: int
     tokens_per_pass: int | None
@@ -73,7 +83,16 @@ class EpochSettings:
     importance: Importance
     importance_cap: float
     aggregation: Aggregation
+    mask_truncated: bool
+    overlong_buffer: int | None
     seed: int
+
+    @classmethod
+    def of(cls, data: Any, module: Any, accumulate_grad_batches: int) -> EpochSettings:
+        """The settings of a `RolloutDataModule` and an `RLRTModule`."""
+        names = [field.name for field in fields(cls) if field.name != "accumulate_grad_batches"]
+        given = {name: getattr(data if hasattr(data, name) else module, name) for name in names}
+        return cls(accumulate_grad_batches=accumulate_grad_batches, **given)
 
 
 def draw(
@@ -110,11 +129,17 @@ def collect_verdicts(
     return rollouts
 
 
-def judge(questions: Questions, rollouts: list[Rollout], method: Method) -> Judged:
+def judge(
+    questions: Questions, rollouts: list[Rollout], drawn: dict[str, float], method: Method, settings: EpochSettings
+) -> Judged:
     """Computes rewards and group advantages from the verdicts."""
     rewards = torch.tensor([r.verdict.reward for r in rollouts if r.verdict])
     groups = torch.tensor([r.group for r in rollouts])
     shaped = method.shape_rewards(rewards, groups, [r.text for r in rollouts])
+    if settings.overlong_buffer is not None:
+        lengths = torch.tensor([len(r.response_ids) for r in rollouts])
+        penalty = overlong_penalty(lengths, settings.sampling.max_new_tokens, settings.overlong_buffer)
+        shaped = shaped + penalty.to(shaped)
     return Judged(
         questions=questions,
         rollouts=rollouts,
@@ -123,17 +148,22 @@ def judge(questions: Questions, rollouts: list[Rollout], method: Method) -> Judg
         shaped_rewards=shaped,
         advantages=group_advantages(shaped, groups, method.normalize_std),
         mask=pad_rows([torch.ones(len(r.response_ids)) for r in rollouts]).bool(),
+        drawn=drawn,
     )
 
 
 def score(judged: Judged, parts: Parts, settings: EpochSettings, phase: Phase) -> Scored:
-    """Computes the policy's log-probs (with `data.rescore`) and the teacher's log-probs for the rollouts that need
-    them. The advantages of rollouts with non-finite log-probs are set to 0."""
-    wanted = parts.method.uses_teacher(judged.advantages, judged.rewards) & judged.nonempty
-    trainable = parts.method.may_train(judged.advantages, judged.rewards) & judged.nonempty
+    """Computes the log-probs of the policy (with `data.rescore`), the reference (with `model.reference_kl`) and the
+    teacher for the rollouts that need them. The advantages of rollouts with non-finite log-probs are set to 0."""
+    kept = judged.nonempty & ~judged.truncated if settings.mask_truncated else judged.nonempty
+    wanted = parts.method.uses_teacher(judged.advantages, judged.rewards) & kept
+    trainable = kept & (parts.method.may_train(judged.advantages, judged.rewards) | (parts.reference is not None))
     with phase("rescore"):
         if settings.rescore:
             rescore(judged, trainable, parts.policy, settings.sampling)
+    if parts.reference is not None:
+        with phase("reference"):
+            score_by_reference(judged, trainable, parts.policy, parts.reference, settings.sampling)
     faults = non_finite_log_probs(judged.rollouts)
     unusable = torch.tensor([i in faults for i in range(len(judged.rollouts))])
     logp_sampler, logp_old, rescored = log_probs(judged.rollouts, unusable)
@@ -157,6 +187,7 @@ def score(judged: Judged, parts: Parts, settings: EpochSettings, phase: Phase) -
         logp_teacher_wrong=wrong[0],
         wrong_valid=wrong[1],
         thoughts=thought_mask(judged, parts.policy) if needs.thoughts else None,
+        logp_reference=None if parts.reference is None else reference_log_probs(judged.rollouts, unusable),
     )
     scored.advantages = judged.advantages.masked_fill(unusable, 0.0)
     return scored
@@ -170,9 +201,21 @@ def rescore(judged: Judged, needed: Tensor, policy: Policy, sampling: Sampling) 
         rollout.logp_policy = logp
 
 
+def score_by_reference(
+    judged: Judged, needed: Tensor, policy: Policy, reference: FrozenWeights, sampling: Sampling
+) -> None:
+    """Computes `Rollout.logp_reference` of the rollouts selected by `needed`, bool [N]."""
+    chosen = [r for r, need in zip(judged.rollouts, needed.tolist(), strict=True) if need]
+    with reference.applied_to(policy):
+        scores = policy.score([(r.prompt_ids, r.response_ids) for r in chosen], sampling.temperature)
+    for rollout, logp in zip(chosen, scores, strict=True):
+        rollout.logp_reference = logp
+
+
 def assign_credit(scored: Scored, method: Method, settings: EpochSettings) -> EpochRecord:
     """Computes the method's token credit. Rollouts with non-finite log-probs of policy or sampler get no credit but
-    count in the mean over the mini-batch; those with non-finite log-probs of the teacher count as not scored.
+    count in the mean over the mini-batch; those with non-finite log-probs of the teacher count as not scored. With
+    `model.mask_truncated`, truncated rollouts get no credit and do not count in the mean.
 
     Raises:
         ConfigError: If the method trains on rollouts that `data.rescore` has skipped because of its `may_train`.
@@ -194,6 +237,9 @@ def assign_credit(scored: Scored, method: Method, settings: EpochSettings) -> Ep
         )
     )
     credit = credit.without(scored.unusable)
+    if settings.mask_truncated:
+        counted = ~scored.truncated if credit.counted is None else credit.counted & ~scored.truncated
+        credit = replace(credit.without(scored.truncated), counted=counted)
     if settings.rescore and (credit.trains & ~scored.trainable).any():
         raise ConfigError(
             f"model.method: {type(method).__name__} trains on rollouts that its may_train excludes, so data.rescore "
@@ -227,29 +273,27 @@ def pack(record: EpochRecord, settings: EpochSettings, sharing: Work | None) -> 
 
 
 def make_epoch(
-    questions: Questions,
-    drawn: Callable[[], list[Drawn]],
-    parts: Parts,
-    settings: EpochSettings,
-    phase: Phase,
-    progress: Progress,
+    source: Source, parts: Parts, settings: EpochSettings, phase: Phase, progress: Progress
 ) -> tuple[EpochRecord, Batches[MicroBatch]]:
     """Runs all stages of one epoch.
 
     Args:
-        questions: The epoch's problems and prompts.
-        drawn: Returns the rollouts: new ones (`draw`), those generated ahead, or those from a checkpoint.
+        source: Provides the problems and their rollouts.
         parts: The epoch's components.
         settings: See `EpochSettings`.
         phase: Context manager of each phase.
         progress: Displays the progress of a phase.
     """
-    with phase("rollout"):
-        pairs = drawn()
-    with phase("verify"):
-        rollouts = collect_verdicts(questions.problems, pairs, settings.max_fault_share, progress)
+
+    def with_verdicts(questions: Questions) -> list[Rollout]:
+        with phase("rollout"):
+            pairs = source.draw(questions)
+        with phase("verify"):
+            return collect_verdicts(questions.problems, pairs, settings.max_fault_share, progress)
+
+    questions, rollouts, drawn = draw_rounds(source, with_verdicts, settings.sampling_rounds)
     with phase("advantages"):
-        judged = judge(questions, rollouts, parts.method)
+        judged = judge(questions, rollouts, drawn, parts.method, settings)
     scored = score(judged, parts, settings, phase)
     if parts.gate is not None:
         step_gate(scored, parts.gate)

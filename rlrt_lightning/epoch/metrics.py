@@ -26,12 +26,12 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Times a phase."""
+        """Times a phase; repeated phases add up."""
         before, self._nested = self._nested, 0.0
         start = time.perf_counter()
         yield
         spent = time.perf_counter() - start
-        self.seconds[f"time/{phase}"] = spent - self._nested
+        self.seconds[f"time/{phase}"] = self.seconds.get(f"time/{phase}", 0.0) + spent - self._nested
         self._nested = before + spent
 
 
@@ -44,14 +44,15 @@ def epoch_metrics(record: EpochRecord, clock: Clock, counter: TokenCounter, cap:
         counter: Tokens of the epoch's forward passes without gradients.
         cap: Upper bound of the importance weights; None without `data.rescore`.
     """
-    metrics = {**rollout_metrics(record.rollouts, record.rewards, record.groups), **clock.seconds}
+    metrics = {**record.drawn, **clock.seconds}
     metrics["faults/rollouts"] = float(sum_over_ranks(torch.tensor(float(len(record.faults)))))
     if cap is not None:
         compared = record.mask & record.rescored[:, None]
         difference = (record.logp_old - record.logp_sampler)[compared]
         metrics |= mismatch(difference, record.importance[compared] == cap)
     if counter.padded_tokens:
-        tokens, seconds = float(counter.tokens), metrics["time/rescore"] + metrics["time/teacher"]
+        scoring = ("rescore", "reference", "teacher")
+        tokens, seconds = float(counter.tokens), sum(clock.seconds.get(f"time/{phase}", 0.0) for phase in scoring)
         metrics["speed/score_tokens_per_s"] = tokens / max(seconds, 1e-9)
         metrics["speed/score_padding"] = Mean(1 - tokens / counter.padded_tokens, counter.padded_tokens)
     metrics["rollout/shaped_reward"] = float(record.shaped_rewards.mean())
@@ -101,6 +102,9 @@ def rollout_metrics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor
         entropies = entropies[entropies.isfinite()]
         if len(entropies):
             metrics["rollout/entropy"] = Mean(float(entropies.mean()), len(entropies))
+    for name in dict.fromkeys(name for v in verdicts for name in v.rewards):
+        parts = [v.rewards[name] for v in verdicts if name in v.rewards]
+        metrics[f"rewards/{name}"] = Mean(sum(parts) / len(parts), len(parts))
     labels = Counter(v.label for v in verdicts if v.label is not None)
     metrics |= {f"labels/{label}": torch.tensor(count / len(verdicts)) for label, count in labels.items()}
     return {tag: value if isinstance(value, Mean) else float(value) for tag, value in metrics.items()}

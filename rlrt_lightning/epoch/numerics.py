@@ -15,7 +15,11 @@ def non_finite_log_probs(rollouts: Sequence[Rollout]) -> dict[int, str]:
     """The indices of rollouts with non-finite log-probs, with a description of each one's first non-finite value."""
     faults = {}
     for i, rollout in enumerate(rollouts):
-        values = {"logp of the policy": rollout.logp_policy, "logp of the sampler": rollout.logp_sampler}
+        values = {
+            "logp of the policy": rollout.logp_policy,
+            "logp of the sampler": rollout.logp_sampler,
+            "logp of the reference": rollout.logp_reference,
+        }
         if wrong := first_non_finite(values):
             faults[i] = wrong
     return faults
@@ -38,6 +42,13 @@ def log_probs(rollouts: Sequence[Rollout], unusable: Tensor) -> tuple[Tensor, Te
     bad = unusable[:, None]
     # `masked_fill`, because 0 * NaN is NaN.
     return pad_rows(sampler).masked_fill(bad, 0.0), pad_rows(old).masked_fill(bad, 0.0), rescored
+
+
+def reference_log_probs(rollouts: Sequence[Rollout], unusable: Tensor) -> Tensor:
+    """The reference's log-probs of the response tokens, nats, [N, T]; 0 after the response, for rollouts that it has
+    not scored, and for those that are unusable, bool [N]."""
+    width = max(len(r.response_ids) for r in rollouts)
+    return pad_rows([r.logp_reference for r in rollouts], width=width).masked_fill(unusable[:, None], 0.0)
 
 
 def first_non_finite(values_by_name: Mapping[str, Tensor | None]) -> str | None:

@@ -19,11 +19,12 @@ Log-probs of the sampled tokens, in nats, by response:
 | `logp_old` | denominator of the surrogate's ratio: `logp_policy` if available, otherwise `logp_sampler` |
 | `logp_student` | P_S in D_t = log P_S - log P_T, computed by the same program as the teacher's |
 | `logp_teacher` | P_T, the teacher with its context |
+| `logp_reference` | the policy's initial weights; only with `model.reference_kl` |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -37,6 +38,9 @@ from rlrt_lightning.teacher import TeacherScore
 
 Drawn = tuple[Rollout, "Future[Verdict]"]
 """A rollout and its verdict, which may be pending."""
+
+Verify = Callable[[Problem, str], "Future[Verdict]"]
+"""Submits a completion to the verifier, which judges it in the background."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Judged:
         shaped_rewards: The rewards from which the advantages are computed, after `Method.shape_rewards`, [N].
         advantages: Group advantages A, [N].
         mask: True at response tokens, [N, T].
+        drawn: Metrics of all rollouts that this rank has drawn, by tag; with dynamic sampling the epoch has only some
+            of them.
     """
 
     questions: Questions
@@ -79,6 +85,7 @@ class Judged:
     shaped_rewards: Tensor
     advantages: Tensor
     mask: Tensor
+    drawn: dict[str, float] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[Problem]:
@@ -89,6 +96,11 @@ class Judged:
     def correct(self) -> Tensor:
         """True for rollouts with a correct verdict, bool [N]."""
         return torch.tensor([r.verdict is not None and r.verdict.correct for r in self.rollouts])
+
+    @property
+    def truncated(self) -> Tensor:
+        """True for responses that reached the maximum length without an end, bool [N]."""
+        return torch.tensor([r.truncated for r in self.rollouts])
 
     @property
     def nonempty(self) -> Tensor:
@@ -105,13 +117,15 @@ class Scored(Judged):
         logp_old: [N, T].
         logp_student: [N, T].
         logp_teacher: [N, T]; 0 for rollouts that the teacher did not score.
-        trainable: True for rollouts selected by `Method.may_train`, bool [N].
+        trainable: True for rollouts that may get a gradient, bool [N].
         rescored: True for rollouts with `logp_policy`, bool [N].
         contexts: The teacher's context for each of the N rollouts; None if it was not scored.
         teacher: The teacher's scores of each of the N rollouts; None if it was not scored.
         contexts_truncated: Number of contexts that were truncated or did not fit.
-        unusable: True for rollouts with non-finite log-probs of sampler or policy, which get no gradient, bool [N].
-        faults: Indices and descriptions of rollouts with non-finite log-probs of sampler, policy or teacher.
+        unusable: True for rollouts with non-finite log-probs of sampler, policy or reference, which get no gradient,
+            bool [N].
+        faults: Indices and descriptions of rollouts with non-finite log-probs of sampler, policy, reference or teacher.
+        logp_reference: See the table above, [N, T]; 0 for rollouts without a gradient. None without a reference.
         logp_teacher_wrong: See `Signals`, [N, C, T]; None unless the method needs it.
         wrong_valid: See `Signals`, bool [N, C]; None unless the method needs it.
         thoughts: See `Signals`, bool [N, T]; None unless the method needs it.
@@ -130,6 +144,7 @@ class Scored(Judged):
     contexts_truncated: int
     unusable: Tensor
     faults: dict[int, str]
+    logp_reference: Tensor | None = None
     logp_teacher_wrong: Tensor | None = None
     wrong_valid: Tensor | None = None
     thoughts: Tensor | None = None
@@ -158,3 +173,11 @@ class EpochRecord(Scored):
     def counted(self) -> Tensor:
         """True for rollouts that count in the mean over the mini-batch, bool [N]."""
         return torch.ones(len(self.rollouts), dtype=torch.bool) if self.credit.counted is None else self.credit.counted
+
+    @property
+    def trains(self) -> Tensor:
+        """True for rollouts that have a gradient, bool [N]: of the method's loss, or of the KL divergence to the
+        reference, which all counted rollouts have."""
+        if self.logp_reference is None:
+            return self.credit.trains
+        return self.credit.trains | (self.counted & self.trainable & ~self.unusable)

@@ -1,8 +1,9 @@
 """The mathematics, as pure tensor functions: no model, no Lightning, no I/O.
 
 From rewards to gradients: `advantages` (group advantage A), `methods` (token credit: Eqs. 6 and 7 of arXiv:2605.10781),
-`divergences` (minimized by SDPO and SRPO), `surrogate` (the losses). `ratios` bounds every probability ratio,
-`estimators` holds pass@k. Dtypes are preserved, except that ratios and losses of half-precision inputs are float32.
+`divergences` (minimized by SDPO and SRPO), `surrogate` (the losses). `shaping` holds terms added to the reward,
+`ratios` bounds every probability ratio, `estimators` holds pass@k. Dtypes are preserved, except that ratios and losses
+of half-precision inputs are float32.
 
 Shapes: N rollouts; T is the length of the longest response in the batch. A mask [N, T] is true at response tokens.
 """
@@ -29,14 +30,18 @@ from rlrt_lightning.objective.methods import (
     Signals,
     TeacherWeights,
 )
+from rlrt_lightning.objective.shaping import overlong_penalty
 from rlrt_lightning.objective.surrogate import (
     Aggregation,
     Importance,
+    Ratio,
     Surrogate,
+    cispo_surrogate,
     clipped_surrogate,
     distillation_loss,
     importance_weights,
     path_weights,
+    reference_kl,
     token_mean,
     two_path_surrogate,
 )
@@ -59,9 +64,11 @@ __all__ = [
     "Importance",
     "Method",
     "Needs",
+    "Ratio",
     "Signals",
     "Surrogate",
     "TeacherWeights",
+    "cispo_surrogate",
     "clipped_surrogate",
     "distillation_loss",
     "divergence",
@@ -69,8 +76,10 @@ __all__ = [
     "dynamic_weights",
     "group_advantages",
     "importance_weights",
+    "overlong_penalty",
     "pass_at_k",
     "path_weights",
+    "reference_kl",
     "token_mean",
     "two_path_surrogate",
 ]

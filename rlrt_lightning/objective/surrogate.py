@@ -1,24 +1,26 @@
-"""The losses: the clipped surrogate of token advantages, and distillation."""
+"""The losses: surrogates of token advantages, distillation, and the KL divergence to a reference."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from rlrt_lightning.objective.ratios import bounded_ratio, log_ratio, widened
+from rlrt_lightning.objective.ratios import bounded_ratio, kl_estimate, log_ratio, widened
 
-Aggregation = Literal["token-mean", "seq-mean-token-mean"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "constant-length"]
 Importance = Literal["token", "sequence", "off"]
+Ratio = Literal["token", "sequence"]
 
 
 class Surrogate(NamedTuple):
-    """What `clipped_surrogate` returns.
+    """What `clipped_surrogate` and `cispo_surrogate` return.
 
     Args:
         loss: The loss to minimize, a scalar.
-        clip_fraction: Fraction of response tokens whose gradient is removed by the clip, a scalar.
+        clip_fraction: Fraction of response tokens that are clipped, a scalar: `clipped_surrogate` removes their
+            gradient, `cispo_surrogate` bounds their weight.
     """
 
     loss: Tensor
@@ -35,9 +37,15 @@ def clipped_surrogate(
     dual_clip: float | None = None,
     aggregation: Aggregation = "token-mean",
     importance: Tensor | None = None,
+    ratio: Ratio = "token",
+    length: int | None = None,
 ) -> Surrogate:
     """-mean min(rho A_t, clip(rho, 1 - clip_low, 1 + clip_high) A_t) with rho = P_new / P_old (PPO's surrogate,
     arXiv:1707.06347, with DAPO's asymmetric clip and token mean, arXiv:2503.14476).
+
+    With ratio "sequence", rho is the geometric mean of the rollout's token ratios (GSPO, arXiv:2507.18071, in its token
+    form): all tokens of a rollout have the same value of rho, and each has the gradient of its own log-prob, so
+    that token advantages keep their effect.
 
     log rho is bounded to +-20 nats: a token beyond the bound has no gradient, whatever the sign of its advantage.
 
@@ -50,21 +58,22 @@ def clipped_surrogate(
         clip_high: rho is clipped above at 1 + clip_high.
         dual_clip: Bounds the loss of tokens with A_t < 0 at dual_clip * |A_t| (arXiv:1912.09729). Above 1; None for no
             bound.
-        aggregation: "token-mean" weights all tokens of the batch equally; "seq-mean-token-mean" averages within each
-            rollout first.
+        aggregation: See `token_mean`.
         importance: `importance_weights` if a separate engine sampled the rollouts, [N, T]; None for 1.
+        ratio: "token": a ratio for each token; "sequence": one for each rollout.
+        length: See `token_mean`.
 
     Raises:
         ValueError: If a setting is out of range.
     """
-    if aggregation not in get_args(Aggregation):
-        raise ValueError(f"aggregation is {aggregation!r}; it has to be one of {', '.join(get_args(Aggregation))}")
+    _check_choice("ratio", ratio, Ratio)
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1, or None")
     mask = mask.bool()
     advantages = token_advantages.detach()
-    ratio = bounded_ratio(log_ratio(logp_new, logp_old.detach(), mask))
-    free, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    log_rho = log_ratio(logp_new, logp_old.detach(), mask)
+    rho = bounded_ratio(log_rho if ratio == "token" else _sequence_log_ratio(log_rho, mask))
+    free, bounded = rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.minimum(free, bounded)
     cut = bounded < free
     if dual_clip is not None:
@@ -73,9 +82,83 @@ def clipped_surrogate(
     if importance is not None:
         objective = objective * importance.detach()
     objective = torch.where(mask, objective, 0.0)
+    return Surrogate(-token_mean(objective, mask, aggregation, length), _fraction(cut, mask, objective.dtype))
 
-    tokens = mask.sum().to(objective.dtype).clamp(min=1)
-    return Surrogate(-token_mean(objective, mask, aggregation), (cut & mask).sum() / tokens)
+
+def cispo_surrogate(
+    logp_new: Tensor,
+    logp_old: Tensor,
+    token_advantages: Tensor,
+    mask: Tensor,
+    clip_high: float = 0.28,
+    aggregation: Aggregation = "token-mean",
+    importance: Tensor | None = None,
+    length: int | None = None,
+) -> Surrogate:
+    """-mean sg(min(rho, 1 + clip_high)) A_t log P_new with rho = P_new / P_old (CISPO, arXiv:2506.13585, without a
+    lower bound): the clip bounds a token's weight, and no token loses its gradient.
+
+    Args:
+        logp_new: Log-probs under the policy being trained, nats, [N, T]; the only input with a gradient.
+        logp_old: Log-probs under the policy that generated the rollouts, nats, [N, T].
+        token_advantages: A_t, [N, T].
+        mask: True at response tokens, [N, T].
+        clip_high: rho is bounded above at 1 + clip_high.
+        aggregation: See `token_mean`.
+        importance: As in `clipped_surrogate`.
+        length: See `token_mean`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+    mask = mask.bool()
+    rho = bounded_ratio(log_ratio(logp_new, logp_old, mask).detach())
+    weight = rho.clamp(max=1 + clip_high) * token_advantages.detach()
+    if importance is not None:
+        weight = weight * importance.detach()
+    objective = torch.where(mask, weight * log_ratio(logp_new, torch.zeros_like(logp_new), mask), 0.0)
+    cut = rho > 1 + clip_high
+    return Surrogate(-token_mean(objective, mask, aggregation, length), _fraction(cut, mask, objective.dtype))
+
+
+def reference_kl(
+    logp_new: Tensor,
+    logp_ref: Tensor,
+    mask: Tensor,
+    aggregation: Aggregation = "token-mean",
+    importance: Tensor | None = None,
+    length: int | None = None,
+) -> Tensor:
+    """Mean of r - 1 - log r with r = P_ref / P_new: an estimate of KL(P_new || P_ref), never negative ("k3",
+    http://joschu.net/blog/kl-approx.html, as in GRPO, arXiv:2402.03300). log r is bounded to +-20 nats.
+
+    Args:
+        logp_new: Log-probs under the policy being trained, nats, [N, T]; the only input with a gradient.
+        logp_ref: Log-probs under the reference, nats, [N, T].
+        mask: True at response tokens, [N, T].
+        aggregation: See `token_mean`.
+        importance: As in `clipped_surrogate`.
+        length: See `token_mean`.
+
+    Returns:
+        Nats, a scalar.
+    """
+    mask = mask.bool()
+    kl = kl_estimate(log_ratio(logp_ref.detach(), logp_new, mask))
+    if importance is not None:
+        kl = kl * importance.detach()
+    return token_mean(torch.where(mask, kl, 0.0), mask, aggregation, length)
+
+
+def _sequence_log_ratio(log_rho: Tensor, mask: Tensor) -> Tensor:
+    """The mean over each rollout's tokens, at each token with the gradient of the token's own value, [N, T]."""
+    mean = log_rho.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, mean.detach() + (log_rho - log_rho.detach()), 0.0)
+
+
+def _fraction(tokens: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Fraction of the mask's tokens that are among the given ones; 0 without tokens."""
+    return (tokens & mask).sum() / mask.sum().to(dtype).clamp(min=1)
 
 
 def two_path_surrogate(
@@ -143,8 +226,7 @@ def importance_weights(
     Returns:
         Weights [N, T], 0 outside the mask. No gradient.
     """
-    if level not in get_args(Importance):
-        raise ValueError(f"level is {level!r}; it has to be one of {', '.join(get_args(Importance))}")
+    _check_choice("level", level, Importance)
     mask = mask.bool()
     difference = log_ratio(logp_policy, logp_sampler, mask).detach()
     if level == "off":
@@ -163,6 +245,7 @@ def distillation_loss(
     importance_cap: float = 2.0,
     aggregation: Aggregation = "token-mean",
     importance: Tensor | None = None,
+    length: int | None = None,
 ) -> Tensor:
     """mean of weights * min(P_new / P_old, importance_cap) * divergence: the loss of SDPO (arXiv:2601.20802) and, with
     its weights, of SRPO (arXiv:2604.02288). Gradients flow through the divergence only.
@@ -174,22 +257,50 @@ def distillation_loss(
         weights: Weight of each token, [N, T].
         mask: True at the response tokens included in the mean, [N, T].
         importance_cap: Upper bound of P_new / P_old.
-        aggregation: As in `clipped_surrogate`.
+        aggregation: See `token_mean`.
         importance: As in `clipped_surrogate`. It multiplies P_new / P_old: that ratio corrects for the policy's
             updates, this weight for the sampler.
+        length: See `token_mean`.
     """
     mask = mask.bool()
     weights = weights * bounded_ratio(log_ratio(logp_new, logp_old, mask)).clamp(max=importance_cap)
     if importance is not None:
         weights = weights * importance
-    return token_mean(torch.where(mask, weights.detach() * divergence, 0.0), mask, aggregation)
+    return token_mean(torch.where(mask, weights.detach() * divergence, 0.0), mask, aggregation, length)
 
 
-def token_mean(values: Tensor, mask: Tensor, aggregation: Aggregation = "token-mean") -> Tensor:
-    """Mean of token losses [N, T], which must be 0 outside the mask [N, T]: over all tokens, or within each rollout
-    first. Returns a scalar, 0 without tokens; half precision becomes float32."""
+def token_mean(
+    values: Tensor, mask: Tensor, aggregation: Aggregation = "token-mean", length: int | None = None
+) -> Tensor:
+    """Mean of token losses; half precision becomes float32.
+
+    Args:
+        values: Losses of the tokens, 0 outside the mask, [N, T].
+        mask: True at response tokens, [N, T].
+        aggregation: "token-mean" weights all tokens equally (DAPO); "seq-mean-token-mean" averages within each rollout
+            first (GRPO, arXiv:2402.03300); "constant-length" divides the sum by N * `length` (Dr. GRPO,
+            arXiv:2503.20783), so that a token's weight does not depend on the length of any rollout.
+        length: Number of tokens that "constant-length" divides by, usually the longest response allowed; unused
+            otherwise.
+
+    Returns:
+        A scalar, 0 without tokens.
+
+    Raises:
+        ValueError: If the aggregation is unknown, or "constant-length" has no length.
+    """
+    _check_choice("aggregation", aggregation, Aggregation)
     values = widened(values)
     tokens = mask.sum(-1).to(values.dtype)
     if aggregation == "token-mean":
         return values.sum() / tokens.sum().clamp(min=1)
-    return (values.sum(-1) / tokens.clamp(min=1)).sum() / max(len(tokens), 1)
+    if aggregation == "seq-mean-token-mean":
+        return (values.sum(-1) / tokens.clamp(min=1)).sum() / max(len(tokens), 1)
+    if length is None or length < 1:
+        raise ValueError(f"length is {length}; the aggregation constant-length needs a length of at least 1")
+    return values.sum() / (max(len(tokens), 1) * length)
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; it has to be one of {', '.join(get_args(choices))}")

@@ -44,12 +44,16 @@ class ChatTemplate:
         self.kwargs = kwargs
         self._ignored_cache: dict[tuple[str, ...], str | None] = {}
         if kwargs:
-            self._check_kwargs()
+            self.check_kwargs(kwargs, "model.policy.chat_kwargs")
         if system_prompt is not None:
             self._check_system_prompt()
 
-    def render(self, messages: Messages) -> str:
+    def render(self, messages: Messages, kwargs: dict[str, Any] | None = None) -> str:
         """Renders a conversation as text, up to the start of the response.
+
+        Args:
+            messages: The conversation.
+            kwargs: Variables passed to the template, which override those of the constructor.
 
         Raises:
             ConfigError: If the template rejects the conversation or ignores one of its messages.
@@ -64,7 +68,7 @@ class ChatTemplate:
         if systems > 1:
             rank_zero_warn("data.task has prompts with several system messages; merge them, as models expect only one")
         self._check_roles(messages)
-        text = self._apply(messages)
+        text = self._apply(messages, kwargs)
         if ignored := self._ignored_role(tuple(message["role"] for message in messages)):
             raise ConfigError(
                 f"model.policy.path: the chat template of {self.path!r} ignores the message with the role {ignored} in "
@@ -72,10 +76,11 @@ class ChatTemplate:
             )
         return text
 
-    def _apply(self, messages: Sequence[dict[str, str]]) -> str:
+    def _apply(self, messages: Sequence[dict[str, str]], kwargs: dict[str, Any] | None = None) -> str:
+        variables = {**self.kwargs, **(kwargs or {})}
         try:
             text: Any = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **self.kwargs
+                list(messages), tokenize=False, add_generation_prompt=True, **variables
             )
         except Exception as error:  # a template may reject a conversation with any exception
             raise ConfigError(
@@ -83,13 +88,22 @@ class ChatTemplate:
             ) from error
         return str(text)
 
-    def _check_kwargs(self) -> None:
+    def check_kwargs(self, kwargs: dict[str, Any], setting: str) -> None:
+        """Refuses variables that the template does not read.
+
+        Args:
+            kwargs: The variables.
+            setting: The setting that holds them, for the message.
+
+        Raises:
+            ConfigError: If the template ignores one of them.
+        """
         read = template_variables(template_source(self.tokenizer, self.path))
         tokens = {f"{name}_token" for name in NAMED_TOKENS}
         settable = read - tokens - {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
-        if unknown := sorted(self.kwargs.keys() - settable):
+        if unknown := sorted(kwargs.keys() - settable):
             raise ConfigError(
-                f"model.policy.chat_kwargs sets {', '.join(unknown)}, which the chat template of {self.path!r} does "
+                f"{setting} sets {', '.join(unknown)}, which the chat template of {self.path!r} does "
                 f"not read; its variables: {', '.join(sorted(settable)) or 'none'}"
             )
 

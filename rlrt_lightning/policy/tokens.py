@@ -166,23 +166,48 @@ class TokenSide:
             "tokenizer"
         )
 
-    def prompt_text(self, prompt: str | Messages) -> str:
+    def prompt_text(self, prompt: str | Messages, chat_kwargs: dict[str, Any] | None = None) -> str:
         """The text of a prompt with the chat template applied, up to the start of the response.
+
+        Args:
+            prompt: The prompt.
+            chat_kwargs: Variables of the chat template, which override the policy's.
 
         Raises:
             ConfigError: If the chat template rejects the prompt or ignores one of its messages.
         """
         if not self.chats:
             return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
-        return self._chat_template.render([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self._chat_template.render(messages, chat_kwargs)
 
-    def encode_prompt(self, prompt: str | Messages) -> list[int]:
+    def check_chat_kwargs(self, chat_kwargs: dict[str, Any], setting: str) -> None:
+        """Checks variables for `prompt_text`.
+
+        Args:
+            chat_kwargs: The variables.
+            setting: The setting that holds them, for the message.
+
+        Raises:
+            ConfigError: If the chat template does not read one of them, or none is applied.
+        """
+        if not chat_kwargs:
+            return
+        if not self.chats:
+            raise ConfigError(f"{setting} is set, but no chat template is applied to prompts (model.policy.chat)")
+        self._chat_template.check_kwargs(chat_kwargs, setting)
+
+    def encode_prompt(self, prompt: str | Messages, chat_kwargs: dict[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt, up to the start of the response; see `prompt_text`.
+
+        Args:
+            prompt: The prompt.
+            chat_kwargs: Variables of the chat template, which override the policy's.
 
         Raises:
             ConfigError: If the chat template rejects the prompt, or the model has no embedding for one of its tokens.
         """
-        text, tokenizer = self.prompt_text(prompt), self.tokenizer
+        text, tokenizer = self.prompt_text(prompt, chat_kwargs), self.tokenizer
         # A chat template adds the special tokens itself.
         ids = list(tokenizer(text, add_special_tokens=not self.chats)["input_ids"])
         if not self.chats:  # some tokenizers append an end token, after which the model would not respond

@@ -128,6 +128,8 @@ class Rollout:
         verdict: The verifier's verdict; None until the response is judged.
         logp_policy: Log-probability of the same tokens under the trainer's forward pass, float32 [T]; None until the
             rollout is rescored (`data.rescore`).
+        logp_reference: Log-probability of the same tokens under the reference, float32 [T]; None until the reference
+            has scored the rollout (`model.reference_kl`).
     """
 
     group: int
@@ -140,6 +142,7 @@ class Rollout:
     entropy: Tensor | None = None
     verdict: Verdict | None = None
     logp_policy: Tensor | None = None
+    logp_reference: Tensor | None = None
 
     @property
     def logp(self) -> Tensor:

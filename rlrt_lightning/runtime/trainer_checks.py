@@ -27,7 +27,7 @@ REPLACED_DEFAULTS: dict[str, tuple[float, float]] = {
 
 RELOAD = "trainer.reload_dataloaders_every_n_epochs has to be 1, because each epoch trains on new rollouts"
 
-TAG_PREFIXES = ("eval", "faults", "groups", "labels", "rollout", "signal", "speed", "time", "train")
+TAG_PREFIXES = ("eval", "faults", "groups", "labels", "rewards", "rollout", "signal", "speed", "time", "train")
 """First parts of the tags that we log."""
 
 REFUSED = {

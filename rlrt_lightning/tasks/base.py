@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -55,6 +56,7 @@ class Verdict:
         message: The reason for the verdict, for the sample tables.
         label: A category of the completion (its strategy, its language, ...). The fraction of each label is logged.
         fault: True if the verifier itself failed (it raised, hung or died); the completion then counts as wrong.
+        rewards: The parts of the reward by name, if it has several; the mean of each is logged.
     """
 
     reward: float
@@ -63,6 +65,7 @@ class Verdict:
     message: str = ""
     label: str | None = None
     fault: bool = False
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -87,9 +90,35 @@ class Task(ABC):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion (`Rollout.text`). An exception becomes a verdict with `fault` set."""
 
+    def observe(self, problems: Sequence[Problem], rewards: Sequence[Sequence[float]]) -> None:  # noqa: B027
+        """Called on every rank with the same arguments when the rollouts of a training epoch are judged; for a
+        curriculum, together with `admits`. If the task has `state_dict` and `load_state_dict`, its state is part of the
+        checkpoints: plain values and tensors.
+
+        Args:
+            problems: The problems of the epoch, over all ranks, in the order in which they were drawn.
+            rewards: The rewards of each problem's rollouts.
+        """
+
+    def admits(self, problem: Problem) -> bool:
+        """Whether a training problem is used now; it must depend only on the problem and on what `observe` has seen.
+        Other problems are left out until the next pass over the data."""
+        return True
+
     def warm_up(self) -> None:  # noqa: B027 - optional hook
         """Called without a time limit in each worker process before its first completion. Slow imports belong here;
         otherwise they count against the time limit of the first completion."""
+
+
+def has_curriculum(task: Task) -> bool:
+    """Whether a task uses the rewards of the rollouts, or leaves out problems."""
+    return type(task).observe is not Task.observe or type(task).admits is not Task.admits
+
+
+def task_state(task: Any) -> dict[str, Any]:
+    """A copy of a task's state as the entry `task`; empty if the task has no `state_dict` and `load_state_dict`."""
+    saves = hasattr(task, "state_dict") and hasattr(task, "load_state_dict")
+    return {"task": deepcopy(task.state_dict())} if saves else {}
 
 
 class OnDemand(Sequence[Problem]):

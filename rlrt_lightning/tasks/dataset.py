@@ -22,7 +22,7 @@ from rlrt_lightning.tasks.columns import (
 )
 from rlrt_lightning.tasks.patterns import compiled
 from rlrt_lightning.tasks.readers import BadRow, BadRows, Row, excerpt, printable, read_rows
-from rlrt_lightning.tasks.rewards import MathReward, Reward, RewardFunction, as_verdict
+from rlrt_lightning.tasks.rewards import MathReward, Reward, RewardFunction, WeightedRewards, as_verdict
 
 _MAX_COLUMNS = 30  # listed in the message about a missing column
 
@@ -57,7 +57,12 @@ class DatasetTask(Task):
             for example, it can ask for an answer in `\boxed{}`. Other braces are left unchanged.
         reward: Judges completions: a class with settings, such as `ExactMatch`, or the import path of a function
             `(problem, completion)` that returns a number, a bool or a `Verdict`. None: `MathReward`. The row's other
-            columns are available in `problem.info`.
+            columns are available in `problem.info`. Several rewards by name, {math: MathReward, format: my.format}, are
+            added up, and the mean of each is logged as `rewards/<name>`.
+        reward_weights: Weights of several rewards by name, {format: 0.1}; the others have 1. Methods compare the sum
+            with their `success_threshold`.
+        correct_by: Name of the one of several rewards that decides whether a completion is correct, which avg@k, pass@k
+            and `groups/all_correct` count, and that reads the ground truth. None: the first.
         bad_rows: How to handle unusable rows: those without a prompt or an answer, with a wrong type, not UTF-8, not
             JSON, with a repeated key, in which a pattern finds nothing, or with the name of an earlier row. All rows
             are read first; then `error` stops the run and `skip` drops the bad rows with a warning. Both report a count
@@ -75,8 +80,10 @@ class DatasetTask(Task):
         prompt_pattern: str | None = None,
         answer_pattern: str | None = None,
         prompt_template: str = "{prompt}",
-        reward: Reward | RewardFunction | None = None,
+        reward: Reward | RewardFunction | dict[str, Reward | RewardFunction] | None = None,
         bad_rows: Literal["error", "skip"] = "error",
+        reward_weights: dict[str, float] | None = None,
+        correct_by: str | None = None,
     ) -> None:
         if train is None and heldout is None:
             raise ConfigError(
@@ -99,9 +106,12 @@ class DatasetTask(Task):
         self._prompt_finder = None if prompt_pattern is None else compiled(prompt_pattern, "prompt_pattern")
         self._answer_finder = None if answer_pattern is None else compiled(answer_pattern, "answer_pattern")
         self.prompt_template = prompt_template
-        self.reward: Reward | RewardFunction = MathReward() if reward is None else reward
+        self.reward = MathReward() if reward is None else reward
+        self.reward_weights = reward_weights
+        self.correct_by = correct_by
+        self._judge = self._combined()
         self.bad_rows = bad_rows
-        self.isolated = getattr(self.reward, "isolated", True)
+        self.isolated = getattr(self._judge, "isolated", True)
         self._problems: dict[str, list[Problem]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,11 +125,20 @@ class DatasetTask(Task):
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Judges one completion with the reward."""
-        return as_verdict(self.reward(problem, completion))
+        return as_verdict(self._judge(problem, completion))
 
     def warm_up(self) -> None:
         """Warms the reward up."""
-        getattr(self.reward, "warm_up", lambda: None)()
+        getattr(self._judge, "warm_up", lambda: None)()
+
+    def _combined(self) -> Reward | RewardFunction:
+        """The reward, or the weighted sum of several."""
+        if isinstance(self.reward, dict):
+            return WeightedRewards(self.reward, self.reward_weights, self.correct_by)
+        for name in ("reward_weights", "correct_by"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is set, but there is only one reward; give several by name, or remove it")
+        return self.reward
 
     def _read(self, split: Split) -> list[Problem]:
         source = {"train": self.train, "heldout": self.heldout}[split]
@@ -171,7 +190,7 @@ class DatasetTask(Task):
         truth = look_up(row, self.answer)
         if self._answer_finder is not None and not is_empty(truth):
             truth = extracted(self._answer_finder, truth, f"answer_pattern in {self.answer}")
-        answer = ground_truth(truth, self.answer, self.reward)
+        answer = ground_truth(truth, self.answer, getattr(self._judge, "deciding", self._judge))
         return Problem(
             id=default_id if self.id is None else _name(look_up(row, self.id), self.id),
             prompt=self._apply_template(prompt),

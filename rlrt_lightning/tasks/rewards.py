@@ -6,11 +6,13 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks.answers import (
     Truth,
     as_text,
@@ -77,6 +79,57 @@ def as_verdict(value: Verdict | float | bool) -> Verdict:
     if not math.isfinite(reward):
         raise ValueError(f"a reward must be a finite number, not {reward}")
     return Verdict(reward, reward >= 0.5)
+
+
+class WeightedRewards:
+    """The weighted sum of several rewards (`DatasetTask.reward`).
+
+    Args:
+        rewards: The rewards by name.
+        weights: The weights of some of them by name; the others have 1.
+        correct_by: Name of the reward that decides whether a completion is correct, finds its answer and reads the
+            ground truth; None for the first.
+
+    Raises:
+        ConfigError: If a name is unknown, or a weight is not finite.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward | RewardFunction],
+        weights: Mapping[str, float] | None = None,
+        correct_by: str | None = None,
+    ) -> None:
+        if not rewards:
+            raise ConfigError("reward is an empty dict; it needs at least one reward by name")
+        named = {"reward_weights": list(weights or {}), "correct_by": [correct_by] if correct_by else []}
+        for setting, names in named.items():
+            if unknown := sorted(set(names) - set(rewards)):
+                raise ConfigError(f"{setting} has {unknown[0]!r}, but the rewards are {', '.join(rewards)}")
+        self.rewards = dict(rewards)
+        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
+        for name, weight in self.weights.items():
+            if not math.isfinite(weight):
+                raise ConfigError(f"reward_weights: the weight of {name} is {weight}; it has to be finite")
+        self.correct_by = correct_by or next(iter(self.rewards))
+        self.deciding = self.rewards[self.correct_by]
+        self.isolated = any(getattr(reward, "isolated", True) for reward in self.rewards.values())
+
+    def warm_up(self) -> None:
+        """Warms all rewards up."""
+        for reward in self.rewards.values():
+            getattr(reward, "warm_up", lambda: None)()
+
+    def __call__(self, problem: Problem, completion: str) -> Verdict:
+        """Judges one completion. If one of the rewards fails, the completion counts as wrong."""
+        verdicts = {name: as_verdict(reward(problem, completion)) for name, reward in self.rewards.items()}
+        for name, verdict in verdicts.items():
+            if verdict.fault:
+                return replace(verdict, reward=0.0, correct=False, message=f"{name}: {verdict.message}")
+        parts = {name: verdict.reward for name, verdict in verdicts.items()}
+        total = sum(self.weights[name] * part for name, part in parts.items())
+        labels = (verdict.label for verdict in verdicts.values() if verdict.label is not None)
+        return replace(verdicts[self.correct_by], reward=total, label=next(labels, None), rewards=parts)
 
 
 class MathReward(Reward):

@@ -119,6 +119,7 @@ def _judge(task: Task, problem: Problem, completion: str) -> Verdict:
         if not math.isfinite(reward):
             raise ValueError(f"verify returned the reward {reward}")
         answer, label = verdict.answer, verdict.label
+        rewards = {_clip(str(name), _LABEL_CHARS): float(value) for name, value in verdict.rewards.items()}
         return Verdict(
             reward=reward,
             correct=bool(verdict.correct),
@@ -126,6 +127,7 @@ def _judge(task: Task, problem: Problem, completion: str) -> Verdict:
             message=_clip(str(verdict.message), _MESSAGE_CHARS),
             label=None if label is None else _clip(str(label), _LABEL_CHARS),
             fault=bool(verdict.fault),
+            rewards=rewards,
         )
     except KeyboardInterrupt:
         raise

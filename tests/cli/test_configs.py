@@ -12,7 +12,8 @@ import yaml
 
 from rlrt_lightning.cli.commands import RLRTCli
 from rlrt_lightning.tasks import DatasetTask
-from tests.helpers.command_line import ParsingCli
+from tests.helpers.command_line import TRAIN_ONLY, ParsingCli, cli_exit_code, scalars
+from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
 from tests.helpers.recipes import BOX, RECIPES, published
 
@@ -170,6 +171,38 @@ def test_a_later_method_config_fully_replaces_an_earlier_one(first: str, last: s
     assert (
         vars(layered.teacher_refresh) == vars(alone.teacher_refresh) == {"every_n_epochs": "method", "ema_decay": None}
     )
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "gspo": {"ratio": "sequence", "aggregation": "seq-mean-token-mean", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"surrogate": "cispo", "clip_high": 4.0},
+    "dr_grpo": {"aggregation": "constant-length", "length": None},
+    "dapo": {"clip_high": 0.28, "aggregation": "token-mean", "mask_truncated": True},
+}
+
+
+def test_each_loss_config_is_tested() -> None:
+    assert set(LOSSES) == {path.stem for path in (CONFIGS / "losses").iterdir()}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_config_can_be_added_to_a_recipe_and_keeps_its_method(name: str, resolved: Any) -> None:
+    recipe = "recipes/paper-qwen3-4b-base"
+    alone, layered = resolved(recipe), resolved(recipe, f"losses/{name}")
+    assert LOSSES[name].items() <= layered["model"].items()
+    assert layered["model"]["method"] == alone["model"]["method"]
+    assert layered["data"].pop("sampling_rounds") == (10 if name == "dapo" else 1)
+    alone["data"].pop("sampling_rounds")
+    assert layered["data"] == alone["data"]
+
+
+@pytest.mark.parametrize("name", slow_except(LOSSES, "dapo"))
+def test_each_loss_config_trains_the_embedded_task(name: str, tmp_path: Path) -> None:
+    flags = ("--trainer.max_epochs=1", *TRAIN_ONLY, "--trainer.enable_checkpointing=false")
+    assert cli_exit_code("fit", tmp_path, *flags, configs=(f"configs/losses/{name}.yaml",)) == 0
+    curves = scalars(tmp_path)
+    assert curves["train/grad_norm"][0][1] > 0
+    assert ("groups/rounds" in curves) == (name == "dapo")
 
 
 @pytest.mark.parametrize("name", ["paper", "local"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,26 +11,11 @@ from lightning.pytorch.plugins import HalfPrecision
 from rlrt_lightning.epoch.batch import micro_batches, mini_batch_sizes
 from rlrt_lightning.epoch.record import EpochRecord
 from rlrt_lightning.module import RLRTModule
-from rlrt_lightning.objective import GRPO, RLRT, SDPO, SRPO, Credit, clipped_surrogate
+from rlrt_lightning.objective import GRPO, RLRT, SDPO, SRPO, clipped_surrogate
 from rlrt_lightning.policy.model import Policy
-from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.teacher import Teacher
-from tests.helpers.epochs import random_epoch_record, with_srpo_credit
+from tests.helpers.epochs import random_epoch_record, record_of_rank, with_srpo_credit
 from tests.helpers.tiny import tiny_policy
-
-
-def record_of_rank(data: EpochRecord, rank: int, ranks: int) -> EpochRecord:
-    """The part of an epoch's groups that one of several ranks holds."""
-    kept = [i for i, r in enumerate(data.rollouts) if r.group % ranks == rank]
-    of_rows = {
-        name: [value[i] for i in kept] if isinstance(value, list) else value[kept]
-        for name, value in vars(data).items()
-        if isinstance(value, (list, torch.Tensor))
-    }
-    of_rows["rollouts"] = [Rollout(**{**vars(r), "group": r.group // ranks}) for r in of_rows["rollouts"]]
-    credit = Credit(data.credit.advantages[kept], data.credit.weights[kept], data.credit.asymmetry[kept])
-    questions = replace(data.questions, problems=data.problems[rank::ranks])
-    return replace(data, **of_rows, questions=questions, credit=credit)
 
 
 def gradient(made: Policy, batches: list[Any], aggregation: Any, accumulate: int) -> torch.Tensor:

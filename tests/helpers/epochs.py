@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,16 +75,18 @@ def fit_and_record(
     optimizer: Any = lambda p: torch.optim.SGD(p, lr=0.1),
     policy: Policy | None = None,
     scored_by: Literal["trainer", "engine"] = "trainer",
+    model: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[Recorder, RLRTModule]:
-    """Trains, and returns what was recorded and the trained module; `settings` are those of the data module."""
+    """Trains, and returns what was recorded and the trained module; `model` has further settings of the module, and
+    `settings` are those of the data module."""
     settings = {"prompts_per_epoch": 4, "rollouts_per_prompt": 4, "sampling": Sampling(max_new_tokens=32), **settings}
     data = RolloutDataModule(task=task, benchmarks={}, **settings)
     module = RLRTModule(
         policy=policy or Policy(),
         method=method,
-        teacher=Teacher(TEACHER_TEMPLATE, scored_by=scored_by),
         optimizer=optimizer,
+        **{"teacher": Teacher(TEACHER_TEMPLATE, scored_by=scored_by), **(model or {})},
     )
     recorder = Recorder()
     trainer = Trainer(
@@ -152,6 +155,23 @@ def random_epoch_record(seed: int = 0, prompts: int = 4, k: int = 3) -> EpochRec
         importance=mask.float(),
         credit=credit,
     )
+
+
+def record_of_rank(data: EpochRecord, rank: int, ranks: int) -> EpochRecord:
+    """The part of an epoch's groups that one of several ranks holds."""
+    kept = [i for i, r in enumerate(data.rollouts) if r.group % ranks == rank]
+
+    def own(values: Any) -> dict[str, Any]:
+        return {
+            name: [value[i] for i in kept] if isinstance(value, list) else value[kept]
+            for name, value in vars(values).items()
+            if isinstance(value, (list, torch.Tensor))
+        }
+
+    of_rows = own(data)
+    of_rows["rollouts"] = [Rollout(**{**vars(r), "group": r.group // ranks}) for r in of_rows["rollouts"]]
+    questions = replace(data.questions, problems=data.problems[rank::ranks])
+    return replace(data, **of_rows, questions=questions, credit=replace(data.credit, **own(data.credit)))
 
 
 def with_srpo_credit(data: EpochRecord, k: int) -> EpochRecord:

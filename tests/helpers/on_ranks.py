@@ -134,6 +134,20 @@ class LongBesideShort(LastDigit):
         return Verdict(float(even), even)
 
 
+class Harder(LastDigit):
+    """Leaves out problems of which a rollout was correct."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.solved: list[str] = []
+
+    def observe(self, problems: Any, rewards: Any) -> None:
+        self.solved += [p.id for p, r in zip(problems, rewards, strict=True) if max(r) == 1]
+
+    def admits(self, problem: Problem) -> bool:
+        return problem.id not in self.solved
+
+
 class Unshuffled(RolloutDataModule):
     def _row(self, position: int) -> int:
         return position
@@ -207,14 +221,17 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
         # With a small eps, a weight whose gradient is only rounding error would take as large a step as any other.
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3, weight_decay=0.0),
         warmup_steps=0,
+        **changes.pop("model", {}),
     )
     data = changes.pop("data", RolloutDataModule)(
         task=changes.pop("task", None),
         engine=TransformersEngine(dtype=changes.pop("engine_dtype", None)),
-        sampling=Sampling(max_new_tokens=32),
+        sampling=Sampling(max_new_tokens=changes.pop("max_new_tokens", 32)),
         prompts_per_epoch=8,
         rollouts_per_prompt=4,
         tokens_per_pass=changes.pop("tokens_per_pass", None),
+        sampling_rounds=changes.pop("sampling_rounds", 1),
+        overlong_buffer=changes.pop("overlong_buffer", None),
         benchmarks={"heldout": Benchmark(samples=2, limit=5)},
         eval_prompts=2,
     )
@@ -242,6 +259,19 @@ RUNS: dict[str, dict[str, Any]] = {
     "passes": {"task": LongBesideShort(), "accumulate": 1, "tokens_per_pass": 150},
     "bf16": {"precision": "bf16-mixed", "epochs": 1},
     "bf16_true": {"precision": "bf16-true", "epochs": 1, "lora": True},
+    "rounds": {
+        "model": {"reference_kl": 0.1, "aggregation": "constant-length", "mask_truncated": True},
+        "task": Harder(),
+        "sampling_rounds": 4,
+        "overlong_buffer": 4,
+        "max_new_tokens": 10,
+    },
+    "gspo": {
+        "model": {"ratio": "sequence", "aggregation": "seq-mean-token-mean", "reference_kl": 0.1},
+        "rest_on_cpu": True,
+        "epochs": 1,
+    },
+    "cispo": {"model": {"surrogate": "cispo", "reference_kl": 0.1}, "lora": True},
     "saved": {"epochs": 1, "save": True, "refresh": {"ema_decay": 0.5}},
     "saved_whole": {
         "epochs": 1,

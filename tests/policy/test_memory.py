@@ -14,12 +14,13 @@ from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from benchmarks.memory import RecipeMemory
-from rlrt_lightning import LastDigit, Policy, Sampling, TransformersEngine
+from rlrt_lightning import LastDigit, Policy, Sampling, Teacher, TransformersEngine
 from rlrt_lightning.callbacks import TeacherRefresh, memory_estimate
 from rlrt_lightning.callbacks.memory_estimate import Estimate, estimate
 from rlrt_lightning.policy import memory
 from rlrt_lightning.policy.lora import LoRA
 from rlrt_lightning.runtime.optimizers import state_bytes
+from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 from tests.helpers.epochs import fit_and_record
 from tests.helpers.live_memory import LiveMemory, training_pass
 from tests.helpers.processes import ROOT
@@ -73,6 +74,21 @@ def test_what_training_holds_is_estimated_exactly(lora: LoRA | None, tmp_path: P
     assert {name: held[name] for name in measure.real} == measure.real
     assert min(measure.real.values()) > 0
     assert held["gradient buckets"] == 0, "a single process has no DDP"
+
+
+@pytest.mark.parametrize("rest_on_cpu", [False, True])
+def test_the_reference_of_the_kl_is_estimated_exactly(rest_on_cpu: bool, tmp_path: Path) -> None:
+    measure, teacher = Measure(), Teacher(TEACHER_TEMPLATE, rest_on_cpu=rest_on_cpu)
+    settings: dict[str, Any] = {"teacher": teacher, "reference_kl": 0.1}
+    _, module = fit_and_record(tmp_path, LastDigit(), callbacks=[measure], model=settings)
+    assert module.reference is not None
+    found = {"reference's weights": nbytes(module.reference.parameters())}
+    assert found["reference's weights"] == measure.found.held["weights"]
+    if rest_on_cpu:
+        assert measure.found.phases["scoring by the reference"] == found
+        assert not found.items() & measure.found.held.items()
+    else:
+        assert found.items() <= measure.found.held.items()
 
 
 @pytest.mark.parametrize("tokens_per_pass", [None, 128, 300, 10_000])

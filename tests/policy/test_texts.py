@@ -204,6 +204,27 @@ def test_chat_kwargs_must_be_variables_of_the_template(name: str, tmp_path: Path
         _ = Policy(chat_kwargs={"enable_thinking": True}).tokenizer
 
 
+def test_the_teacher_has_its_own_chat_kwargs(tmp_path: Path) -> None:
+    reads = "{% if enable_thinking %}hm{% endif %}{{ date }}" + CHATML
+    policy = byte_policy(tmp_path / "reads", reads, chat_kwargs={"enable_thinking": False, "date": "today"})
+    shown = {
+        own: decoded(policy, Teacher("{prompt} {context}", chat_kwargs=kwargs).prompt(policy, PROBLEM, "4")[0])
+        for own, kwargs in (("none", None), ("thinks", {"enable_thinking": True}))
+    }
+    assert shown["none"].startswith("today<|im_start|>user\n2+2? 4")
+    assert shown["thinks"] == f"hm{shown['none']}", "the others are the policy's"
+    assert decoded(policy, policy.encode_prompt("2+2?")).startswith("today"), "the student's prompt stays as it is"
+
+    wrong = Teacher(chat_kwargs={"enable_thinkin": True})
+    for own, message in (
+        (policy, r"model\.teacher\.chat_kwargs sets enable_thinkin, which the chat template of .* does not read"),
+        (byte_policy(tmp_path / "none", None), r"model\.teacher\.chat_kwargs is set, but no chat template is applied"),
+    ):
+        trainer = Trainer(logger=False, accelerator="cpu", max_epochs=1, default_root_dir=tmp_path)
+        with pytest.raises(ConfigError, match=message):
+            trainer.fit(RLRTModule(own, wrong), datamodule=RolloutDataModule(RuleTask(bool), benchmarks={}))
+
+
 def test_an_invalid_chat_template_is_refused() -> None:
     with pytest.raises(ConfigError, match="the chat template cannot be parsed"):
         template_variables("{% for %}")
