@@ -16,7 +16,7 @@ from rlrt_lightning.runtime.checkpoints import WholeCheckpointIO, check_writable
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.files import PART, remove
 from rlrt_lightning.runtime.private.lightning import saves_within_epochs
-from rlrt_lightning.runtime.run_files import run_folder
+from rlrt_lightning.runtime.run_files import CHECKPOINTS, keep_folder, run_folder
 from rlrt_lightning.runtime.stopping import Stop
 
 from .run_checkpoint import adopt
@@ -51,8 +51,8 @@ class SafeStop(Callback):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # not a user's own
             strategy.checkpoint_io = WholeCheckpointIO()
         for callback in _checkpoints(trainer):
-            if callback.dirpath is None and trainer.logger is None:
-                callback.dirpath = str(folder / "checkpoints")
+            if callback.dirpath is None and "://" not in str(getattr(trainer.logger, "save_dir", "")):
+                callback.dirpath = str(folder / CHECKPOINTS)
             for name, value in saves_within_epochs(callback).items():
                 if value:
                     raise ConfigError(
@@ -63,7 +63,9 @@ class SafeStop(Callback):
                 check_writable(Path(callback.dirpath or folder))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Installs the signal handlers in a run that was resumed within an epoch, where no phase comes first."""
+        """Keeps the run's folder from now on, and installs the signal handlers in a run that was resumed within an
+        epoch, where no phase comes first."""
+        keep_folder(trainer)
         _data(trainer).stop_signal.listen(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -13,8 +13,10 @@ EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
     r".*`is_gradient_checkpointing` is deprecated",
     r"\s*(By default only one JsonargparseDeprecationWarning|[\s\S]* was deprecated in v4\.)",
-    # Intended: a resumed run has its own folder, a teacher's copy is in eval mode, and an epoch in which all advantages
-    # are 0 has nothing to train on.
+    # Intended: a resumed run continues in its folder, or from another run's checkpoint in a folder of its own, a
+    # teacher's copy is in eval mode, and an epoch in which all advantages are 0 has nothing to train on.
+    r"Checkpoint directory .* exists and is not empty",
+    r"Experiment logs directory .* exists and is not empty",
     r"The dirpath has changed from",
     r"Found \d+ module\(s\) in eval mode",
     r"Total length of .* across ranks is zero",

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rlrt_lightning.runtime.checkpoints import disk_error
 from rlrt_lightning.runtime.credentials import masked
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.run_files import end_runs
 
 EXTRAS = {"vllm": "vllm", "reasoning_gym": "reasoning-gym", "peft": "lora", "gguf": "gguf"}
 """Module name to the extra of this package that installs it."""
@@ -58,6 +59,8 @@ def run(command: Callable[[], Any]) -> int:
         raise
     except KeyboardInterrupt:
         return 130
+    finally:
+        end_runs()
     return 0
 
 
