@@ -30,7 +30,8 @@ class EpochMetrics(Callback):
         self._steps: dict[str, float] = {}
         self._tokens: Any = 0  # in the epoch's micro-batches; read at the end, because reading synchronizes a GPU
         self._padded_tokens = 0  # the same, including padding
-        self._start = 0.0
+        self._start = 0.0  # moved by the time of an evaluation within the epoch
+        self._evaluation_start = 0.0
         self._resumed = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,6 +58,14 @@ class EpochMetrics(Callback):
             self._updates.setdefault("train/lr", []).append((step.learning_rate, 1))
             self._steps["faults/skipped_steps"] += step.skipped
             self._steps["train/empty_steps"] += step.gradient_norm == 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock of the updates."""
+        self._evaluation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts it again."""
+        self._start += time.perf_counter() - self._evaluation_start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch."""

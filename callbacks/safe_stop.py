@@ -1,4 +1,4 @@
-"""Saves a run on SIGTERM, which SLURM sends before it ends a job."""
+"""Saves a run on Ctrl-C, and on SIGTERM, which SLURM sends before it ends a job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from rlrt_lightning.runtime.files import PART, remove
 from rlrt_lightning.runtime.private.lightning import saves_within_epochs
 from rlrt_lightning.runtime.run_files import CHECKPOINTS, keep_folder, run_folder
 from rlrt_lightning.runtime.stopping import Stop
+from rlrt_lightning.runtime.terminal import say
 
+from .evaluation import Evaluation
 from .run_checkpoint import adopt
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ RESUME = "resume with --ckpt_path last"
 
 
 class SafeStop(Callback):
-    """Saves a run that receives SIGTERM, and makes checkpoint writes atomic.
+    """Saves a run that receives SIGTERM or SIGINT (Ctrl-C), and makes checkpoint writes atomic.
 
     Rollouts, scoring and evaluations are aborted immediately (with several ranks: at the end of the phase) and repeated
     when the run is resumed. During the updates, the current optimizer step is completed, and the checkpoint also holds
@@ -80,15 +82,21 @@ class SafeStop(Callback):
                 remove(part)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves a run that ends on a signal."""
-        if not isinstance(exception, Stop):
+        """Saves a run that ends on a signal. A second Ctrl-C, and one during the start, ends it without saving."""
+        if isinstance(exception, KeyboardInterrupt):
+            number: int | None = signal.SIGINT
+            outcome = (
+                "nothing was trained yet" if not self._saved else f"{self._saved} optimizer steps are saved; {RESUME}"
+            )
+        elif isinstance(exception, Stop):
+            number = trainer.strategy.broadcast(_data(trainer).stop_signal.number)
+            fitting = trainer.state.fn == "fit"
+            outcome = self._save(trainer) if fitting else _resume_evaluation(trainer)
+        else:
             return
-        number = trainer.strategy.broadcast(_data(trainer).stop_signal.number)
         name = signal.Signals(number).name if number else "a signal to another rank"
-        fitting = trainer.state.fn == "fit"
-        outcome = self._save(trainer) if fitting else "the evaluation can be resumed if evaluation.results is set"
         if trainer.is_global_zero:
-            print(f"stopped by {name}: {outcome}", file=sys.stderr, flush=True)
+            say(f"stopped by {name}: {outcome}", file=sys.stderr)
 
     def _save(self, trainer: Trainer) -> str:
         """Saves the run if it has unsaved steps, and returns a message about the outcome."""
@@ -115,6 +123,13 @@ class SafeStop(Callback):
 
 def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _resume_evaluation(trainer: Trainer) -> str:
+    """How to resume an evaluation."""
+    every = cast(Any, trainer).callbacks
+    folder = next((callback.folder for callback in every if isinstance(callback, Evaluation)), None)
+    return "nothing was evaluated yet" if folder is None else f"resume with --evaluation.results={folder}"
 
 
 def _free_path(folder: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 
+from rlrt_lightning import __version__
 from rlrt_lightning.runtime.errors import ConfigError
 
 EXPECTED_WARNINGS = (
@@ -37,6 +38,9 @@ def main(args: list[str] | None = None) -> int:
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     words = sys.argv[1:] if args is None else args
+    if words[:1] == ["--version"]:
+        print(f"rlrt_lightning {__version__}")
+        return 0
     # Imported here, because the verifier's worker processes import this module.
     from rlrt_lightning.analysis import runs
     from rlrt_lightning.cli import quick_help
@@ -50,9 +54,13 @@ def main(args: list[str] | None = None) -> int:
         return 0
 
     def command_line() -> int:
-        from rlrt_lightning.cli.commands import RLRTCli
-        from rlrt_lightning.cli.refusals import run
-
+        try:
+            from rlrt_lightning.cli.commands import RLRTCli
+            from rlrt_lightning.cli.refusals import run
+            from rlrt_lightning.runtime import terminal
+        except KeyboardInterrupt:  # the imports take seconds
+            return 130
+        terminal.set_up()
         return run(lambda: RLRTCli(words))
 
     if quick_help.asks_for_help(words):

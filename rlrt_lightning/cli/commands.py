@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from lightning import LightningModule, Trainer
 from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 
@@ -58,8 +58,8 @@ CLASS_DEFAULTS: dict[str, Any] = {
 EVALUATIONS = ("validate", "test", "predict")
 
 NO_CONFIG = (
-    "fit needs a config: `python -m rlrt_lightning fit --config configs/rlrt.yaml` trains the small model that ships with "
-    "the package, in about a minute; configs/recipes has configs for your own model and data"
+    "fit needs a config: `python -m rlrt_lightning fit --config configs/rlrt.yaml` trains the small model that ships "
+    "with the package, in about a minute; configs/recipes has configs for language models"
 )
 
 
@@ -197,7 +197,9 @@ class RLRTCli(LightningCLI):
         own = settings["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         ours = {name: made[name] for name in WITH_SETTINGS}
-        kwargs["callbacks"] = own + default_callbacks(own, settings["enable_checkpointing"] is not False, ours)
+        checkpoints = settings["enable_checkpointing"] is not False
+        bar = settings["enable_progress_bar"] is not False and not settings["barebones"]
+        kwargs["callbacks"] = own + default_callbacks(own, checkpoints, ours, bar)
         if settings["strategy"] == "fsdp":
             kwargs["strategy"] = "fsdp2"  # FSDP1 is deprecated in torch and does not run on CPUs
         try:

@@ -90,6 +90,7 @@ def task_name(task: Any) -> str:
         return "last-digit"
     settings, kind = task.get("init_args") or {}, task.class_path.rpartition(".")[2]
     source = settings.get("train") or settings.get("heldout") if kind == "DatasetTask" else None
+    name: Any
     if isinstance(source, str):
         name = Path(source).stem if source.endswith(DATA_FILES) else Path(source.partition(":")[0]).name
     else:
@@ -157,7 +158,9 @@ def checkpoint_of(path: str | None, place: Place, root: str | None, resume: bool
         looked = " or ".join(map(str, place.checkpoints or [place.parent / place.version]))
         others = _with_checkpoints(place.parent) if not place.checkpoints else []
         hint = f"; the runs in {place.parent} are {', '.join(others)}" if others else ""
-        raise ConfigError(f"ckpt_path is last, but there is no checkpoint in {looked}; give the checkpoint's path{hint}")
+        raise ConfigError(
+            f"ckpt_path is last, but there is no checkpoint in {looked}; give the checkpoint's path{hint}"
+        )
     return str(found)
 
 

@@ -39,7 +39,7 @@ ARGUMENT_ERRORS = (ValueError, TypeError, ImportError, OSError, Misconfiguration
 
 def run(command: Callable[[], Any]) -> int:
     """Runs a command and returns its exit code: 2 with one line on stderr for an error that the user can fix, 130 for
-    Ctrl-C.
+    Ctrl-C before the run could be saved. A run that is saved first ends with `SystemExit`.
 
     Args:
         command: The command. Errors that settings or inputs do not explain are re-raised.
@@ -58,6 +58,7 @@ def run(command: Callable[[], Any]) -> int:
             return 130
         raise
     except KeyboardInterrupt:
+        print("stopped by SIGINT: nothing was trained yet", file=sys.stderr)
         return 130
     finally:
         end_runs()

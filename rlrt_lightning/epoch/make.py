@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -283,6 +284,7 @@ def make_epoch(
         rollouts = collect_verdicts(questions.problems, pairs, settings.max_fault_share, progress)
     with phase("advantages"):
         judged = judge(questions, rollouts, parts.method)
-    scored = score(judged, parts, settings, phase)
+    with progress.phase("scoring") as advance, parts.policy.counter.reporting(partial(advance, 0)):
+        scored = score(judged, parts, settings, phase)
     record = assign_credit(scored, parts.method, settings)
     return record, pack(record, settings, parts.policy.work if parts.policy.shares_prompts else None)

@@ -26,6 +26,7 @@ from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.files import written_aside
 from rlrt_lightning.runtime.precision import Dtype
 from rlrt_lightning.runtime.ranks import of_first_rank
+from rlrt_lightning.runtime.terminal import PATIENCE_S, say
 
 if TYPE_CHECKING:
     import httpx
@@ -288,7 +289,7 @@ class _Server:
             EngineUnavailable: If it does not respond in time.
         """
         with self._lock:  # only one of the server's workers updates it
-            since, pause, why = time.monotonic(), 0.1, ""
+            since, pause, why, announced = time.monotonic(), 0.1, "", False
             while stop is None or not stop.is_set():
                 try:
                     if not self._is_up_to_date():
@@ -303,6 +304,9 @@ class _Server:
                         f"data.engine.urls: {self.url} has not answered for {self.patience_s:g} s ({why}); start the "
                         "server (python -m rlrt_lightning serve) and resume with --ckpt_path last"
                     )
+                if not announced and time.monotonic() - since > PATIENCE_S:
+                    announced = True
+                    say(f"waiting for {self.url}, for at most {self.patience_s:g} s ({why})", file=sys.stderr)
                 time.sleep(pause)
                 pause = min(2 * pause, MAX_RETRY_DELAY_S, self.patience_s)
 
