@@ -284,7 +284,7 @@ class RolloutDataModule(LightningDataModule):
         """Seeds depend on the problem only, so that evaluations in one run differ by the policy only."""
         every, sampling = self._eval_problems[name], spec.sampling or self.sampling
         seeds = [derive_seed(self.seed, "evaluation", name, i) for i in numbers]
-        what = f"{name}, problems to {max(numbers, default=0) + 1} of {len(every)}"
+        what = f"{name}, problems {numbers[0] + 1} to {numbers[-1] + 1} of {len(every)}" if numbers else name
         with self.stop_signal.interruptible(self._trainer):
             return self.draw(spec.task or self.task, [every[i] for i in numbers], spec.samples, sampling, seeds, what)
 
