@@ -89,13 +89,13 @@ def test_fit_from_python_equals_fit_from_the_command_line(cli_run: Path, tmp_pat
     fitted.fit(module(), data())
     assert_same_run(tmp_path, cli_run)
     assert our_callbacks(fitted) == OURS
-    assert files(tmp_path / "rlrt" / "version_0") == files(cli_run / "rlrt" / "version_0")
+    assert files(tmp_path / "last-digit" / "rlrt-0") == files(cli_run / "last-digit" / "rlrt-0")
 
 
 def test_python_resumes_a_run_of_the_command_line(cli_run: Path, tmp_path: Path) -> None:
     """The metrics continue as in the uninterrupted run of the command line."""
     assert cli_exit_code("fit", tmp_path / "first", "--trainer.max_epochs=2") == 0
-    (last,) = tmp_path.glob("first/rlrt/version_0/checkpoints/last.ckpt")
+    (last,) = tmp_path.glob("first/last-digit/rlrt-0/checkpoints/last.ckpt")
     resumed = trainer(tmp_path, max_epochs=4)
     resumed.fit(module(), data(), ckpt_path=last)
     assert_same_run(tmp_path, cli_run, since=4)
@@ -104,10 +104,10 @@ def test_python_resumes_a_run_of_the_command_line(cli_run: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", slow_except(["validate", "test", "predict"], "predict"))
 def test_evaluations_from_python_equal_those_of_the_command_line(name: str, cli_run: Path, tmp_path: Path) -> None:
-    (last,) = cli_run.glob("rlrt/version_0/checkpoints/last.ckpt")
+    (last,) = cli_run.glob("last-digit/rlrt-0/checkpoints/last.ckpt")
     assert cli_exit_code(name, tmp_path / "command", f"--ckpt_path={last}") == 0
     found = getattr(trainer(tmp_path), name)(module(), datamodule=data(), ckpt_path=last)
-    there, here = (folder / "rlrt" / "version_0" for folder in (tmp_path / "command", tmp_path))
+    there, here = (folder / "last-digit" / "rlrt-0" for folder in (tmp_path / "command", tmp_path))
     assert files(there) == files(here)
     for file in ("heldout.jsonl", "longer.jsonl", "heldout.json", "pass_at_k.csv"):
         assert (there / "evaluation" / file).read_bytes() == (here / "evaluation" / file).read_bytes()

@@ -25,7 +25,8 @@ from rlrt_lightning.resume import check_file
 from rlrt_lightning.runtime.checkpoints import problem
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, check_finite
-from rlrt_lightning.runtime.run_files import RUNS, choose_folder, claim_path, free_path, is_continued
+from rlrt_lightning.runtime.files import RUNS
+from rlrt_lightning.runtime.run_files import choose_folder, claim_path, free_path, is_continued
 from rlrt_lightning.runtime.trainer_checks import RELOAD
 from rlrt_lightning.runtime.trainer_limits import check_folders, check_limits
 

@@ -17,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlrt_lightning.runtime.checkpoints import completed_at, newest, problem
 from rlrt_lightning.runtime.errors import ConfigError
-from rlrt_lightning.runtime.run_files import EVALUATION, RUNS, continue_folder, create_folder, numbered, run_of
+from rlrt_lightning.runtime.files import EVALUATION, RUNS
+from rlrt_lightning.runtime.run_files import continue_folder, create_folder, numbered, run_of
 
 DATA_FILES = (".parquet", ".jsonl", ".json", ".csv")
 

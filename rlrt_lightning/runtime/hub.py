@@ -13,7 +13,7 @@ from rlrt_lightning.runtime.terminal import waiting_for
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 8.0
 """Seconds within which the hub has to answer."""
 
 

@@ -15,15 +15,13 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from rlrt_lightning.runtime.errors import ConfigError
-
-RUNS = Path("runs")
-"""Holds the folders of all runs, unless the logger has another one."""
+from rlrt_lightning.runtime.files import EVALUATION, RUNS, new_folder
 
 UNLOGGED = "no_logger"
 """Name of the folders of runs without a logger that were started from Python."""
 
-CHECKPOINTS, EVALUATION = "checkpoints", "evaluation"
-"""Folders of a run."""
+CHECKPOINTS = "checkpoints"
+"""Folder of a run for its checkpoints."""
 
 _folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
 _chosen: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
@@ -86,7 +84,7 @@ def numbered(parent: Path, name: str) -> Iterator[Path]:
 
 
 def create_folder(parent: Path, name: str, temporary: bool = True) -> Path:
-    """Creates a new folder `<name>`, or `<name>-2`, `<name>-3`, ... if it exists.
+    """Creates a folder as `new_folder` does.
 
     Args:
         parent: The folder that will hold it.
@@ -94,14 +92,10 @@ def create_folder(parent: Path, name: str, temporary: bool = True) -> Path:
         temporary: `end_runs` removes it again unless `keep_folder` is called.
     """
     created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    for path in chain([parent / name], (parent / f"{name}-{n}" for n in count(2))):
-        with suppress(FileExistsError):
-            path.mkdir()
-            if temporary:
-                _unused[path] = created
-            return path
-    raise AssertionError("unreachable")
+    path = new_folder(parent, name)
+    if temporary:
+        _unused[path] = created
+    return path
 
 
 def continue_folder(folder: Path) -> None:
