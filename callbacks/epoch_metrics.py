@@ -26,6 +26,8 @@ class EpochMetrics(Callback):
     """
 
     def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        """The metrics of the latest epoch over all ranks, by tag."""
         self._updates: dict[str, list[tuple[Any, float]]] = {}
         self._steps: dict[str, float] = {}
         self._tokens: Any = 0  # in the epoch's micro-batches; read at the end, because reading synchronizes a GPU
@@ -75,7 +77,7 @@ class EpochMetrics(Callback):
         metrics["time/train"] = seconds
         metrics["speed/train_tokens_per_s"] = tokens / seconds
         metrics["speed/train_padding"] = Mean(1 - tokens / max(self._padded_tokens, 1), self._padded_tokens)
-        values = {**data.rollout_metrics, **mean_over_ranks(metrics)}
+        values = self.latest = {**data.rollout_metrics, **mean_over_ranks(metrics)}
         pl_module.log_dict(values, logger=False, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,8 +15,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rlrt_lightning.runtime.run_files import run_folder
 from rlrt_lightning.runtime.terminal import say
 
+from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
 from .phase_bar import epoch_of
+
+C = TypeVar("C", bound=Callback)
 
 Scores = dict[str, dict[str, float]]
 """Metrics by evaluation set and tag."""
@@ -58,8 +62,9 @@ class RunReport(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the epoch, and then its evaluation if there was one."""
         self._trained = True
-        metrics = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
-        self._rewards = [*self._rewards[:1], metrics["rollout/reward"]]
+        every = _callbacks(trainer, EpochMetrics)
+        metrics = every[0].latest if every else {}
+        self._rewards = [*self._rewards[:1], metrics.get("rollout/reward", math.nan)]
         rows, self._pending = self._pending, []
         if trainer.is_global_zero:
             say("\n".join([epoch_line(trainer, metrics), *rows]))
@@ -84,8 +89,8 @@ class RunReport(Callback):
         return [f"reward {self._rewards[0]:.3f} -> {self._rewards[-1]:.3f}"]
 
     def _summary(self, trainer: Trainer, folder: Path) -> list[tuple[str, str]]:
-        saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        checkpoint = next((path for c in saved if (path := c.last_model_path or c.best_model_path)), None)
+        saved = (c.last_model_path or c.best_model_path for c in _callbacks(trainer, ModelCheckpoint))
+        checkpoint = next(filter(None, saved), None)
         lines = [("run folder", str(folder))]
         if checkpoint is not None:
             lines.append(("checkpoint", _short(checkpoint)))
@@ -112,10 +117,10 @@ class RunReport(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the evaluation. Within `fit`, the epoch's line comes first."""
-        every: list[Any] = cast(Any, trainer).callbacks
-        evaluation = next((callback for callback in every if isinstance(callback, Evaluation)), None)
-        if evaluation is None or not evaluation.scores:
+        found = _callbacks(trainer, Evaluation)
+        if not found or not found[0].scores:
             return
+        evaluation = found[0]
         rows, fit = table(evaluation.scores), trainer.state.fn == "fit"
         if fit:
             self._first, self._last = self._first or evaluation.scores, evaluation.scores
@@ -136,6 +141,11 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self._first, self._rewards = state_dict["first"], state_dict["rewards"]
+
+
+def _callbacks(trainer: Trainer, kind: type[C]) -> list[C]:
+    """The trainer's callbacks of a class."""
+    return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, kind)]
 
 
 def epoch_line(trainer: Trainer, metrics: dict[str, float]) -> str:

@@ -61,11 +61,11 @@ def place_of(settings: Any) -> Place:
     loggers = settings.trainer.logger
     first = (loggers[0] if loggers else None) if isinstance(loggers, list) else loggers
     given = _folder_settings(first) if hasattr(first, "class_path") else {}
-    version = given.get("version")
+    version, default = given.get("version"), Path(settings.trainer.default_root_dir or "") / RUNS
     callbacks = settings.trainer.callbacks or []
     parts = [settings.checkpoint, *(part.get("init_args") or {} for part in _listed(callbacks))]
     return Place(
-        root=Path(os.path.expandvars(given.get("save_dir", RUNS))).expanduser(),
+        root=Path(os.path.expandvars(given["save_dir"])).expanduser() if "save_dir" in given else default,
         name=str(given.get("name", task_name(settings.data.task))),
         version=f"version_{version}" if isinstance(version, int) else version or _version(settings),
         fixed=version is not None,
