@@ -147,8 +147,6 @@ class RLRTCli(LightningCLI):
         settings = self.config[self.subcommand]
         refuse_credentials(settings)
         check_finite(settings)
-        if self.subcommand == "fit" and not self._has_config and not _has_end(settings.trainer):
-            raise ConfigError(NO_CONFIG)
         if settings.trainer.logger in (True, None):
             settings.trainer.logger = Namespace(**TRAINER_DEFAULTS["logger"])
         self._place = place_of(settings)
@@ -177,10 +175,11 @@ class RLRTCli(LightningCLI):
 
     def _make(self, cls: type, /, *args: Any, **settings: Any) -> Any:
         """Calls a constructor. The optimizer's is called when the run starts."""
+        placed = settings
         if issubclass(cls, Logger) and self._place is not None and self._folder is not None:
-            settings = logger_settings(cls, settings, self._place, self._folder)
+            placed = logger_settings(cls, settings, self._place, self._folder)
         try:
-            return cls(*args, **settings)
+            return cls(*args, **placed)
         except Exception as error:
             setting = setting_of(cls, settings, self.config[self.subcommand]) or cls.__name__
             refused = constructor_error(error, setting, partial(cls, *args), settings)
@@ -231,6 +230,11 @@ class RLRTCli(LightningCLI):
             self.trainer.num_sanity_val_steps = 0  # the first run evaluated before training
         if self._folder is not None:
             choose_folder(self.trainer, self._folder)
+
+    def before_fit(self) -> None:
+        """Refuses a run without a config and without an end: Lightning's default is a thousand epochs."""
+        if not self._has_config and not _has_end(self.config.fit.trainer):
+            raise ConfigError(NO_CONFIG)
 
 
 def _has_end(trainer: Any) -> bool:
