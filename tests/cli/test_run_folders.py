@@ -15,7 +15,8 @@ from rlrt_lightning import __version__
 from rlrt_lightning.__main__ import main
 from rlrt_lightning.cli.places import Place, logger_settings, make_folder, task_name
 from rlrt_lightning.runtime.run_files import end_runs, is_continued
-from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, merged_curves, weights
+from tests.helpers.command_line import SMALL, TRAIN_ONLY, cli_exit_code, merged_curves
+from tests.helpers.processes import ROOT
 
 ONE_EPOCH = ("--trainer.max_epochs=1", *TRAIN_ONLY)
 
@@ -106,6 +107,18 @@ def test_a_logger_with_a_version_keeps_it(tmp_path: Path) -> None:
     assert names(tmp_path / "mine") == ["version_7"]
 
 
+def test_a_resumed_run_keeps_the_metrics_of_its_beginning(tmp_path: Path) -> None:
+    """CSVLogger would delete its file of them."""
+    one = f"init_args: {{save_dir: {tmp_path}}}"
+    loggers = f"[{{class_path: TensorBoardLogger, {one}}}, {{class_path: CSVLogger, {one}}}]"
+    args = ["fit", f"--config={ROOT / 'configs' / 'rlrt.yaml'}", *SMALL, *TRAIN_ONLY, f"--trainer.logger={loggers}"]
+    assert main([*args, "--trainer.max_epochs=1"]) == 0
+    assert main([*args, "--trainer.max_epochs=2", "--ckpt_path=last"]) == 0
+    (run,) = (tmp_path / "last-digit").iterdir()
+    assert {"metrics.csv", "metrics-2.csv"} <= set(names(run))
+    assert len(merged_curves(tmp_path)["train/loss"]) == 2
+
+
 # -- the choice of a folder ----------------------------------------------------------------------------------------
 
 
@@ -175,21 +188,3 @@ def test_fit_without_a_config_names_the_command(tmp_path: Path, capfd: pytest.Ca
 def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rlrt_lightning {__version__}\n"
-
-
-def test_a_resumed_run_in_its_folder_equals_a_whole_one(three_runs: Path, tmp_path: Path) -> None:
-    """With CSVLogger beside TensorBoard's, which would delete the metrics of the beginning."""
-    pair = (
-        "[{class_path: TensorBoardLogger, init_args: {save_dir: X}}, {class_path: CSVLogger, init_args: {save_dir: X}}]"
-    )
-    flags = [f"--trainer.logger={pair.replace('X', str(tmp_path))}", *TRAIN_ONLY]
-    from tests.helpers.command_line import SMALL
-    from tests.helpers.processes import ROOT
-
-    base = ["fit", f"--config={ROOT / 'configs' / 'rlrt.yaml'}", *SMALL, *flags]
-    assert main([*base, "--trainer.max_epochs=1"]) == 0
-    assert main([*base, "--trainer.max_epochs=2", "--ckpt_path=last"]) == 0
-    (run,) = (tmp_path / "last-digit").iterdir()
-    assert {"metrics.csv", "metrics-2.csv"} <= set(names(run))
-    assert len(merged_curves(tmp_path)["train/loss"]) == 2
-    assert weights(tmp_path)
