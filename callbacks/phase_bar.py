@@ -63,9 +63,15 @@ class PhaseBar(Progress, ProgressBar):
         if not self.is_disabled:
             form = UNCOUNTED if total is None else COUNTED
             description = f"{self._where()}  {what}"
-            columns = shutil.get_terminal_size().columns - 1  # tqdm draws nothing in a terminal of unknown size
+            size = shutil.get_terminal_size()  # tqdm draws nothing in a terminal of unknown size
             self._line = tqdm(
-                desc=description, total=total, bar_format=form, leave=False, ncols=columns, file=sys.stdout
+                desc=description,
+                total=total,
+                bar_format=form,
+                leave=False,
+                ncols=size.columns - 1,
+                nrows=size.lines,
+                file=sys.stdout,
             )
 
     def _advance(self, items: int, tokens: int) -> None:

@@ -117,6 +117,7 @@ class SafeStop(Callback):
         if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return f"{step} optimizer steps are not saved, because checkpoints are disabled"
         path = callbacks[0].last_model_path or trainer.strategy.broadcast(_free_path(Path(callbacks[0].dirpath or "")))
+        callbacks[0].last_model_path = path  # part of the saved state, so that the resumed run replaces this file
         trainer.save_checkpoint(path, weights_only=False)
         return f"saved after {step} optimizer steps as {path}; {RESUME}"
 
