@@ -24,10 +24,11 @@ from tests.helpers.command_line import cli_exit_code, runs_in
 from tests.helpers.processes import unused_port
 from tests.runtime.test_stopping import Sends, exit_code_of_stopped_run
 
+SHARE, SCORE = r"\d\.\d\d", r"\d\.\d{3}"
 EPOCH = re.compile(
-    r"epoch \d/2  reward \d\.\d\d  correct \d\.\d\d  length [\d.]+  entropy \d\.\d\d  mixed \d\.\d\d  .* s"
+    rf"epoch \d/2  reward {SHARE}  correct {SHARE}  length [\d.]+  entropy {SHARE}  mixed {SHARE}  [\d.]+ s"
 )
-ROW = re.compile(r"  (heldout|longer ) avg@8 \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]  pass@8 \d\.\d{3}".replace(" )", ") +"))
+ROW = re.compile(rf"  (heldout|longer) +avg@8 {SCORE} \[{SCORE}, {SCORE}\]  pass@8 {SCORE}")
 
 FLAGS = ("--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--trainer.enable_progress_bar=true")
 
