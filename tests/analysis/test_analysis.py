@@ -140,7 +140,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in ("0", "1"):
         run = folder / f"seed-{seed}"
         assert cli_exit_code("fit", run, "--trainer.max_epochs=2", f"--seed_everything={seed}", *TRAIN_ONLY) == 0
-        flags = (f"--evaluation.results={folder / 'results' / seed}", "--ckpt_path=last")
+        checkpoint = run / "last-digit" / f"rlrt-{seed}" / "checkpoints" / "last.ckpt"
+        flags = (f"--evaluation.results={folder / 'results' / seed}", f"--ckpt_path={checkpoint}")
         assert cli_exit_code("validate", run, *flags) == 0
     return folder
 
