@@ -1,4 +1,4 @@
-"""How the time of an epoch is spent: `python benchmarks/epoch_time.py runs/rlrt/version_0`.
+"""How the time of an epoch is spent: `python benchmarks/epoch_time.py runs/last-digit/rlrt-0`.
 
 Reads the times that every run logs (`time/`) and prints for each phase the median over epochs, the quartiles and its
 share.

@@ -161,13 +161,13 @@ class Run:
 
 
 def logged(folder: Path) -> tuple[dict[tuple[str, int], Any], int]:
-    """All that the runs in a folder have logged, by tag and step, and at how many places two runs do not agree."""
+    """All that the processes of a run have logged, by tag and step, and at how many places two do not agree."""
     from rlrt_lightning.analysis.events import event_log
 
     found: dict[tuple[str, int], Any] = {}
     differ = 0
-    for run in sorted(folder.glob("rlrt/version_*")):
-        log = event_log(run, "scalars", "images", "histograms", "tensors")
+    for file in sorted(folder.glob("*/*/events.out.tfevents.*")):
+        log = event_log(file, "scalars", "images", "histograms", "tensors")
         tags = log.Tags()
         events = [(tag, e.step, e.value) for tag in tags["scalars"] for e in log.Scalars(tag)]
         events += [(tag, e.step, e.encoded_image_string) for tag in tags["images"] for e in log.Images(tag)]
@@ -239,7 +239,7 @@ def main() -> int:
     killed: Counter[str] = Counter()
     ended = False
     while not ended:
-        resume = ["--ckpt_path=last"] if list(cut.glob("rlrt/*/checkpoints/*.ckpt")) else []
+        resume = ["--ckpt_path=last"] if list(cut.glob("*/*/checkpoints/*.ckpt")) else []
         run = Run(words(cut, *resume), log)
         if sum(killed.values()) < args.kills:
             phase = args.phases[sum(killed.values()) % len(args.phases)]

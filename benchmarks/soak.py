@@ -58,7 +58,7 @@ def main() -> int:
             )
             while run.poll() is None:
                 time.sleep(0.25)
-                saved = [p.stem.split("-")[1] for p in Path(folder).glob("rlrt/*/checkpoints/epoch-*.ckpt")]
+                saved = [p.stem.split("-")[1] for p in Path(folder).glob("*/*/checkpoints/epoch-*.ckpt")]
                 try:
                     samples.append((max(map(int, saved), default=0), sample(run.pid)))
                 except (OSError, ProcessLookupError):  # a process ended in the meantime

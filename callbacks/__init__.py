@@ -7,9 +7,11 @@ from .evaluation import Evaluation
 from .hf_export import HFExport
 from .memory_estimate import MemoryEstimate
 from .number_guard import NumberGuard
+from .phase_bar import PhaseBar, adopt_progress_bar
 from .prompt_preview import PromptPreview
 from .rank_guard import RankGuard
 from .reversed_signal import ReversedSignalLogger
+from .run_report import RunReport
 from .safe_stop import SafeStop
 from .teacher_refresh import TeacherRefresh
 
@@ -22,11 +24,14 @@ __all__ = [
     "HFExport",
     "MemoryEstimate",
     "NumberGuard",
+    "PhaseBar",
     "PromptPreview",
     "RankGuard",
     "ReversedSignalLogger",
+    "RunReport",
     "SafeStop",
     "TeacherRefresh",
     "adopt_checkpoints",
+    "adopt_progress_bar",
     "default_callbacks",
 ]

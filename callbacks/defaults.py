@@ -6,16 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from .collapse_guard import CollapseGuard
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
 from .memory_estimate import MemoryEstimate
 from .number_guard import NumberGuard
+from .phase_bar import PhaseBar
 from .prompt_preview import PromptPreview
 from .rank_guard import RankGuard
 from .reversed_signal import ReversedSignalLogger
+from .run_report import RunReport
 from .safe_stop import SafeStop
 from .teacher_refresh import TeacherRefresh
 
@@ -40,7 +42,10 @@ CHECKPOINT: dict[str, Any] = {
 
 
 def default_callbacks(
-    present: Sequence[Callback], checkpoints: bool, made: Mapping[str, Callback] | None = None
+    present: Sequence[Callback],
+    checkpoints: bool,
+    made: Mapping[str, Callback] | None = None,
+    progress_bar: bool = False,
 ) -> list[Callback]:
     """The default callbacks that are not present yet, in the order in which they must run: a micro-batch's metrics are
     collected (`EpochMetrics`) before a run is saved (`SafeStop`), which in turn happens while the ranks still watch
@@ -50,10 +55,13 @@ def default_callbacks(
         present: The trainer's callbacks. One of the same class, or of a subclass, replaces the default.
         checkpoints: Whether checkpoints are enabled.
         made: The callbacks of `WITH_SETTINGS` with the user's settings; None creates them with default settings.
+        progress_bar: Whether to add `PhaseBar` if there is no progress bar yet.
     """
     if made is None:
         made = {name: kind(**(CHECKPOINT if name == "checkpoint" else {})) for name, kind in WITH_SETTINGS.items()}
-    ours: list[Callback] = [EpochMetrics(), SafeStop(), PromptPreview(), MemoryEstimate(), *made.values()]
+    ours: list[Callback] = [EpochMetrics(), SafeStop(), PromptPreview(), MemoryEstimate(), *made.values(), RunReport()]
+    if progress_bar and not any(isinstance(callback, ProgressBar) for callback in present):
+        ours.append(PhaseBar())
     wanted = (callback for callback in ours if checkpoints or not isinstance(callback, ModelCheckpoint))
     return [callback for callback in wanted if not any(isinstance(other, type(callback)) for other in present)]
 

@@ -26,11 +26,14 @@ class EpochMetrics(Callback):
     """
 
     def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        """The metrics of the latest epoch over all ranks, by tag."""
         self._updates: dict[str, list[tuple[Any, float]]] = {}
         self._steps: dict[str, float] = {}
         self._tokens: Any = 0  # in the epoch's micro-batches; read at the end, because reading synchronizes a GPU
         self._padded_tokens = 0  # the same, including padding
-        self._start = 0.0
+        self._start = 0.0  # moved by the time of an evaluation within the epoch
+        self._evaluation_start = 0.0
         self._resumed = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,6 +61,14 @@ class EpochMetrics(Callback):
             self._steps["faults/skipped_steps"] += step.skipped
             self._steps["train/empty_steps"] += step.gradient_norm == 0
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock of the updates."""
+        self._evaluation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts it again."""
+        self._start += time.perf_counter() - self._evaluation_start
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch."""
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -66,7 +77,7 @@ class EpochMetrics(Callback):
         metrics["time/train"] = seconds
         metrics["speed/train_tokens_per_s"] = tokens / seconds
         metrics["speed/train_padding"] = Mean(1 - tokens / max(self._padded_tokens, 1), self._padded_tokens)
-        values = {**data.rollout_metrics, **mean_over_ranks(metrics)}
+        values = self.latest = {**data.rollout_metrics, **mean_over_ranks(metrics)}
         pl_module.log_dict(values, logger=False, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)

@@ -16,7 +16,7 @@ from rlrt_lightning.evaluation.metrics import AvgAtK, PassAtK
 from rlrt_lightning.evaluation.results import Results, Row, description, fingerprint, rows_of, summary, write_tables
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import gather
-from rlrt_lightning.runtime.run_files import claim_path
+from rlrt_lightning.runtime.run_files import evaluation_folder, keep_folder
 
 from .boards import tensorboards
 
@@ -40,7 +40,8 @@ class Evaluation(Callback):
         ks: Values of k for pass@k; null logs only k = the benchmark's number of samples.
         table: Samples in each benchmark's table, half of them wrong if there are enough; 0 disables the table.
         results: Folder for these files. An evaluation that finds its own results there, from the same weights and
-            settings, resumes after them. Null is `evaluation` in the run's folder, which starts from scratch.
+            settings, resumes after them. Null is a new folder, `evaluation/step-<step>[-n]`, in the folder of the run
+            that is evaluated.
     """
 
     def __init__(self, ks: list[int] | None = None, table: int = 8, results: str | None = None) -> None:
@@ -51,19 +52,27 @@ class Evaluation(Callback):
         self.ks = ks
         self.table = table
         self.results = results
+        self.scores: dict[str, dict[str, float]] = {}
+        """The metrics of the latest evaluation, by evaluation set and by tag without the prefix `eval/<benchmark>/`."""
+        self.folder: Path | None = None
+        """Folder of the latest result files."""
+        self._step: int | None = None  # optimizer steps of a checkpoint's weights
         self._counts: dict[str, _Counts] = {}
         self._results: dict[str, Results] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are enough samples for each k, and that no other run's results would be overwritten."""
-        if stage != "fit":
-            self._folder(trainer)
+        """Checks that there are enough samples for each k."""
+        self._step = None
         for name, spec in _data(trainer).benchmarks.items():
             too_large = [k for k in self.ks or [] if k > spec.samples]
             if too_large:
                 raise ConfigError(
                     f"evaluation.ks names {too_large[0]}, but data.benchmarks.{name}.samples is {spec.samples}"
                 )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Records the step of the checkpoint's weights; Lightning restores `trainer.global_step` in `fit` only."""
+        self._step = checkpoint["global_step"]
 
     # -- collecting ------------------------------------------------------------------------------------------------
 
@@ -81,7 +90,8 @@ class Evaluation(Callback):
 
     def _resume(self, trainer: Trainer, module: RLRTModule) -> None:
         """Opens the result files and counts the results in them."""
-        data, folder = _data(trainer), self._folder(trainer)
+        data, folder = _data(trainer), self._new_folder(trainer)
+        self.folder = folder
         weights = fingerprint(module.policy.model)
         self._results = {name: Results(folder, name, trainer.global_rank) for name in data.benchmarks}
         wrong = None
@@ -107,12 +117,14 @@ class Evaluation(Callback):
         rows = rows_of(done)
         self._counts[done.benchmark].add(rows, self.table)
         if self._results:
+            keep_folder(trainer)
             self._results[done.benchmark].add(rows)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
+        self.scores = {name: counts.values(trainer) for name, counts in self._counts.items()}
         for name, counts in self._counts.items():
-            values = {f"eval/{name}/{tag}": value for tag, value in counts.values(trainer).items()}
+            values = {f"eval/{name}/{tag}": value for tag, value in self.scores[name].items()}
             if trainer.sanity_checking:
                 # Lightning drops metrics logged in its sanity check, which is our evaluation before training.
                 for logger in trainer.loggers:
@@ -127,12 +139,14 @@ class Evaluation(Callback):
                 name: sorted(chain(*gather(counts.problems)), key=lambda row: row["problem"])
                 for name, counts in self._counts.items()
             }
-            folder = self._folder(trainer)
-            if trainer.is_global_zero:
-                write_tables(folder, tables)
+            if trainer.is_global_zero and self.folder is not None:
+                write_tables(self.folder, tables)
 
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.results) if self.results else claim_path(trainer, "evaluation")
+    def _new_folder(self, trainer: Trainer) -> Path:
+        if self.results:
+            return Path(self.results)
+        fitted = self._step is None or trainer.ckpt_path is None
+        return evaluation_folder(trainer, trainer.global_step if fitted else cast(int, self._step))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the engine release its memory."""

@@ -31,6 +31,10 @@ MIN_SHARE = 0.05
 """Settings are suggested if they reduce parts that are at least this fraction of the peak."""
 
 
+SMALL_SHARE = 0.25
+"""Fraction of the device's memory below which the parts are not listed."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Memory of one rank, in bytes.
@@ -53,12 +57,15 @@ class Estimate:
         return sum(self.held.values()) + max(sum(parts.values()) for parts in self.phases.values())
 
     def lines(self, available: int | None) -> list[str]:
-        """A table of the parts.
+        """A table of the parts, or only the peak if the device has much more memory.
 
         Args:
             available: Bytes of memory of the device; None if unknown.
         """
         unit, size = ("GB", 1e9) if self.peak >= 1e9 else ("MB", 1e6)
+        if available is not None and self.peak < SMALL_SHARE * available:
+            most = f"{self.peak / size:,.0f} of the device's {available / size:,.0f} {unit}"
+            return [f"estimated memory: {most}, at most {self.tokens:,} tokens in a training pass"]
         named = list(self.held.items())
         for phase, parts in self.phases.items():
             named += [(f"{name} ({phase})", value) for name, value in parts.items()]

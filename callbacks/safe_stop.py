@@ -1,4 +1,4 @@
-"""Saves a run on SIGTERM, which SLURM sends before it ends a job."""
+"""Saves a run on Ctrl-C, and on SIGTERM, which SLURM sends before it ends a job."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from rlrt_lightning.runtime.checkpoints import WholeCheckpointIO, check_writable
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.files import PART, remove
 from rlrt_lightning.runtime.private.lightning import saves_within_epochs
-from rlrt_lightning.runtime.run_files import run_folder
+from rlrt_lightning.runtime.run_files import CHECKPOINTS, keep_folder, run_folder
 from rlrt_lightning.runtime.stopping import Stop
+from rlrt_lightning.runtime.terminal import say
 
+from .evaluation import Evaluation
 from .run_checkpoint import adopt
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ RESUME = "resume with --ckpt_path last"
 
 
 class SafeStop(Callback):
-    """Saves a run that receives SIGTERM, and makes checkpoint writes atomic.
+    """Saves a run that receives SIGTERM or SIGINT (Ctrl-C), and makes checkpoint writes atomic.
 
     Rollouts, scoring and evaluations are aborted immediately (with several ranks: at the end of the phase) and repeated
     when the run is resumed. During the updates, the current optimizer step is completed, and the checkpoint also holds
@@ -51,8 +53,8 @@ class SafeStop(Callback):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # not a user's own
             strategy.checkpoint_io = WholeCheckpointIO()
         for callback in _checkpoints(trainer):
-            if callback.dirpath is None and trainer.logger is None:
-                callback.dirpath = str(folder / "checkpoints")
+            if callback.dirpath is None and "://" not in str(getattr(trainer.logger, "save_dir", "")):
+                callback.dirpath = str(folder / CHECKPOINTS)
             for name, value in saves_within_epochs(callback).items():
                 if value:
                     raise ConfigError(
@@ -63,7 +65,9 @@ class SafeStop(Callback):
                 check_writable(Path(callback.dirpath or folder))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Installs the signal handlers in a run that was resumed within an epoch, where no phase comes first."""
+        """Keeps the run's folder from now on, and installs the signal handlers in a run that was resumed within an
+        epoch, where no phase comes first."""
+        keep_folder(trainer)
         _data(trainer).stop_signal.listen(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -78,15 +82,21 @@ class SafeStop(Callback):
                 remove(part)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves a run that ends on a signal."""
-        if not isinstance(exception, Stop):
+        """Saves a run that ends on a signal. A second Ctrl-C, and one during the start, ends it without saving."""
+        if isinstance(exception, KeyboardInterrupt):
+            number: int | None = signal.SIGINT
+            outcome = (
+                "nothing was trained yet" if not self._saved else f"{self._saved} optimizer steps are saved; {RESUME}"
+            )
+        elif isinstance(exception, Stop):
+            number = trainer.strategy.broadcast(_data(trainer).stop_signal.number)
+            fitting = trainer.state.fn == "fit"
+            outcome = self._save(trainer) if fitting else _resume_evaluation(trainer)
+        else:
             return
-        number = trainer.strategy.broadcast(_data(trainer).stop_signal.number)
         name = signal.Signals(number).name if number else "a signal to another rank"
-        fitting = trainer.state.fn == "fit"
-        outcome = self._save(trainer) if fitting else "the evaluation can be resumed if evaluation.results is set"
         if trainer.is_global_zero:
-            print(f"stopped by {name}: {outcome}", file=sys.stderr, flush=True)
+            say(f"stopped by {name}: {outcome}", file=sys.stderr)
 
     def _save(self, trainer: Trainer) -> str:
         """Saves the run if it has unsaved steps, and returns a message about the outcome."""
@@ -107,12 +117,20 @@ class SafeStop(Callback):
         if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return f"{step} optimizer steps are not saved, because checkpoints are disabled"
         path = callbacks[0].last_model_path or trainer.strategy.broadcast(_free_path(Path(callbacks[0].dirpath or "")))
+        callbacks[0].last_model_path = path  # part of the saved state, so that the resumed run replaces this file
         trainer.save_checkpoint(path, weights_only=False)
         return f"saved after {step} optimizer steps as {path}; {RESUME}"
 
 
 def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _resume_evaluation(trainer: Trainer) -> str:
+    """How to resume an evaluation."""
+    every = cast(Any, trainer).callbacks
+    folder = next((callback.folder for callback in every if isinstance(callback, Evaluation)), None)
+    return "nothing was evaluated yet" if folder is None else f"resume with --evaluation.results={folder}"
 
 
 def _free_path(folder: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 
+from rlrt_lightning import __version__
 from rlrt_lightning.runtime.errors import ConfigError
 
 EXPECTED_WARNINGS = (
@@ -13,8 +14,10 @@ EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
     r".*`is_gradient_checkpointing` is deprecated",
     r"\s*(By default only one JsonargparseDeprecationWarning|[\s\S]* was deprecated in v4\.)",
-    # Intended: a resumed run has its own folder, a teacher's copy is in eval mode, and an epoch in which all advantages
-    # are 0 has nothing to train on.
+    # Intended: a resumed run continues in its folder, or from another run's checkpoint in a folder of its own, a
+    # teacher's copy is in eval mode, and an epoch in which all advantages are 0 has nothing to train on.
+    r"Checkpoint directory .* exists and is not empty",
+    r"Experiment logs directory .* exists and is not empty",
     r"The dirpath has changed from",
     r"Found \d+ module\(s\) in eval mode",
     r"Total length of .* across ranks is zero",
@@ -35,6 +38,9 @@ def main(args: list[str] | None = None) -> int:
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     words = sys.argv[1:] if args is None else args
+    if words[:1] == ["--version"]:
+        print(f"rlrt_lightning {__version__}")
+        return 0
     # Imported here, because the verifier's worker processes import this module.
     from rlrt_lightning.analysis import runs
     from rlrt_lightning.cli import quick_help
@@ -48,9 +54,13 @@ def main(args: list[str] | None = None) -> int:
         return 0
 
     def command_line() -> int:
-        from rlrt_lightning.cli.commands import RLRTCli
-        from rlrt_lightning.cli.refusals import run
-
+        try:
+            from rlrt_lightning.cli.commands import RLRTCli
+            from rlrt_lightning.cli.refusals import run
+            from rlrt_lightning.runtime import terminal
+        except KeyboardInterrupt:  # the imports take seconds
+            return 130
+        terminal.set_up()
         return run(lambda: RLRTCli(words))
 
     if quick_help.asks_for_help(words):

@@ -244,12 +244,12 @@ class RolloutDataModule(LightningDataModule):
         verify = self.verifier(self.task).submit
         self._ahead.begin(draw(questions, self.engine, verify, self.rollouts_per_prompt, self.sampling))
 
-    def _roll_out(self, task: Task, questions: Questions, n: int, sampling: Sampling) -> list[Drawn]:
+    def _roll_out(self, task: Task, questions: Questions, n: int, sampling: Sampling, what: str = "") -> list[Drawn]:
         """Generates rollouts with the current policy, in the order in which they finish."""
         self._ahead.wait()
         self._sync_engine()
         drawing = draw(questions, self.engine, self.verifier(task).submit, n, sampling)
-        return list(Progress.for_trainer(self._trainer)("rollouts", drawing, len(questions.prompts) * n))
+        return Progress.for_trainer(self._trainer).rollouts(drawing, len(questions.prompts) * n, what)
 
     def _sync_engine(self) -> None:
         if self._synced != self._trainer.global_step or not self.engine.ready:
@@ -277,13 +277,14 @@ class RolloutDataModule(LightningDataModule):
 
     def _evaluate(self, name: str, spec: Benchmark, numbers: Sequence[int]) -> list[Rollout]:
         """Seeds depend on the problem only, so that evaluations in one run differ by the policy only."""
-        problems = [self._eval_problems[name][i] for i in numbers]
+        every, sampling = self._eval_problems[name], spec.sampling or self.sampling
         seeds = [derive_seed(self.seed, "evaluation", name, i) for i in numbers]
+        what = f"{name}, problems {numbers[0] + 1} to {numbers[-1] + 1} of {len(every)}" if numbers else name
         with self.stop_signal.interruptible(self._trainer):
-            return self.draw(spec.task or self.task, problems, spec.samples, spec.sampling or self.sampling, seeds)
+            return self.draw(spec.task or self.task, [every[i] for i in numbers], spec.samples, sampling, seeds, what)
 
     def draw(
-        self, task: Task, problems: Sequence[Problem], n: int, sampling: Sampling, seeds: Sequence[int]
+        self, task: Task, problems: Sequence[Problem], n: int, sampling: Sampling, seeds: Sequence[int], what: str = ""
     ) -> list[Rollout]:
         """Generates rollouts with verdicts, ordered by problem.
 
@@ -293,11 +294,12 @@ class RolloutDataModule(LightningDataModule):
             n: Number of rollouts per problem.
             sampling: Sampling parameters.
             seeds: A seed for each problem.
+            what: What the progress bar shows.
         """
         with self.computing():
             prompts = [self._reader.tokens(p) for p in problems]
             questions = Questions(0, list(problems), prompts, list(seeds), range(len(problems)))
-            drawn = self._roll_out(task, questions, n, sampling)
+            drawn = self._roll_out(task, questions, n, sampling, what)
         return collect_verdicts(problems, drawn, self.max_fault_share, Progress.for_trainer(self._trainer))
 
     @property

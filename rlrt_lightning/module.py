@@ -308,7 +308,7 @@ class RLRTModule(LightningModule):
         Raises:
             ConfigError: If the data module does not generate rollouts.
         """
-        from rlrt_lightning.callbacks import adopt_checkpoints, default_callbacks
+        from rlrt_lightning.callbacks import adopt_checkpoints, adopt_progress_bar, default_callbacks
 
         trainer = cast(Any, self.trainer)
         if not getattr(trainer.datamodule, "makes_rollouts", False):
@@ -317,6 +317,7 @@ class RLRTModule(LightningModule):
                 "rollouts"
             )
         adopt_checkpoints(trainer.callbacks)
+        adopt_progress_bar(trainer)
         return default_callbacks(trainer.callbacks, checkpoints=bool(trainer.checkpoint_callbacks))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

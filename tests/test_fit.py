@@ -12,7 +12,16 @@ import torch
 
 from rlrt_lightning.analysis.events import event_log
 from rlrt_lightning.runtime.seeding import derive_seed
-from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, scalars, weights, without_timings
+from tests.helpers.command_line import (
+    TRAIN_ONLY,
+    assert_continued,
+    cli_exit_code,
+    evaluation_scalars,
+    runs_in,
+    scalars,
+    weights,
+    without_timings,
+)
 from tests.helpers.marks import slow_except
 
 
@@ -47,7 +56,7 @@ def test_a_run_logs_all_expected_metrics_without_nan(run4: Path) -> None:
 
 
 def test_a_run_writes_pictures_samples_and_its_config(run4: Path) -> None:
-    folder = run4 / "rlrt" / "version_0"
+    folder = run4 / "last-digit" / "rlrt-0"
     page = (folder / "signal" / "epoch-0.html").read_text(encoding="utf-8")
     assert "background:rgb(" in page
     assert "http" not in page, "the page loads nothing from elsewhere"
@@ -63,7 +72,7 @@ def test_a_run_writes_pictures_samples_and_its_config(run4: Path) -> None:
 def test_the_export_holds_the_trained_weights_and_loads_in_transformers(run4: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = run4 / "rlrt" / "version_0" / "export"
+    folder = run4 / "last-digit" / "rlrt-0" / "export"
     model, trained = AutoModelForCausalLM.from_pretrained(folder), weights(run4)
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[f"policy.model.{name}"]), name
@@ -74,12 +83,8 @@ def test_a_resumed_run_matches_an_uninterrupted_run(run4: Path, tmp_path: Path) 
     """With a teacher that shares the policy's weights; in tests/runtime/test_stopping.py it has its own."""
     assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=2") == 0
     assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=4", "--ckpt_path=last") == 0
-    expected, resumed = without_timings(scalars(run4)), without_timings(scalars(tmp_path, version=1))
-    for tag, curve in resumed.items():
-        assert set(curve) <= set(expected[tag]), tag
-    assert len(resumed["train/loss"]) == 2
-    for name, value in weights(run4).items():
-        assert torch.equal(value, weights(tmp_path, version=1)[name]), name
+    assert_continued(tmp_path, run4)
+    assert len(scalars(tmp_path)["train/loss"]) == 4
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_differs(run4: Path, tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_rlrt_with_lam_zero_equals_grpo(tmp_path: Path) -> None:
     assert cli_exit_code("fit", tmp_path, "--model.method.lam=0", *flags) == 0
     assert cli_exit_code("fit", tmp_path, "--model.method=GRPO", "--model.method.normalize_std=true", *flags) == 0
     for name, value in weights(tmp_path).items():
-        assert torch.equal(value, weights(tmp_path, version=1)[name]), name
+        assert torch.equal(value, weights(tmp_path, 1)[name]), name
 
 
 @pytest.mark.parametrize("every", slow_except(["1", "2", "null"], "2"))
@@ -122,12 +127,13 @@ def test_the_teachers_weights_follow_the_refresh_schedule(every: str, tmp_path: 
 
 @pytest.mark.parametrize("name", slow_except(["validate", "test", "predict"], "validate"))
 def test_validate_test_and_predict_reproduce_the_score_of_the_run(name: str, run4: Path, tmp_path: Path) -> None:
-    shutil.copytree(run4 / "rlrt" / "version_0", tmp_path / "rlrt" / "version_0")
+    shutil.copytree(run4 / "last-digit" / "rlrt-0", tmp_path / "last-digit" / "rlrt-0")
     assert cli_exit_code(name, tmp_path, "--ckpt_path=last") == 0
     trained = dict(scalars(run4)["eval/heldout/avg@8"])[7]
     if name != "predict":
-        assert scalars(tmp_path, 1)["eval/heldout/avg@8"][0][1] == trained
-    lines = (tmp_path / "rlrt" / "version_1" / "evaluation" / "heldout.jsonl").read_text().splitlines()
+        assert evaluation_scalars(tmp_path)["eval/heldout/avg@8"][0][1] == trained
+    (results,) = runs_in(tmp_path)[0].glob("evaluation/step-8/heldout.jsonl")
+    lines = results.read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 6 * 8
     assert {"problem", "completion", "reward", "correct", "label", "expected"} <= set(rows[0])
@@ -186,7 +192,7 @@ def test_adapters_train_and_the_export_merges_them(tmp_path: Path) -> None:
     state = weights(tmp_path)
     moved = [value for name, value in state.items() if "lora_B" in name]
     assert any(value.any() for value in moved)
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "rlrt" / "version_0" / "export").state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "last-digit" / "rlrt-0" / "export").state_dict()
     name = "model.layers.0.self_attn.q_proj"
     base = state[f"policy.model.{name}.base_layer.weight"]
     delta = state[f"policy.model.{name}.lora_B.default.weight"] @ state[f"policy.model.{name}.lora_A.default.weight"]

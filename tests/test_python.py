@@ -31,7 +31,7 @@ from tests.helpers.command_line import cli_exit_code, scalars, weights, without_
 from tests.helpers.marks import slow_except
 
 OURS = ["EpochMetrics", "SafeStop", "PromptPreview", "MemoryEstimate", "TeacherRefresh", "ReversedSignalLogger"]
-OURS += ["Evaluation", "RankGuard", "NumberGuard", "CollapseGuard", "RunCheckpoint"]
+OURS += ["Evaluation", "RankGuard", "NumberGuard", "CollapseGuard", "RunReport", "RunCheckpoint"]
 
 
 def module() -> RLRTModule:
@@ -52,7 +52,7 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     as_in_config = {"max_epochs": 2, "check_val_every_n_epoch": 2, "gradient_clip_val": 1.0, "default_root_dir": folder}
     if not settings.get("barebones"):
-        as_in_config["logger"] = TensorBoardLogger(folder, "rlrt")
+        as_in_config["logger"] = TensorBoardLogger(folder, "last-digit")
     return Trainer(**{**quiet, **as_in_config, **settings})
 
 
@@ -89,13 +89,13 @@ def test_fit_from_python_equals_fit_from_the_command_line(cli_run: Path, tmp_pat
     fitted.fit(module(), data())
     assert_same_run(tmp_path, cli_run)
     assert our_callbacks(fitted) == OURS
-    assert files(tmp_path / "rlrt" / "version_0") == files(cli_run / "rlrt" / "version_0")
+    assert files(run_folder(fitted)) == files(cli_run / "last-digit" / "rlrt-0")
 
 
 def test_python_resumes_a_run_of_the_command_line(cli_run: Path, tmp_path: Path) -> None:
     """The metrics continue as in the uninterrupted run of the command line."""
     assert cli_exit_code("fit", tmp_path / "first", "--trainer.max_epochs=2") == 0
-    (last,) = tmp_path.glob("first/rlrt/version_0/checkpoints/last.ckpt")
+    (last,) = tmp_path.glob("first/last-digit/rlrt-0/checkpoints/last.ckpt")
     resumed = trainer(tmp_path, max_epochs=4)
     resumed.fit(module(), data(), ckpt_path=last)
     assert_same_run(tmp_path, cli_run, since=4)
@@ -104,13 +104,15 @@ def test_python_resumes_a_run_of_the_command_line(cli_run: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", slow_except(["validate", "test", "predict"], "predict"))
 def test_evaluations_from_python_equal_those_of_the_command_line(name: str, cli_run: Path, tmp_path: Path) -> None:
-    (last,) = cli_run.glob("rlrt/version_0/checkpoints/last.ckpt")
-    assert cli_exit_code(name, tmp_path / "command", f"--ckpt_path={last}") == 0
-    found = getattr(trainer(tmp_path), name)(module(), datamodule=data(), ckpt_path=last)
-    there, here = (folder / "rlrt" / "version_0" for folder in (tmp_path / "command", tmp_path))
-    assert files(there) == files(here)
+    (last,) = cli_run.glob("last-digit/rlrt-0/checkpoints/last.ckpt")
+    assert cli_exit_code(name, tmp_path, f"--ckpt_path={last}") == 0
+    used = trainer(tmp_path)
+    found = getattr(used, name)(module(), datamodule=data(), ckpt_path=last)
+    (there,) = cli_run.glob("last-digit/rlrt-0/evaluation/step-8")
+    here = run_folder(used) / "evaluation" / "step-8"
+    assert files(there) - {"hparams.yaml"} == files(here)
     for file in ("heldout.jsonl", "longer.jsonl", "heldout.json", "pass_at_k.csv"):
-        assert (there / "evaluation" / file).read_bytes() == (here / "evaluation" / file).read_bytes()
+        assert (there / file).read_bytes() == (here / file).read_bytes()
     if name != "predict":
         assert found[0]["eval/heldout/avg@8"] == dict(scalars(cli_run)["eval/heldout/avg@8"])[7]
 
@@ -120,7 +122,7 @@ def test_validate_with_a_plain_trainer_returns_metrics(tmp_path: Path) -> None:
     made = Trainer(logger=False, default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
     metrics = made.validate(module(), datamodule=data())
     assert {"eval/heldout/avg@8", "eval/longer/pass@8"} <= metrics[0].keys()
-    assert (run_folder(made) / "evaluation" / "pass_at_k.csv").exists()
+    assert (run_folder(made) / "evaluation" / "step-0" / "pass_at_k.csv").exists()
 
 
 # -- callbacks -----------------------------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ def test_a_run_has_a_local_folder_with_any_logger(
     found = run_folder(made)
     assert found.is_relative_to(root)
     assert folder is None or found == root / folder
-    assert {"signal/epoch-0.html", "evaluation/heldout.jsonl"} <= files(found)
+    assert {"signal/epoch-0.html", "evaluation/step-2/heldout.jsonl"} <= files(found)
     if "memory" not in str(made.loggers and made.loggers[0].save_dir):
         assert "checkpoints/last.ckpt" in files(found)
     for each in made.loggers:
@@ -328,14 +330,13 @@ def test_a_run_has_a_local_folder_with_any_logger(
 def test_the_command_line_accepts_a_logger_without_a_folder(name: str, tmp_path: Path) -> None:
     flags = ["--trainer.logger=tests.test_python.RemoteLogger", f"--trainer.default_root_dir={tmp_path}"]
     assert cli_exit_code(name, tmp_path / "other", *flags, "--trainer.max_epochs=1") == 0
-    written = {"fit": "checkpoints/last.ckpt", "validate": "evaluation/heldout.jsonl"}[name]
-    assert {"project/a1b2/config.yaml", f"project/a1b2/{written}"} <= {
-        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")
+    run = tmp_path / "runs" / "last-digit" / ("rlrt-0" if name == "fit" else "evaluation")
+    assert {"config.yaml", {"fit": "checkpoints/last.ckpt", "validate": "heldout.jsonl"}[name]} <= files(run) | {
+        path.name for path in run.iterdir()
     }
-    assert not (tmp_path / "other").exists()
     if name == "fit":
-        assert cli_exit_code("validate", tmp_path, *flags, "--ckpt_path=last") == 2, "the folder holds the run of `fit`"
-        assert cli_exit_code("validate", tmp_path, *flags, "--trainer.logger.version=other", "--ckpt_path=last") == 0
+        assert cli_exit_code("validate", tmp_path, *flags, "--ckpt_path=last") == 0
+        assert "heldout.jsonl" in files(run / "evaluation" / "step-2")
 
 
 @pytest.mark.filterwarnings("default")  # from MLflow and SQLAlchemy

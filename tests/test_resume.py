@@ -27,7 +27,7 @@ from rlrt_lightning.resume import FORMAT, KEY, check, digest, of_object, rebuilt
 from rlrt_lightning.runtime.optimizers import WarmUp, keep_settings, probe
 from rlrt_lightning.tasks import Problem
 from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
-from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, weights
+from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, runs_in, weights
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def run2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def last_checkpoint(folder: Path, version: int = 0) -> Path:
-    return folder / "rlrt" / f"version_{version}" / "checkpoints" / "last.ckpt"
+def last_checkpoint(folder: Path, number: int = 0) -> Path:
+    return runs_in(folder)[number] / "checkpoints" / "last.ckpt"
 
 
 def error_line(capfd: pytest.CaptureFixture[str]) -> str:
@@ -286,12 +286,12 @@ def test_a_checkpoint_loads_without_a_trainer(run2: Path) -> None:
 def test_own_teacher_weights_and_adapters_load_without_a_trainer(tmp_path: Path) -> None:
     runs = [["--model.policy.lora.rank=4", "--teacher_refresh.every_n_epochs=2"], ["--model.method=RLSD"]]
     runs.append(["--model.reference_kl=0.1"])
-    for version, (flags, kind) in enumerate(zip(runs, ("own", "initial", "policy"), strict=True)):
+    for number, (flags, kind) in enumerate(zip(runs, ("own", "initial", "policy"), strict=True)):
         assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
-        module = RLRTModule.load_from_checkpoint(tmp_path / f"rlrt/version_{version}/checkpoints/last.ckpt")
+        module = RLRTModule.load_from_checkpoint(last_checkpoint(tmp_path, number))
         assert module.teacher.weights == kind
         for name, value in module.state_dict().items():
-            assert torch.equal(value, weights(tmp_path, version)[name]), name
+            assert torch.equal(value, weights(tmp_path, number)[name]), name
 
 
 def test_a_teacher_declared_by_the_method_equals_one_set_by_flags(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import new_folder
 
 
 class Style(NamedTuple):
@@ -71,16 +72,19 @@ def legend(figure: Any, axis: Any) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), fontsize=8, frameon=False)
 
 
-def prepare_folder(out: Path, name: str) -> Path:
+def prepare_folder(out: Path, name: str, new: bool = False) -> Path:
     """Creates the output folder if needed, and checks that no file would be overwritten.
 
     Args:
         out: The folder.
         name: Base name of the plots and tables.
+        new: Use a new folder `<name>[-n]` in it.
 
     Raises:
         ConfigError: If the folder already has files with this base name.
     """
+    if new:
+        return new_folder(out, name)
     out.mkdir(parents=True, exist_ok=True)
     if existing := sorted(path for pattern in (f"{name}.*", f"{name}_summary.*") for path in out.glob(pattern)):
         raise ConfigError(f"out: {existing[0]} already exists and would be overwritten; set --out to another folder")

@@ -1,7 +1,7 @@
 """Comparison of several runs or evaluations: training curves and pass@k.
 
-`python -m rlrt_lightning curves GRPO=runs/grpo RLRT=runs/rlrt --out figures`
-`python -m rlrt_lightning pass_at_k GRPO=results/grpo RLRT=results/rlrt --out figures`
+`python -m rlrt_lightning curves GRPO=runs/last-digit/grpo-0 RLRT='runs/last-digit/rlrt-*'`
+`python -m rlrt_lightning pass_at_k GRPO=runs/last-digit/grpo-0 RLRT=runs/last-digit/rlrt-0`
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import csv
 from collections import defaultdict
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from rlrt_lightning.analysis.events import scalars
 from rlrt_lightning.analysis.plots import legend, panels, prepare_folder, save, style
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import EVALUATION, PLOTS, RUNS
 
 TAGS = {
     "rollout/reward": "reward",
@@ -46,16 +48,16 @@ def main(argv: Sequence[str]) -> None:
             "folders",
             nargs="+",
             metavar="NAME=FOLDER",
-            help="a name, and the folder of its run or results; several runs in one folder count as seeds",
+            help="a name, and the folder of its runs or results, or a pattern; several runs of one name count as seeds",
         )
-        command.add_argument("--out", type=Path, default=Path("figures"), help="output folder (default: figures)")
+        command.add_argument("--out", type=Path, help=f"output folder (default: a new one in {RUNS / PLOTS})")
     commands.choices["curves"].add_argument(
         "--tags", nargs="+", default=list(TAGS), metavar="TAG", help=f"metrics to plot (default: {' '.join(TAGS)})"
     )
     args = parser.parse_args(argv)
     folders = _named(args.folders)
-    prepare_folder(args.out, args.command)
-    paths = curves(folders, args.out, args.tags) if args.command == "curves" else pass_at_k(folders, args.out)
+    out = prepare_folder(args.out or RUNS / PLOTS, args.command, new=args.out is None)
+    paths = curves(folders, out, args.tags) if args.command == "curves" else pass_at_k(folders, out)
     print("wrote", *paths)
 
 
@@ -159,18 +161,25 @@ def _named(arguments: Sequence[str]) -> dict[str, Path]:
     for argument in arguments:
         name, equals, folder = argument.partition("=")
         if not (name and equals and folder):
-            raise ConfigError(f"{argument} has to be NAME=FOLDER, such as RLRT=runs/rlrt")
+            raise ConfigError(f"{argument} has to be NAME=FOLDER, such as RLRT=runs/last-digit/rlrt-0")
         if name in folders:
             raise ConfigError(f"the name {name} is given twice; choose another name for {folder}")
-        if not Path(folder).is_dir():
+        if not _matching(Path(folder)):
             raise ConfigError(f"{name}: there is no folder {folder}")
         folders[name] = Path(folder)
     return folders
 
 
+def _matching(folder: Path) -> list[Path]:
+    """The folder, or those that match it as a pattern."""
+    return [folder] if folder.is_dir() else sorted(path for path in map(Path, glob(str(folder))) if path.is_dir())
+
+
 def _runs(name: str, folder: Path) -> list[Path]:
-    """The folders with TensorBoard events in a folder."""
-    found = sorted({path.parent for path in folder.glob("**/events.out.tfevents.*")})
+    """The folders with TensorBoard events in a folder, without those of evaluations."""
+    matching = _matching(folder)
+    found = sorted({path.parent for each in matching for path in each.glob("**/events.out.tfevents.*")})
+    found = [path for path in found if EVALUATION not in (path.name, path.parent.name)]
     if not found:
         raise ConfigError(f"{name}: there is no run with TensorBoard events in {folder}")
     return found
@@ -186,7 +195,7 @@ def _problems(name: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
     import pyarrow.parquet
 
     tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob("**/*.parquet")):
+    for path in sorted(path for each in _matching(folder) for path in each.glob("**/*.parquet")):
         with path.open("rb") as file:
             rows = pyarrow.parquet.read_table(file).to_pylist()
         if rows and {"benchmark", "problem", "samples", "correct"} <= rows[0].keys():  # skip other instruments' files

@@ -21,7 +21,9 @@ from rlrt_lightning.rollouts.vllm_common import require_vllm
 from rlrt_lightning.rollouts.vllm_serve import server_command, server_environment
 from rlrt_lightning.rollouts.vllm_server import VllmServerEngine
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.files import PLOTS, RUNS
 from rlrt_lightning.runtime.precision import half_precision
+from rlrt_lightning.runtime.run_files import run_of
 
 
 class InstrumentTrainer(Trainer):
@@ -32,7 +34,7 @@ class InstrumentTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
-        out: str = "figures",
+        out: str | None = None,
         benchmark: str = "heldout",
         limit: int | None = None,
         samples: int = 8,
@@ -51,7 +53,7 @@ class InstrumentTrainer(Trainer):
             model: The module.
             datamodule: The data module.
             ckpt_path: Checkpoint of the policy; null uses the initial weights.
-            out: Output folder.
+            out: Output folder; null is a new one in `plots` in the folder of the checkpoint's run.
             benchmark: Name of the evaluation set.
             limit: Use only the first `limit` problems.
             samples: Number of rollouts per problem. A problem is hard if at most a quarter of them are correct, and
@@ -63,14 +65,14 @@ class InstrumentTrainer(Trainer):
         """
         module, data, _ = self._attach(model, datamodule, ckpt_path)
         instrument = Reflection(samples, text, context, per_problem, continuations)
-        self._run_instrument(instrument, module, data, benchmark, limit, out)
+        self._run_instrument(instrument, module, data, benchmark, limit, out, ckpt_path)
 
     def shift(
         self,
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
-        out: str = "figures",
+        out: str | None = None,
         benchmark: str = "heldout",
         limit: int | None = None,
         samples: int = 2,
@@ -84,7 +86,7 @@ class InstrumentTrainer(Trainer):
             model: The module.
             datamodule: The data module.
             ckpt_path: Checkpoint of the trained policy. The initial model is `model.policy.path`.
-            out: Output folder.
+            out: Output folder; null is a new one in `plots` in the folder of the checkpoint's run.
             benchmark: Name of the evaluation set.
             limit: Use only the first `limit` problems.
             samples: Number of rollouts per problem.
@@ -92,7 +94,7 @@ class InstrumentTrainer(Trainer):
         if ckpt_path is None:
             raise ConfigError("shift compares a trained policy with its initial model: set --ckpt_path")
         module, data, base = self._attach(model, datamodule, ckpt_path)
-        self._run_instrument(Shift(samples, base), module, data, benchmark, limit, out)
+        self._run_instrument(Shift(samples, base), module, data, benchmark, limit, out, ckpt_path)
 
     def serve(
         self,
@@ -155,11 +157,13 @@ class InstrumentTrainer(Trainer):
         data: RolloutDataModule,
         benchmark: str,
         limit: int | None,
-        out: str,
+        out: str | None,
+        ckpt_path: str | None,
     ) -> None:
         if benchmark not in data.benchmarks:
             raise ConfigError(f"benchmark is {benchmark}; it has to be one of {', '.join(data.benchmarks)}")
-        folder = prepare_folder(Path(out), type(instrument).__name__.lower())
+        folder = Path(out) if out else (run_of(ckpt_path) or RUNS) / PLOTS
+        folder = prepare_folder(folder, type(instrument).__name__.lower(), new=out is None)
         try:
             for path in instrument(module, data, benchmark, limit, folder):
                 print("wrote", path)

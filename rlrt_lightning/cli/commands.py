@@ -8,24 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.loggers import Logger
 
 from rlrt_lightning.analysis.trainer import InstrumentTrainer
 from rlrt_lightning.callbacks import CHECKPOINT, WITH_SETTINGS, default_callbacks
 from rlrt_lightning.cli.argument_errors import RLRTParser
 from rlrt_lightning.cli.config_names import with_config_files
+from rlrt_lightning.cli.places import Place, checkpoint_of, is_first_process, logger_settings, make_folder, place_of
 from rlrt_lightning.cli.refusals import constructor_error, setting_of
 from rlrt_lightning.datamodule import RolloutDataModule
 from rlrt_lightning.module import RLRTModule
 from rlrt_lightning.policy.sharding import FSDP2Strategy
 from rlrt_lightning.resume import check_file
-from rlrt_lightning.runtime.checkpoints import newest, problem
+from rlrt_lightning.runtime.checkpoints import problem
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, check_finite
-from rlrt_lightning.runtime.run_files import claim_path
+from rlrt_lightning.runtime.files import RUNS
+from rlrt_lightning.runtime.run_files import choose_folder, claim_path, free_path, is_continued
 from rlrt_lightning.runtime.trainer_checks import RELOAD
 from rlrt_lightning.runtime.trainer_limits import check_folders, check_limits
 
@@ -39,9 +41,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,
     "gradient_clip_val": 1.0,
     "enable_model_summary": False,
+    # The run's folder is in `places.py`.
     "logger": {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": "runs", "name": "rlrt"},
+        "init_args": {"save_dir": str(RUNS), "name": None},
     },
 }
 
@@ -54,12 +57,21 @@ CLASS_DEFAULTS: dict[str, Any] = {
 }
 
 
+EVALUATIONS = ("validate", "test", "predict")
+
+NO_CONFIG = (
+    "fit needs a config: `python -m rlrt_lightning fit --config configs/rlrt.yaml` trains the small model that ships "
+    "with the package, in about a minute; configs/recipes has configs for language models"
+)
+
+
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` to the run's folder."""
+    """Writes `config.yaml` to the run's folder; a resumed run writes `config-2.yaml`, `config-3.yaml`, ..."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See `SaveConfigCallback.setup`."""
         path = claim_path(trainer, self.config_filename)
+        path = free_path(path) if is_continued(path.parent) else path
         if trainer.is_global_zero and not self.already_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
@@ -83,6 +95,9 @@ class RLRTCli(LightningCLI):
             commands = {words[0]: commands[words[0]]}
             cast(Any, self).subcommands = lambda: commands
         self._failure: Exception | None = None  # the first error raised by a constructor
+        self._has_config = any(word.startswith(("--config", "-c")) for word in words)
+        self._place: Place | None = None
+        self._folder: Path | None = None  # of the run
         super().__init__(
             RLRTModule,
             RolloutDataModule,
@@ -128,12 +143,24 @@ class RLRTCli(LightningCLI):
             settings.ckpt_path = None
 
     def before_instantiate_classes(self) -> None:
-        """See `LightningCLI.before_instantiate_classes`; what no setting may be is refused."""
+        """See `LightningCLI.before_instantiate_classes`; what no setting may be is refused. Resolves `--ckpt_path` and
+        chooses the run's folder."""
         settings = self.config[self.subcommand]
-        if self._ckpt_path is not None:
-            settings.ckpt_path = self._ckpt_path
         refuse_credentials(settings)
         check_finite(settings)
+        if settings.trainer.logger in (True, None):
+            settings.trainer.logger = Namespace(**TRAINER_DEFAULTS["logger"])
+        self._place = place_of(settings)
+        fit = self.subcommand == "fit"
+        path = checkpoint_of(self._ckpt_path, self._place, settings.trainer.default_root_dir, resume=fit)
+        if path is not None:
+            if "://" not in path and (wrong := problem(Path(path), resume=fit)):
+                raise ConfigError(f"ckpt_path: {path} {wrong}")
+            settings.ckpt_path = path
+        if fit or self.subcommand in EVALUATIONS:
+            self._folder = self._place.parent / self._place.version
+            if is_first_process():
+                self._folder = make_folder(str(self.subcommand), self._place, path)
         self.parser.add_instantiator(self._make, object)
 
     def instantiate_classes(self) -> None:
@@ -149,8 +176,11 @@ class RLRTCli(LightningCLI):
 
     def _make(self, cls: type, /, *args: Any, **settings: Any) -> Any:
         """Calls a constructor. The optimizer's is called when the run starts."""
+        placed = settings
+        if issubclass(cls, Logger) and self._place is not None and self._folder is not None:
+            placed = logger_settings(cls, settings, self._place, self._folder)
         try:
-            return cls(*args, **settings)
+            return cls(*args, **placed)
         except Exception as error:
             setting = setting_of(cls, settings, self.config[self.subcommand]) or cls.__name__
             refused = constructor_error(error, setting, partial(cls, *args), settings)
@@ -168,7 +198,9 @@ class RLRTCli(LightningCLI):
         own = settings["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         ours = {name: made[name] for name in WITH_SETTINGS}
-        kwargs["callbacks"] = own + default_callbacks(own, settings["enable_checkpointing"] is not False, ours)
+        checkpoints = settings["enable_checkpointing"] is not False
+        bar = settings["enable_progress_bar"] is not False and not settings["barebones"]
+        kwargs["callbacks"] = own + default_callbacks(own, checkpoints, ours, bar)
         if settings["strategy"] == "fsdp":
             kwargs["strategy"] = "fsdp2"  # FSDP1 is deprecated in torch and does not run on CPUs
         try:
@@ -180,26 +212,16 @@ class RLRTCli(LightningCLI):
             raise refused from error
 
     def after_instantiate_classes(self) -> None:
-        """Resolves and checks `--ckpt_path` before anything is loaded or any process is started."""
+        """Checks the trainer, and `--ckpt_path` against it, before anything is loaded or any process is started."""
         check_limits(self.trainer)
         check_folders(self.trainer)
         settings = self.config[self.subcommand]
         path = settings.get("ckpt_path")
-        if path == "last":
-            # Lightning would search this run's folder, which is new, and start without a checkpoint.
-            path = settings["ckpt_path"] = str(last_checkpoint(self.trainer, resume=self.subcommand == "fit"))
-        elif path == "best":
-            raise ConfigError("ckpt_path: best is known only within its own run; give the checkpoint's path")
-        elif path and "://" not in path and not Path(path).exists():
-            raise ConfigError(f"ckpt_path: there is no checkpoint at {path}")
         if path and Path(path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):
             raise ConfigError(
                 f"ckpt_path: {path} is a folder of shards; load it with --trainer.strategy=fsdp2, on any number of "
                 "devices (FSDP2Strategy.save_distributed_checkpoint=false writes one file for all strategies)"
             )
-        if path and "://" not in path and (wrong := problem(Path(path), resume=self.subcommand == "fit")):
-            raise ConfigError(f"ckpt_path: {path} {wrong}")
-        self.config_init[self.subcommand]["ckpt_path"] = path
         if path and "://" not in path:
             check_file(Path(path), self.trainer, self.model, self.datamodule, fit=self.subcommand == "fit")
         if settings.get("weights_only", False) is None:
@@ -207,31 +229,19 @@ class RLRTCli(LightningCLI):
             settings["weights_only"] = self.config_init[self.subcommand]["weights_only"] = True
         if self.subcommand == "fit" and path:
             self.trainer.num_sanity_val_steps = 0  # the first run evaluated before training
+        if self._folder is not None:
+            choose_folder(self.trainer, self._folder)
+
+    def before_fit(self) -> None:
+        """Refuses a run without a config and without an end: Lightning's default is a thousand epochs."""
+        if not self._has_config and not _has_end(self.config.fit.trainer):
+            raise ConfigError(NO_CONFIG)
 
 
-def last_checkpoint(trainer: Trainer, resume: bool = True) -> Path:
-    """The newest complete checkpoint of the runs that share the trainer's logger or checkpoint folder. Under SLURM this
-    includes the checkpoint of a requeued job.
-
-    Args:
-        trainer: The trainer.
-        resume: Whether training resumes from it; a checkpoint of weights alone does not suffice then.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    logger = trainer.logger
-    folder = Path((logger.save_dir if logger else None) or trainer.default_root_dir)
-    if logger is not None and logger.name:
-        folder = folder / logger.name
-    own = [Path(c.dirpath) for c in cast(Any, trainer).callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-    folders = own or [folder]
-    requeued = Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt") if SLURMEnvironment.detect() else ()
-    found = newest(folders, requeued, resume)
-    if found is None:
-        looked = " or ".join(map(str, folders))
-        raise ConfigError(f"ckpt_path is last, but there is no checkpoint in {looked}; give the checkpoint's path")
-    return found
+def _has_end(trainer: Any) -> bool:
+    """Whether the trainer's settings say when a run ends."""
+    ends = (trainer.max_epochs, trainer.max_time, trainer.fast_dev_run or None, trainer.max_steps)
+    return any(end not in (None, -1) for end in ends)
 
 
 def _stream_seed(seed: bool | int) -> int:

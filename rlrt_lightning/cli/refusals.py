@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rlrt_lightning.runtime.checkpoints import disk_error
 from rlrt_lightning.runtime.credentials import masked
 from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.run_files import end_runs
 
 EXTRAS = {"vllm": "vllm", "reasoning_gym": "reasoning-gym", "peft": "lora", "gguf": "gguf"}
 """Module name to the extra of this package that installs it."""
@@ -38,7 +39,7 @@ ARGUMENT_ERRORS = (ValueError, TypeError, ImportError, OSError, Misconfiguration
 
 def run(command: Callable[[], Any]) -> int:
     """Runs a command and returns its exit code: 2 with one line on stderr for an error that the user can fix, 130 for
-    Ctrl-C.
+    Ctrl-C before the run could be saved. A run that is saved first ends with `SystemExit`.
 
     Args:
         command: The command. Errors that settings or inputs do not explain are re-raised.
@@ -57,7 +58,10 @@ def run(command: Callable[[], Any]) -> int:
             return 130
         raise
     except KeyboardInterrupt:
+        print("stopped by SIGINT: nothing was trained yet", file=sys.stderr)
         return 130
+    finally:
+        end_runs()
     return 0
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -294,7 +295,8 @@ def make_epoch(
     questions, rollouts, drawn = draw_rounds(source, with_verdicts, settings.sampling_rounds)
     with phase("advantages"):
         judged = judge(questions, rollouts, drawn, parts.method, settings)
-    scored = score(judged, parts, settings, phase)
+    with progress.phase("scoring") as advance, parts.policy.counter.reporting(partial(advance, 0)):
+        scored = score(judged, parts, settings, phase)
     if parts.gate is not None:
         step_gate(scored, parts.gate)
     record = assign_credit(scored, parts.method, settings)

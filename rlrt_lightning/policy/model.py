@@ -32,6 +32,7 @@ from rlrt_lightning.policy.work import TokenCounter
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.precision import computing, half_precision
 from rlrt_lightning.runtime.ranks import gather
+from rlrt_lightning.runtime.terminal import loading_quietly, waiting_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,8 +129,9 @@ class Policy(ForwardPasses):
         if hasattr(self, "model"):
             return
         _ = self.config
-        if strategy is None or not self._load_shards(strategy):
-            self.adopt(self._prepared(self._load_whole()))
+        with waiting_for(f"the weights of {self.path}"), loading_quietly(local=Path(self.path).exists()):
+            if strategy is None or not self._load_shards(strategy):
+                self.adopt(self._prepared(self._load_whole()))
         if self._positions_before_longrope:
             log.warning(
                 "model.policy.path: sequences are limited to %d tokens, because longer ones change the position "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlrt_lightning.policy.chat import ChatTemplate, control_tokens, named_tokens
 from rlrt_lightning.policy.texts import thoughts
 from rlrt_lightning.runtime.errors import ConfigError, first_line
+from rlrt_lightning.runtime.hub import check_reachable
 from rlrt_lightning.tasks.base import Messages
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class TokenSide:
         """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+        check_reachable("model.policy.path", self.path, "model")
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:

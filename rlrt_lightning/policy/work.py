@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
@@ -22,11 +23,23 @@ class TokenCounter:
     def __init__(self) -> None:
         self.tokens: Tensor | int = 0  # a tensor on the GPU until it is read, to avoid a synchronization
         self.padded_tokens = 0
+        self._report: Callable[[int], None] | None = None
 
     def add(self, input_ids: Tensor, mask: Tensor) -> None:
         """Counts a forward pass over tokens [B, T]; the mask [B, >= T], 0 at padding, may also cover cached tokens."""
         self.tokens = self.tokens + mask[:, -input_ids.shape[1] :].sum()
         self.padded_tokens += input_ids.numel()
+        if self._report is not None:
+            self._report(input_ids.numel())
+
+    @contextmanager
+    def reporting(self, report: Callable[[int], None]) -> Iterator[None]:
+        """Also passes the number of tokens of each forward pass, including padding, to a function."""
+        self._report = report
+        try:
+            yield
+        finally:
+            self._report = None
 
 
 class Work(NamedTuple):

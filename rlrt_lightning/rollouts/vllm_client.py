@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlrt_lightning.rollouts.vllm_common import AdapterRefused, EngineError
+from rlrt_lightning.runtime.terminal import PATIENCE_S, say
 
 if TYPE_CHECKING:
     import httpx
@@ -113,7 +115,7 @@ class Server:
             EngineUnavailable: If it does not respond in time.
         """
         with self._lock:  # only one of the server's workers updates it
-            since, pause, why = time.monotonic(), 0.1, ""
+            since, pause, why, announced = time.monotonic(), 0.1, "", False
             while stop is None or not stop.is_set():
                 try:
                     if not self._is_up_to_date():
@@ -128,6 +130,9 @@ class Server:
                         f"data.engine.urls: {self.url} has not answered for {self.patience_s:g} s ({why}); start the "
                         "server (python -m rlrt_lightning serve) and resume with --ckpt_path last"
                     )
+                if not announced and time.monotonic() - since > PATIENCE_S:
+                    announced = True
+                    say(f"waiting for {self.url}, for at most {self.patience_s:g} s ({why})", file=sys.stderr)
                 time.sleep(pause)
                 pause = min(2 * pause, MAX_RETRY_DELAY_S, self.patience_s)
 

@@ -29,6 +29,7 @@ from rlrt_lightning.rollouts.vllm_common import (
 )
 from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.runtime.precision import Dtype
+from rlrt_lightning.runtime.terminal import waiting_for
 
 if TYPE_CHECKING:
     from rlrt_lightning.policy.model import Policy
@@ -183,25 +184,26 @@ class VllmColocateEngine(VllmEngine):
         from vllm import LLM
 
         threads = torch.get_num_threads()
-        self._llm = LLM(
-            policy.path,
-            dtype=self.dtype_for(policy),
-            hf_overrides=head_overrides(policy),
-            load_format="dummy",  # the first sync sends the weights
-            max_model_len=policy.max_positions,
-            max_num_seqs=self.max_rows,
-            **adapter_settings(policy) if self._separate else {},
-            gpu_memory_utilization=self.memory,
-            tensor_parallel_size=self.tensor_parallel,
-            enforce_eager=self.enforce_eager or not cuda,
-            enable_sleep_mode=self.sleep and cuda,
-            enable_prefix_caching=True,
-            # Without a GPU, chunked prefill breaks the seeds ("CPU Generator does not use offset").
-            enable_chunked_prefill=None if cuda else False,
-            logprobs_mode="processed_logprobs",  # at the sampling temperature
-            distributed_executor_backend="uni" if alone else "external_launcher",
-            disable_log_stats=True,
-        )
+        with waiting_for("vLLM to start"):
+            self._llm = LLM(
+                policy.path,
+                dtype=self.dtype_for(policy),
+                hf_overrides=head_overrides(policy),
+                load_format="dummy",  # the first sync sends the weights
+                max_model_len=policy.max_positions,
+                max_num_seqs=self.max_rows,
+                **adapter_settings(policy) if self._separate else {},
+                gpu_memory_utilization=self.memory,
+                tensor_parallel_size=self.tensor_parallel,
+                enforce_eager=self.enforce_eager or not cuda,
+                enable_sleep_mode=self.sleep and cuda,
+                enable_prefix_caching=True,
+                # Without a GPU, chunked prefill breaks the seeds ("CPU Generator does not use offset").
+                enable_chunked_prefill=None if cuda else False,
+                logprobs_mode="processed_logprobs",  # at the sampling temperature
+                distributed_executor_backend="uni" if alone else "external_launcher",
+                disable_log_stats=True,
+            )
         self._awake = True
         torch.set_num_threads(threads)
         # vLLM has initialized torch.distributed, so Lightning takes its single device for a distributed run.

@@ -122,7 +122,7 @@ def newest(folders: Iterable[Path], more: Iterable[Path], resume: bool) -> Path 
     for folder in folders:
         found.update(folder.glob("**/*.ckpt"), folder.glob(f"**/*.ckpt{BEFORE}"))
     skipped: list[str] = []
-    for path in sorted((path for path in found if path.exists()), key=_completed_at, reverse=True):
+    for path in sorted((path for path in found if path.exists()), key=completed_at, reverse=True):
         wrong = problem(path, resume)
         if wrong is None:
             for other in skipped:
@@ -134,7 +134,7 @@ def newest(folders: Iterable[Path], more: Iterable[Path], resume: bool) -> Path 
     return None
 
 
-def _completed_at(path: Path) -> int:
+def completed_at(path: Path) -> int:
     """Time at which a checkpoint was completed, in nanoseconds."""
     last = path / "meta.pt"
     return (last if last.exists() else path).stat().st_mtime_ns

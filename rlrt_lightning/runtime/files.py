@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders: to a temporary path beside the target, renamed when complete."""
+"""New folders, and atomic writes of files and folders: to a temporary path beside the target, renamed when complete."""
 
 from __future__ import annotations
 
@@ -6,10 +6,27 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
+
+RUNS = Path("runs")
+"""Holds the folders of all runs, unless the logger has another one."""
+
+EVALUATION, PLOTS = "evaluation", "plots"
+"""Folders of a run for its evaluations and analyses."""
 
 PART, BEFORE = ".part", ".before"
 """Suffix of an incomplete file or folder, and of the previous folder while it is being replaced."""
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Creates a folder `<name>`, or `<name>-2`, `<name>-3`, ... if it exists."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for path in chain([parent / name], (parent / f"{name}-{n}" for n in count(2))):
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("unreachable")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,17 +13,22 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-EXIT_CODE = 143
-"""Exit code of a process ended by SIGTERM: 128 + 15, as in shells."""
+from rlrt_lightning.runtime.ranks import rank
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+"""Exit codes of a process ended by a signal: 128 plus its number, as in shells. Other signals, such as SLURM's request
+to requeue, have that of SIGTERM."""
+
+SIGINT_MESSAGE = b"\nstopping as soon as the run can be resumed exactly; Ctrl-C again stops at once\n"
 
 
 class Stop(SIGTERMException):
-    """Ends a run on request. Only rank 0 exits with `EXIT_CODE`: a non-zero code of another rank would make Lightning
-    kill rank 0."""
+    """Ends a run on request. Only rank 0 exits with the signal's code: a non-zero code of another rank would make
+    Lightning kill rank 0."""
 
 
 class StopSignal:
-    """Whether a signal has asked the run to end.
+    """Whether a signal has asked the run to end: SIGTERM, Ctrl-C (SIGINT), or that of SLURM's requeueing.
 
     Its handlers replace Lightning's, which call torch.distributed wherever the signal arrives, end the epoch between
     two micro-batches of one optimizer step, and save at once. Lightning installs its handlers between the last hook of
@@ -57,6 +63,8 @@ class StopSignal:
             if getattr(handler, "__module__", "").partition(".")[0] == "lightning":  # that of SLURM's requeueing
                 self.requeue = partial(handler, number, None)
                 signal.signal(number, self._on_requeue)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not a user's own
+            signal.signal(signal.SIGINT, self._on_sigint)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         if trainer.received_sigterm:  # by Lightning's handler, before this one replaced it
             self.number = signal.SIGTERM
@@ -66,6 +74,13 @@ class StopSignal:
         if callable(self._users):
             self._users(number, frame)
 
+    def _on_sigint(self, number: int, frame: Any) -> None:
+        if self.number is not None:  # Ctrl-C again
+            raise KeyboardInterrupt
+        self.receive(number)
+        if rank() == 0:
+            os.write(2, SIGINT_MESSAGE)  # a handler may interrupt a print
+
     def _on_requeue(self, number: int, frame: Any) -> None:
         self.requeue_asked = True
         self.receive(number)
@@ -74,7 +89,11 @@ class StopSignal:
         """Handles a signal: records it, and ends the run if the current phase may be aborted."""
         self.number = number
         if self._immediate:
-            raise Stop(EXIT_CODE)
+            raise Stop(self._exit_code)
+
+    @property
+    def _exit_code(self) -> int:
+        return EXIT_CODES.get(signal.Signals(self.number or signal.SIGTERM), EXIT_CODES[signal.SIGTERM])
 
     def check(self, trainer: Trainer) -> None:
         """Ends the run if any rank received a signal. All ranks must call it."""
@@ -83,7 +102,7 @@ class StopSignal:
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if asked:
-            raise Stop(EXIT_CODE if trainer.is_global_zero else 0)
+            raise Stop(self._exit_code if trainer.is_global_zero else 0)
 
     @contextmanager
     def interruptible(self, trainer: Trainer) -> Iterator[None]:
@@ -93,7 +112,7 @@ class StopSignal:
         try:
             self._immediate = trainer.world_size == 1
             if self._immediate and self.number is not None:  # received since the check above
-                raise Stop(EXIT_CODE)
+                raise Stop(self._exit_code)
             yield
         finally:
             self._immediate = False

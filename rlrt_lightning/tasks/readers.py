@@ -232,11 +232,16 @@ def _unlimited_csv_cells() -> Iterator[None]:
 def _read_hub(source: str, split: Split) -> Rows:
     import datasets
 
+    from rlrt_lightning.runtime.hub import check_reachable  # torch is not imported in the verifier's processes
+    from rlrt_lightning.runtime.terminal import waiting_for
+
     name, *rest = source.split(":")
+    check_reachable(split, name, "dataset")
     part = rest[-1] if rest else {"train": "train", "heldout": "test"}[split]
     config = rest[0] if len(rest) == 2 else None
     try:
-        rows: list[Any] = list(datasets.load_dataset(name, config, split=part))
+        with waiting_for(f"the dataset {source}"):
+            rows: list[Any] = list(datasets.load_dataset(name, config, split=part))
     except Exception as error:
         raise ConfigError(
             f"{split}: {source} is neither a local file or folder nor a dataset that can be loaded: {_line(error)}"

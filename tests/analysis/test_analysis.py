@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +140,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in ("0", "1"):
         run = folder / f"seed-{seed}"
         assert cli_exit_code("fit", run, "--trainer.max_epochs=2", f"--seed_everything={seed}", *TRAIN_ONLY) == 0
-        flags = (f"--evaluation.results={folder / 'results' / seed}", "--ckpt_path=last")
+        checkpoint = run / "last-digit" / f"rlrt-{seed}" / "checkpoints" / "last.ckpt"
+        flags = (f"--evaluation.results={folder / 'results' / seed}", f"--ckpt_path={checkpoint}")
         assert cli_exit_code("validate", run, *flags) == 0
-        shutil.rmtree(run / "rlrt" / "version_1")
     return folder
 
 
@@ -197,7 +196,7 @@ def test_missing_runs_results_and_tags_are_refused(
 
 
 def run_analysis(name: str, trained: Path, out: Path, *flags: str) -> int:
-    checkpoint = trained / "seed-0" / "rlrt" / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = trained / "seed-0" / "last-digit" / "rlrt-0" / "checkpoints" / "last.ckpt"
     args = [name, f"--config={ROOT / 'configs' / 'rlrt.yaml'}", f"--ckpt_path={checkpoint}", f"--out={out}", *flags]
     return main([*args, "--trainer.logger=false", "--trainer.enable_progress_bar=false"])
 

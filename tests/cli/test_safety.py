@@ -183,6 +183,7 @@ def test_a_data_sets_script_is_never_executed(tmp_path: Path, canary: Path, monk
     load = datasets.load_dataset
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
+    monkeypatch.setattr("rlrt_lightning.runtime.hub.check_reachable", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **settings: load(str(tmp_path / "evil"), **settings))
     with pytest.raises(ConfigError, match="nor a dataset that can be loaded"):
         DatasetTask(train="owner/evil").problems("train")

@@ -351,7 +351,7 @@ def test_errors_in_user_code_keep_their_traceback(cli: Ready, capsys: pytest.Cap
         with pytest.raises(error):
             cli.run_args(name, f"--trainer.callbacks.how={how}")
     with pytest.raises(RuntimeError, match="user's own code"):
-        main(["fit", *QUICK, name, "--trainer.num_sanity_val_steps=0"])
+        main(["fit", *QUICK, name, "--trainer.num_sanity_val_steps=0", "--trainer.max_epochs=1"])
 
 
 SMALL = [
@@ -394,7 +394,7 @@ def test_a_misspelt_command_suggests_the_right_one(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["curves", "nowhere"], "error: nowhere has to be NAME=FOLDER, such as RLRT=runs/rlrt"),
+        (["curves", "nowhere"], "error: nowhere has to be NAME=FOLDER, such as RLRT=runs/last-digit/rlrt-0"),
         pytest.param(
             ["fit", "--model.clip_low=-1", "--trainer.logger=false"],
             "error: model.clip_low is -1.0; it has to be from 0 to below 1",

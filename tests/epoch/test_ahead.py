@@ -81,7 +81,7 @@ def test_a_resumed_run_trains_on_the_rollouts_drawn_ahead(tmp_path: Path) -> Non
     flags = ["--data.engine=tests.epoch.test_ahead.OwnModelEngine", "--data.ahead=true", "--data.rescore=true"]
     flags += ["--checkpoint.save_top_k=-1", "--trainer.max_epochs=3"]
     assert cli_exit_code("fit", tmp_path, *flags) == 0
-    saved = tmp_path / "rlrt" / "version_0" / "checkpoints" / "epoch-0.ckpt"
+    saved = tmp_path / "last-digit" / "rlrt-0" / "checkpoints" / "epoch-0.ckpt"
     assert cli_exit_code("fit", tmp_path, *flags, f"--ckpt_path={saved}") == 0
     whole, resumed = scalars(tmp_path), scalars(tmp_path, 1)
     for tag in ("train/loss", "rollout/reward", "rollout/mismatch_mean", "eval/heldout/avg@8", "train/grad_norm"):

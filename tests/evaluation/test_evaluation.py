@@ -23,7 +23,7 @@ from rlrt_lightning.evaluation.results import description, fingerprint, pass_cur
 from rlrt_lightning.evaluation.sets import EvaluationLoader
 from rlrt_lightning.tasks import Problem
 from tests.helpers.command_line import SMALL as SMALL_DATA
-from tests.helpers.command_line import cli_exit_code, scalars
+from tests.helpers.command_line import cli_exit_code, evaluation_scalars, scalars
 from tests.helpers.processes import ROOT, run_cli
 
 SMALL = ("--data.eval_prompts=2", "--data.sampling.max_new_tokens=12")
@@ -35,9 +35,8 @@ def rows(folder: Path, benchmark: str = "heldout") -> list[dict[str, Any]]:
 
 def evaluate(folder: Path, *flags: str, name: str = "validate") -> dict[str, list[tuple[int, float]]]:
     """Runs an evaluation into `folder/results`; the metrics that it logs."""
-    runs = len(list((folder / "rlrt").glob("version_*"))) if (folder / "rlrt").exists() else 0
     assert cli_exit_code(name, folder, f"--evaluation.results={folder / 'results'}", *SMALL, *flags) == 0
-    return {tag: curve for tag, curve in scalars(folder, runs).items() if tag.startswith("eval/")}
+    return {tag: curve for tag, curve in evaluation_scalars(folder).items() if tag.startswith("eval/")}
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,25 @@ def cli_exit_code(name: str, folder: Path, *flags: str, configs: tuple[str, ...]
     return main([name, *args, *SMALL, f"--trainer.logger.save_dir={folder}", *flags])
 
 
-def scalars(folder: Path, version: int = 0) -> dict[str, list[tuple[int, float]]]:
-    """Every logged metric of a run, as pairs of step and value."""
-    return events.scalars(folder / "rlrt" / f"version_{version}")
+def runs_in(folder: Path) -> list[Path]:
+    """The folders of the runs in a logger's folder, `<task>/<name>`, in the order in which they were started."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for events_ in folder.glob("*/*/events.out.tfevents.*"):
+        seconds, *_, number = events_.name.removeprefix("events.out.tfevents.").split(".")
+        start = int(seconds), int(number)
+        found[events_.parent] = min(start, found.get(events_.parent, start))
+    return sorted(found, key=found.__getitem__)
+
+
+def scalars(folder: Path, number: int = 0) -> dict[str, list[tuple[int, float]]]:
+    """Every logged metric of a run, as pairs of step and value. A resumed run continues in its folder."""
+    return events.scalars(runs_in(folder)[number])
+
+
+def evaluation_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The metrics of the newest evaluation in a logger's folder."""
+    found = folder.glob("**/evaluation*/**/events.out.tfevents.*")
+    return events.scalars(max(found, key=lambda path: path.stat().st_mtime_ns).parent)
 
 
 def without_timings(curves: dict[str, Any]) -> dict[str, Any]:
@@ -41,28 +57,28 @@ def without_timings(curves: dict[str, Any]) -> dict[str, Any]:
     return {tag: curve for tag, curve in curves.items() if not tag.startswith(("time/", "speed/")) and tag != "epoch"}
 
 
-def weights(folder: Path, version: int = 0) -> dict[str, torch.Tensor]:
+def weights(folder: Path, number: int = 0) -> dict[str, torch.Tensor]:
     """The state dict of a run's last checkpoint."""
-    path = folder / "rlrt" / f"version_{version}" / "checkpoints" / "last.ckpt"
-    return torch.load(path, weights_only=True)["state_dict"]
+    return torch.load(runs_in(folder)[number] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 def merged_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """The curves of all runs in a folder as one; runs that share a step must agree on its value. A step may have two
-    values of a run, one from the evaluation before training and one from an evaluation within the first epoch; the
-    second one counts."""
+    """The curves of all processes of a run as one; those that share a step must agree on its value. A process may log
+    two values for a step, one from the evaluation before training and one from an evaluation within the first epoch;
+    the second one counts."""
     curves: dict[str, dict[int, float]] = {}
-    for version in range(len(list((folder / "rlrt").iterdir()))):
-        for tag, curve in without_timings(scalars(folder, version)).items():
+    (run,) = runs_in(folder)
+    for path in sorted(run.glob("events.out.tfevents.*")):
+        for tag, curve in without_timings(events.scalars(path)).items():
             for step, value in dict(curve).items():
                 assert curves.setdefault(tag, {}).setdefault(step, value) == value, (tag, step)
     return curves
 
 
-def assert_continued(cut: Path, whole: Path, version: int = 1) -> None:
-    """The runs in `cut`, the last of which is `version`, equal the uninterrupted run in `whole` bit for bit."""
+def assert_continued(cut: Path, whole: Path) -> None:
+    """The interrupted run in `cut` equals the whole run in `whole` bit for bit."""
     assert merged_curves(cut) == merged_curves(whole)
-    final = weights(cut, version=version)
+    final = weights(cut)
     for name, value in weights(whole).items():
         assert torch.equal(value, final[name]), name
 

@@ -178,7 +178,7 @@ def average_of_policies(folder: Path, decay: float) -> dict[str, torch.Tensor]:
     """The moving average of the policies that a run has saved after each epoch."""
     average = initial_weights()
     for epoch in range(3):
-        path = folder / "rlrt" / "version_0" / "checkpoints" / f"epoch-{epoch}.ckpt"
+        path = folder / "last-digit" / "rlrt-0" / "checkpoints" / f"epoch-{epoch}.ckpt"
         policy_ = model_weights(torch.load(path, weights_only=True)["state_dict"], "policy")
         average = {name: decay * average[name] + (1 - decay) * policy_[name] for name in average}
     return average
@@ -218,7 +218,7 @@ def test_a_resumed_run_keeps_the_methods_teacher(method: str, tmp_path: Path) ->
     assert cli_exit_code("fit", tmp_path / "whole", *flags, "--trainer.max_epochs=3") == 0
     assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=1") == 0
     assert cli_exit_code("fit", tmp_path, *flags, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
-    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path, 1)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     teacher, policy_ = model_weights(resumed, "teacher"), model_weights(resumed, "policy")

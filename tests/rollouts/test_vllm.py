@@ -362,7 +362,7 @@ def test_servers_draw_the_next_epoch_during_training(server: VllmServer, tmp_pat
     first, *others = [value for _, value in whole["rollout/mismatch_mean"]]
     assert first < 1e-4, "drawn with the current weights"
     assert all(1e-4 < value < 0.5 for value in others), "drawn with the weights before the last updates"
-    saved = tmp_path / "rlrt" / "version_0" / "checkpoints" / "epoch-1.ckpt"
+    saved = tmp_path / "last-digit" / "rlrt-0" / "checkpoints" / "epoch-1.ckpt"
     assert cli_exit_code("fit", tmp_path, *flags, f"--ckpt_path={saved}", configs=configs) == 0
     resumed = scalars(tmp_path, 1)
     for tag in ("train/loss", "rollout/length", "rollout/mismatch_mean", "eval/heldout/avg@8"):
@@ -385,7 +385,7 @@ def test_a_run_without_a_reachable_server_ends_and_can_be_resumed(
     assert time.monotonic() - start < 60, "the run must not keep waiting"
     assert "has not answered for 1 s" in capfd.readouterr().err
     assert cli_exit_code("fit", folder, *flags, *further, configs=configs) == 0
-    assert len(scalars(folder, 2)["rollout/reward"]) == 1
+    assert len(scalars(folder)["rollout/reward"]) == 3
 
 
 def test_the_other_servers_continue_without_an_unreachable_one(server: VllmServer, tmp_path: Path) -> None:

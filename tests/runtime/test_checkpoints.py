@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from rlrt_lightning import ConfigError
 from rlrt_lightning.callbacks.run_checkpoint import RunCheckpoint, adopt
 from rlrt_lightning.runtime.trainer_checks import REFUSED, check_trainer
-from tests.helpers.command_line import assert_continued, cli_exit_code, scalars
+from tests.helpers.command_line import assert_continued, cli_exit_code, evaluation_scalars, scalars
 from tests.helpers.marks import slow_except
 
 
-def saved_checkpoints(folder: Path, version: int = 0) -> dict[str, dict[str, Any]]:
+def saved_checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
     """The checkpoints of a run by the stem of their file name."""
-    found = (folder / "rlrt" / f"version_{version}" / "checkpoints").glob("*.ckpt")
+    found = (folder / "last-digit" / "rlrt-0" / "checkpoints").glob("*.ckpt")
     return {path.stem: torch.load(path, weights_only=True) for path in found}
 
 
@@ -51,10 +51,10 @@ def test_a_monitored_score_belongs_to_the_saved_weights_and_last_is_the_last_epo
     assert {name: c["epoch"] for name, c in found.items()} == {"epoch-1": 1, "epoch-3": 3, "last": 4}
     logged = dict(scalars(tmp_path)["eval/heldout/avg@8"])
     assert monitored_scores(found["last"]) == {"epoch-1": logged[3], "epoch-3": logged[7]}
-    for version, (name, score) in enumerate(monitored_scores(found["last"]).items(), 1):
-        path = tmp_path / "rlrt" / "version_0" / "checkpoints" / f"{name}.ckpt"
+    for name, score in monitored_scores(found["last"]).items():
+        path = tmp_path / "last-digit" / "rlrt-0" / "checkpoints" / f"{name}.ckpt"
         assert cli_exit_code("validate", tmp_path, f"--ckpt_path={path}", flags[-1]) == 0
-        assert scalars(tmp_path, version)["eval/heldout/avg@8"][0][1] == pytest.approx(score)
+        assert evaluation_scalars(tmp_path)["eval/heldout/avg@8"][0][1] == pytest.approx(score)
 
 
 def test_last_is_the_last_epoch_even_when_the_best_is_older(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_runs_without_a_logger_get_separate_folders(tmp_path: Path) -> None:
 
     assert folder(tmp_path / "new") == tmp_path / "new"
     (tmp_path / "config.yaml").touch()
-    assert [folder(tmp_path).name for _ in range(2)] == ["version_0", "version_1"]
+    assert [folder(tmp_path).name for _ in range(2)] == ["no_logger", "no_logger-2"]
     trainer = Trainer(logger=SharedFolderLogger(str(tmp_path)), enable_checkpointing=False)
     assert run_folder(trainer) == tmp_path / "project" / str(trainer.logger.version)
 

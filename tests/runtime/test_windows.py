@@ -63,5 +63,5 @@ def test_training_resuming_and_evaluating_work_without_posix_features(tmp_path: 
     args = [sys.executable, str(tmp_path / "without.py"), *flags, "--trainer.enable_progress_bar=false"]
     done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "rlrt" / "version_1" / "checkpoints" / "last.ckpt").exists()
-    assert (tmp_path / "rlrt" / "version_2" / "evaluation" / "heldout.parquet").exists()
+    assert (tmp_path / "last-digit" / "rlrt-0" / "checkpoints" / "last.ckpt").exists()
+    assert list(tmp_path.glob("last-digit/rlrt-0/evaluation/step-4/heldout.parquet"))
