@@ -8,10 +8,10 @@ kernel on a CPU computes it: without a mask only the pairs below the diagonal.
 - ours: GRPO and RLRT; plain, with gradient checkpointing, and under FSDP2 (one process on a CPU)
 - TRL's GRPO with as many micro-batches, if TRL is installed (`pip install -e '.[bench]'`). On a CPU its head computes
   the logits of the prompts too; its GPU kernel does not, so that this work is subtracted for a row of its own.
-With --methods, it counts a plain step of each method instead (one to two minutes), relative to GRPO.
-
 - minimum: each distinct prompt and each response token once forward, and backward for twice that. The old log-probs
   come from the sampler, and nothing is recomputed.
+
+With --methods it counts a plain step of each method instead, relative to GRPO (a few minutes).
 """
 
 from __future__ import annotations
