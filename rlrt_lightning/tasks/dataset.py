@@ -59,8 +59,8 @@ class DatasetTask(Task):
             `(problem, completion)` that returns a number, a bool or a `Verdict`. None: `MathReward`. The row's other
             columns are available in `problem.info`. Several rewards by name, {math: MathReward, format: my.format}, are
             added up, and the mean of each is logged as `rewards/<name>`.
-        reward_weights: Weights of several rewards by name, {format: 0.1}; the others have 1. Methods compare the sum with
-            their `success_threshold`.
+        reward_weights: Weights of several rewards by name, {format: 0.1}; the others have 1. Methods compare the sum
+            with their `success_threshold`.
         correct_by: Name of the one of several rewards that decides whether a completion is correct, which avg@k, pass@k
             and `groups/all_correct` count, and that reads the ground truth. None: the first.
         bad_rows: How to handle unusable rows: those without a prompt or an answer, with a wrong type, not UTF-8, not
