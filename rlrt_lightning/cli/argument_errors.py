@@ -203,7 +203,8 @@ def _class_with(setting: str, without: type) -> str:
     """Names the classes that have a setting, among those that can take the place of a class without it."""
     bases = [base for base in without.__mro__[1:] if base.__module__.startswith("rlrt_lightning")]
     others = subclasses(bases[-1]) if bases else ()
-    names = sorted(cls.__name__ for cls in others if setting in signature(cls).parameters)
+    ours = (cls for cls in others if cls.__module__.startswith("rlrt_lightning"))
+    names = sorted(cls.__name__ for cls in ours if setting in signature(cls).parameters)
     return f"; {' and '.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
 
 

@@ -168,7 +168,10 @@ def test_settings_of_default_classes_need_no_class_name(parse: Parse) -> None:
         ("model: {metod: RLRT}", "there is no setting model.metod (did you mean model.method?)"),
         ("--trainer.max_epoch=3", "there is no setting --trainer.max_epoch (did you mean --trainer.max_epochs?)"),
         ("--model.method.epsw=1", "model.method.epsw: RLRT has no setting epsw (did you mean eps_w?)"),
-        ("model: {method: {class_path: GRPO, init_args: {eps_w: 1}}}", "model.method.eps_w: GRPO has no setting eps_w"),
+        (
+            "model: {method: {class_path: GRPO, init_args: {eps_w: 1}}}",
+            "model.method.eps_w: GRPO has no setting eps_w; RLRT and RLSD have it",
+        ),
         ("--data.task.digts=[1, 2]", "data.task.digts: LastDigit has no setting digts (did you mean digits?)"),
         ("--data.benchmarks.a.tsk=x", "data.benchmarks.a.tsk: Benchmark has no setting tsk (did you mean task?)"),
         ("--data.task=ReasoningGym", "data.task.name: ReasoningGym needs a value for name"),
@@ -187,7 +190,7 @@ def test_wrong_settings_give_the_expected_line(parse: Parse, word: str, message:
 
 
 def test_a_setting_of_the_replaced_class_is_refused(parse: Parse) -> None:
-    with pytest.raises(ConfigError, match="GRPO has no setting eps_w"):
+    with pytest.raises(ConfigError, match="GRPO has no setting eps_w; RLRT and RLSD have it"):
         parse(RLRT_09, "--model.method=GRPO", "--model.method.eps_w=0.2")
 
 
