@@ -44,6 +44,7 @@ from tests.helpers.tiny import tiny_policy
 SETTINGS = EpochSettings(
     sampling=Sampling(max_new_tokens=64),
     rollouts_per_prompt=8,
+    sampling_rounds=1,
     minibatches=1,
     accumulate_grad_batches=1,
     tokens_per_pass=None,
@@ -52,6 +53,8 @@ SETTINGS = EpochSettings(
     importance="token",
     importance_cap=2.0,
     aggregation="token-mean",
+    mask_truncated=False,
+    overlong_buffer=None,
     seed=0,
 )
 CORRECT = [True, False, True, True, False, False, True, False]

@@ -16,7 +16,7 @@ import torch
 
 from rlrt_lightning import SDPO, ConfigError, LastDigit, Needs, Policy
 from rlrt_lightning.policy.padding import pad_sequences
-from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, scalars, weights, without_timings
+from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, runs_in, scalars, weights, without_timings
 from tests.helpers.epochs import fit_and_record
 from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
@@ -78,15 +78,14 @@ def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, cap
     assert shaped == (name == "diver")
 
 
-def test_the_readmes_example_method_trains(
+def test_the_docs_example_method_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    (code,) = re.findall(r"(    # my_method\.py\n(?:    .*\n|\n)+)", (ROOT / "README.md").read_text())
-    lines = [line.removeprefix("    ") for line in code.rstrip().splitlines()]
-    lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("python -m"))]
-    assert len(lines) < 30
-    (tmp_path / "my_method.py").write_text("\n".join(lines))
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n# my_method\.py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(code.splitlines()) < 30
+    (tmp_path / "my_method.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     try:
@@ -178,7 +177,7 @@ def average_of_policies(folder: Path, decay: float) -> dict[str, torch.Tensor]:
     """The moving average of the policies that a run has saved after each epoch."""
     average = initial_weights()
     for epoch in range(3):
-        path = folder / "last-digit" / "rlrt-0" / "checkpoints" / f"epoch-{epoch}.ckpt"
+        path = runs_in(folder)[0] / "checkpoints" / f"epoch-{epoch}.ckpt"
         policy_ = model_weights(torch.load(path, weights_only=True)["state_dict"], "policy")
         average = {name: decay * average[name] + (1 - decay) * policy_[name] for name in average}
     return average

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from rlrt_lightning.objective import TeacherWeights
 from rlrt_lightning.policy.loading import stand_ins
 from rlrt_lightning.policy.lora import LoRA
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.sharding import FSDP2Strategy, whole
 from rlrt_lightning.runtime.errors import ConfigError
-from rlrt_lightning.teacher import Teacher, TeacherWeights
+from rlrt_lightning.teacher import Teacher
 from tests.helpers.marks import slow_except
 from tests.helpers.tiny import ARCHITECTURES, tiny_policy
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from rlrt_lightning import LastDigit, LoRA, Policy, Rollout, Sampling, VllmColocateEngine, VllmServerEngine
 from rlrt_lightning.rollouts.vllm_adapters import MAX_RANKS
 from rlrt_lightning.rollouts.vllm_serve import server_command
-from tests.helpers.command_line import cli_exit_code, scalars
+from tests.helpers.command_line import cli_exit_code, runs_in, scalars
 from tests.helpers.vllm_server import ENGINE_SECONDS, VllmServer
 
 pytestmark = [
@@ -207,7 +207,7 @@ def test_a_run_with_adapters_resumes_exactly(tmp_path: Path, sent: Counter[str])
     assert sent["merged_weights"] == 0
     assert all(value < 1e-3 for _, value in whole["rollout/mismatch_max"])
     assert any(value > 0 for _, value in whole["signal/context"]), "the engine scored for the teacher"
-    saved = tmp_path / "rlrt" / "version_0" / "checkpoints" / "epoch-1.ckpt"
+    saved = runs_in(tmp_path)[0] / "checkpoints" / "epoch-1.ckpt"
     resume = (*flags, "--trainer.max_epochs=3", f"--ckpt_path={saved}")
     assert cli_exit_code("fit", tmp_path, *resume, configs=configs) == 0
     resumed = scalars(tmp_path, 1)
