@@ -9,6 +9,7 @@ from typing import Any, cast
 from rlrt_lightning.contexts import FEEDBACK, VERDICTS
 from rlrt_lightning.epoch.prompts import PromptReader
 from rlrt_lightning.objective import Aggregation, Importance, Method
+from rlrt_lightning.policy.chat import unknown_markers
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.rollouts import RolloutEngine, Sampling, ScoringEngine
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
@@ -165,13 +166,22 @@ def check_context(method: Method, problems: Sequence[Problem]) -> None:
 def check_teacher_tokens(
     policy: Policy, teacher: Teacher, method: Method, problems: Sequence[Problem], reader: PromptReader
 ) -> None:
-    """Checks that the chat template reads `Teacher.chat_kwargs`, and that the model has embeddings for all tokens in
-    the prompts of policy and teacher.
+    """Checks that the chat template reads `Teacher.chat_kwargs`, and that the model has tokens for the markers of a
+    chat format, and embeddings for all tokens, in the prompts of policy and teacher.
 
     Raises:
-        ConfigError: If the template ignores a variable, or a prompt has a token without an embedding.
+        ConfigError: If the template ignores a variable, or a prompt has a marker that is no token, or a token without
+            an embedding.
     """
     policy.check_chat_kwargs(teacher.chat_kwargs, "model.teacher.chat_kwargs")
+    first = "the prompt of the first training problem (data.task.prompt_template, model.policy.system_prompt)"
+    texts = {"model.teacher.template": teacher.template or "", first: policy.prompt_text(problems[0].prompt)}
+    for name, text in texts.items():
+        if markers := unknown_markers(text, policy.tokenizer):
+            raise ConfigError(
+                f"{name} contains {markers[0]}, which is not a token of the model at {policy.path!r}: it belongs to "
+                "another model's chat format; remove it, and the model's own chat template is used"
+            )
     kind = method.context
     remarks = {"none": "", "verdict": "".join(VERDICTS), "feedback": FEEDBACK}
 

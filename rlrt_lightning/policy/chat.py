@@ -213,3 +213,15 @@ def is_tag(token: str, vocabulary: dict[str, int]) -> bool:
     """Whether a token is an opening or closing tag whose counterpart is in the vocabulary."""
     found = re.fullmatch(r"<(/?)(\w[\w-]*)>", token)
     return found is not None and (found[2] == "think" or f"<{'' if found[1] else '/'}{found[2]}>" in vocabulary)
+
+
+def unknown_markers(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Markers of a chat format in a text, such as <|im_start|>, that are neither tokens nor in the chat template.
+
+    Args:
+        text: A prompt or its template.
+        tokenizer: The tokenizer.
+    """
+    known = str(tokenizer.chat_template or "")
+    vocabulary = tokenizer.get_vocab()
+    return [m for m in re.findall(r"<\|[^<>|\s]+\|>", text) if m not in vocabulary and m not in known]

@@ -467,3 +467,22 @@ def test_the_preview_warns_of_nothing_in_an_ordinary_model_and_is_truncated(
     assert MARK in log
     assert len(log) < 2 * 4_500
     assert "(a correct response)" in log
+
+
+@pytest.mark.parametrize("setting", ["model.teacher.template", "data.task.prompt_template"])
+def test_markers_of_another_models_chat_format_are_refused(
+    setting: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "tea 1 milk 2", "answer": "3"}\n')
+    flags = [
+        "--data.task=DatasetTask",
+        f"--data.task.train={data}",
+        "--data.task.answer=answer",
+        "--data.benchmarks={}",
+    ]
+    template = "<|im_start|>user {prompt}" + (" {context}" if "teacher" in setting else "")
+    assert cli_exit_code("fit", tmp_path, *flags, f"--{setting}={template}", *TRAIN_ONLY) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "contains <|im_start|>, which is not a token of the model" in error
+    assert setting in error
