@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -34,7 +33,6 @@ PLACEHOLDERS = {"feedback": "(the verifier's message on a response)"}
 """Placeholders for contexts that come from rollouts; `(a correct response)` for any other kind."""
 
 # Forms of special tokens in chat templates. Models are rarely trained on them as plain text.
-_MARKER = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_\w+>")
 
 
 class PromptPreview(Callback):
@@ -94,10 +92,6 @@ def warnings(policy: Policy, prompts: dict[str, list[int]], stops: Sequence[str]
                 f"the {who} prompt ends in the end token {_as_text(policy, [last])!r}; check that the chat template "
                 "starts the response (add_generation_prompt)"
             )
-        for marker in dict.fromkeys(_MARKER.findall(_as_text(policy, ids))):
-            if marker not in known:
-                pieces = len(policy.tokenizer(marker, add_special_tokens=False)["input_ids"])
-                yield f"the {who} prompt has {marker!r}, which this tokenizer splits into {pieces} tokens"
     for stop in stops:
         if found := [token for token in special if token in stop]:
             seen = "include" if policy.decode([special[found[0]]]) else "omit"

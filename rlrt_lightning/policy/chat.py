@@ -215,6 +215,10 @@ def is_tag(token: str, vocabulary: dict[str, int]) -> bool:
     return found is not None and (found[2] == "think" or f"<{'' if found[1] else '/'}{found[2]}>" in vocabulary)
 
 
+MARKER = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_\w+>")
+"""How the markers of chat formats are written: <|im_start|>, <｜User｜>, <start_of_turn>."""
+
+
 def unknown_markers(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Markers of a chat format in a text, such as <|im_start|>, that are neither tokens nor in the chat template.
 
@@ -224,4 +228,4 @@ def unknown_markers(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     known = str(tokenizer.chat_template or "")
     vocabulary = tokenizer.get_vocab()
-    return [m for m in re.findall(r"<\|[^<>|\s]+\|>", text) if m not in vocabulary and m not in known]
+    return [marker for marker in MARKER.findall(text) if marker not in vocabulary and marker not in known]

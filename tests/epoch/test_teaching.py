@@ -91,7 +91,7 @@ def scored(
     """Judges and scores the rollouts of one problem."""
     teacher = Watched(**{"template": TEMPLATE, **settings})
     problems = [Problem("p", "tea 4 milk 5", "9", solution=solution)]
-    judged = judge(Questions(0, problems, [[2, 3, 4]], [0], range(1)), drawn, method)
+    judged = judge(Questions(0, problems, [[2, 3, 4]], [0], range(1)), drawn, {}, method, SETTINGS)
     return score(
         judged, Parts(policy, teacher, method, TransformersEngine()), SETTINGS, lambda _: nullcontext()
     ), teacher
@@ -197,7 +197,7 @@ def test_antisd_shows_a_sibling_or_else_the_solution_and_ends_with_the_verdict()
     policy = tiny_policy()
     texts: list[str] = []
     encode = policy.encode_prompt
-    policy.__dict__["encode_prompt"] = lambda prompt: texts.append(prompt) or encode(prompt)
+    policy.__dict__["encode_prompt"] = lambda prompt, *more: texts.append(prompt) or encode(prompt, *more)
     _, teacher = scored(AntiSD(), policy, rollouts(policy, [True, False, False]), solution="quickly: tea 1, so 9")
     own, first, second = (teacher.of(i)[0] for i in range(3))
     assert own == Shown("quickly: tea 1, so 9", "solution", VERDICTS[True]), "the only correct rollout"

@@ -147,18 +147,18 @@ def test_every_weight_and_every_answer_identifies_an_evaluation() -> None:
     assert described("2") == described("2") != described("3")
 
 
-def test_an_evaluation_in_the_runs_own_folder_starts_over(tmp_path: Path) -> None:
-    """As in a script that validates before and after training: the weights change, and the folder stays the same."""
+def test_each_evaluation_of_a_script_has_a_folder(tmp_path: Path) -> None:
+    """As in a script that validates before and after training: the weights change, and the trainer stays the same."""
     benchmarks = {"heldout": Benchmark(samples=2, limit=2)}
     data = RolloutDataModule(sampling=Sampling(max_new_tokens=12), prompts_per_epoch=4, benchmarks=benchmarks)
     module = RLRTModule(Policy(), Teacher())
     trainer = Trainer(logger=False, callbacks=[Evaluation()], enable_progress_bar=False, default_root_dir=tmp_path)
     trainer.validate(module, datamodule=data, verbose=False)
-    first = rows(tmp_path / "evaluation")
+    first = rows(tmp_path / "evaluation" / "step-0")
     with torch.no_grad():
         module.policy.model.get_input_embeddings().weight += 1.0
     trainer.validate(module, datamodule=data, verbose=False)
-    second = rows(tmp_path / "evaluation")
+    second = rows(tmp_path / "evaluation" / "step-0-2")
     assert len(first) == len(second) == 4
     assert [row["completion"] for row in first] != [row["completion"] for row in second]
 

@@ -84,7 +84,10 @@ def assert_continued(cut: Path, whole: Path) -> None:
 
 
 class ParsingCli(RLRTCli):
-    """Parses the settings and runs nothing."""
+    """Parses the settings, and runs and creates nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        self.config[self.subcommand].ckpt_path = self._ckpt_path
 
     def instantiate_classes(self) -> None: ...
 

@@ -443,10 +443,9 @@ def preview(folder: Path, policy: Policy, caplog: pytest.LogCaptureFixture, **pa
 
 def test_the_preview_warns_of_likely_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy = byte_policy(tmp_path, CHATML.partition("{% if add")[0].replace("<|im_end|>", END), ["<think>", "</think>"])
-    log = preview(tmp_path, policy, caplog, stop=["<|im_end|>", "4"], teacher={"template": "{prompt}<|sol|>{context}"})
-    assert "<|im_start|>user\n    2+2?<|sol|>(a correct response)<|endoftext|>" in log
+    log = preview(tmp_path, policy, caplog, stop=["<|im_end|>", "4"], teacher={"template": "{prompt}, {context}"})
+    assert "<|im_start|>user\n    2+2?, (a correct response)<|endoftext|>" in log
     assert "the student prompt ends in the end token '<|endoftext|>'" in log
-    assert "the teacher prompt has '<|sol|>', which this tokenizer splits into 7 tokens" in log
     assert "the stop string '<|im_end|>' has the special token '<|im_end|>'" in log
     assert "<think> is a special token" in log
 

@@ -202,7 +202,7 @@ def test_evaluation_results_do_not_depend_on_batch_sizes(tmp_path: Path) -> None
             logger=False, callbacks=[Evaluation(table=0)], default_root_dir=folder, enable_progress_bar=False
         )
         trainer.validate(RLRTModule(Policy(), Teacher()), datamodule=data, verbose=False)
-        lines = (folder / "evaluation" / "x.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "evaluation" / "step-0" / "x.jsonl").read_text(encoding="utf-8").splitlines()
         return sorted((json.loads(line) for line in lines), key=lambda row: (row["problem"], row["sample"]))
 
     reference = evaluate(64, 256)

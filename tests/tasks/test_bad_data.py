@@ -342,10 +342,10 @@ def test_a_task_that_fails_to_load_its_problems_is_named(tmp_path, how, message)
 
 def test_a_conversation_that_the_chat_template_refuses_is_named(tmp_path):
     class Strict(Policy):
-        def encode_prompt(self, prompt):
+        def encode_prompt(self, prompt, *more):
             if isinstance(prompt, list) and prompt[0]["role"] == "user":
                 raise RuntimeError("Conversation roles must alternate")
-            return super().encode_prompt(prompt)
+            return super().encode_prompt(prompt, *more)
 
     path = tmp_path / "a.jsonl"
     rows = [{"prompt": [{"role": "system", "content": "a1"}, USER], "answer": "2"}] * 3 + [

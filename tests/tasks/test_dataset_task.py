@@ -9,6 +9,7 @@ import warnings
 import pytest
 from jsonargparse import ArgumentParser
 
+from rlrt_lightning.runtime import hub
 from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import DatasetTask, ExactMatch, MathReward, Problem, Task, Verdict
 
@@ -223,6 +224,7 @@ def test_hub_ids_are_split_into_name_config_and_split(monkeypatch, split, source
         return [row()]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "check_reachable", lambda *_: None)
     task = DatasetTask(**{split: source})
     if expected is None:
         with pytest.raises(ConfigError, match="no file or folder"):
@@ -239,6 +241,7 @@ def test_a_data_set_that_cannot_be_loaded_is_refused_in_one_line(monkeypatch):
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "check_reachable", lambda *_: None)
     with pytest.raises(ConfigError, match=r"owner/name is neither .*: no network$"):
         read("owner/name")
 
