@@ -186,10 +186,13 @@ def check_teacher_tokens(
 
     teacher_prompt(Problem("template", "?"))
     reader.check_embeddings(problems, teacher_prompt)
-    first = "the prompt of the first training problem (data.task.prompt_template, model.policy.system_prompt)"
-    texts = {"model.teacher.template": teacher.template or "", first: policy.prompt_text(problems[0].prompt)}
+    texts = {
+        "model.teacher.template": teacher.template,
+        "model.policy.system_prompt": policy.system_prompt,
+        "the prompt of the first training problem (data.task.prompt_template)": str(problems[0].prompt),
+    }
     for name, text in texts.items():
-        if markers := unknown_markers(text, policy.tokenizer):
+        if markers := unknown_markers(text or "", policy.tokenizer):
             raise ConfigError(
                 f"{name} contains {markers[0]}, which is not a token of the model at {policy.path!r}: it belongs to "
                 "another model's chat format; remove it, and the model's own chat template is used"
