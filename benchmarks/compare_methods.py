@@ -47,10 +47,13 @@ METHODS = {
     "GRPO": "grpo",
     "RLRT": "rlrt",
     "RLRT-all": "rlrt_all",
+    "RLRT contrast": "rlrt_contrast",
     "RLSD": "rlsd",
     "teacher-predicted": "teacher_predicted",
     "SDPO": "sdpo",
     "SRPO": "srpo",
+    "AntiSD": "antisd",
+    "RLCSD": "rlcsd",
     "GRPO + entropy": "grpo_entropy",
     "DIVER": "diver",
 }
