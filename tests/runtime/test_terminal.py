@@ -18,7 +18,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from rlrt_lightning import ConfigError
-from rlrt_lightning.callbacks import PhaseBar, adopt_progress_bar
+from rlrt_lightning.callbacks import PhaseBar, adopt_progress_bar, phase_bar
 from rlrt_lightning.runtime import hub, terminal
 from tests.helpers.command_line import cli_exit_code, runs_in
 from tests.helpers.processes import unused_port
