@@ -6,6 +6,7 @@ import difflib
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,16 +21,19 @@ INSTRUCTION = "Reason step by step, and put your final answer, and nothing else,
 PATTERN = r"<answer>((?:(?!<answer>).)*?)</answer>"
 """Matches `<answer>...</answer>`; the innermost one if they are nested."""
 
+REPLACEMENTS = 100
+"""Number of problems that are tried in place of a training problem with a held-out question."""
+
 
 class ReasoningGym(Task):
     """One of the procedural tasks of the library reasoning-gym, with the task's own scorer.
 
-    Problems are generated on demand and are the same for the same settings. The held-out problems are the generator's
-    first ones, followed by the training problems, so that no draw is used twice; a generator with few possible
-    problems may still produce the same one in both splits. The reward is the score, from 0 to 1; a completion is
-    correct if its reward is 1. Some scorers call `eval` on the answer. In the verifier's processes, `eval` in
-    reasoning-gym and in sympy's parser is restricted to literals and mathematics, so that no completion is executed;
-    releases with which one would be are refused.
+    Problems are generated on demand and are the same for the same settings. The held-out problems are the
+    generator's first ones, followed by the training problems. A training problem with the question of a held-out
+    one is replaced by the next one without, so that the splits share none, however few problems the generator can
+    make. The reward is the score, from 0 to 1; a completion is correct if its reward is 1. Some scorers call `eval`
+    on the answer. In the verifier's processes, `eval` in reasoning-gym and in sympy's parser is restricted to
+    literals and mathematics, so that no completion is executed; releases with which one would be are refused.
 
     Args:
         name: Name of the task in reasoning-gym, such as `chain_sum`.
@@ -72,15 +76,18 @@ class ReasoningGym(Task):
         self.pattern = pattern
         self._generator: Any = None
         self._closed = False  # whether answers cannot be run in this process
+        self._heldout_questions: frozenset[str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": None, "_closed": False}  # some generators cannot be pickled
+        # Some generators cannot be pickled.
+        return {**self.__dict__, "_generator": None, "_closed": False, "_heldout_questions": None}
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split, generated on access."""
         self._make_generator()
-        first, count = (self.heldout, self.size) if split == "train" else (0, self.heldout)
-        return OnDemand(self._problem, range(first, first + count))
+        if split == "train":
+            return OnDemand(self._training_problem, range(self.heldout, self.heldout + self.size))
+        return OnDemand(self._problem, range(self.heldout))
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Scores the answer that `pattern` matches."""
@@ -125,11 +132,27 @@ class ReasoningGym(Task):
                 raise ConfigError(f"reasoning-gym's task {self.name} rejects config or size: {error}") from None
         return self._generator
 
+    def _training_problem(self, number: int) -> Problem:
+        generator = self._make_generator()
+        if self._heldout_questions is None:
+            self._heldout_questions = frozenset(generator[i]["question"] for i in range(self.heldout))
+        for offset in range(min(self.size, REPLACEMENTS)):
+            candidate = self.heldout + (number - self.heldout + offset) % self.size
+            if generator[candidate]["question"] not in self._heldout_questions:
+                return replace(self._problem(candidate), id=self._id(number))
+        raise ConfigError(
+            f"nearly all problems of reasoning-gym's task {self.name} are held-out ones: set a smaller heldout, or a "
+            "config with more problems"
+        )
+
     def _problem(self, number: int) -> Problem:
         entry = self._make_generator()[number]
         return Problem(
-            id=f"{self.name}-{self.seed}-{number}",
+            id=self._id(number),
             prompt=f"{entry['question']}\n{self.instruction}",
             answer=entry["answer"],
             info=dict(entry),  # the scorer needs all of it
         )
+
+    def _id(self, number: int) -> str:
+        return f"{self.name}-{self.seed}-{number}"

@@ -63,6 +63,18 @@ def test_splits_and_seeds_share_no_problem():
     assert len(set(ids)) == 350
 
 
+def test_splits_share_no_question_if_the_generator_can_make_few():
+    config = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    task = ReasoningGym("chain_sum", size=300, heldout=40, config=config)
+    train, heldout = ([p.prompt for p in task.problems(split)] for split in ("train", "heldout"))
+    assert len(set(heldout) | set(train)) < 340  # so that the generator repeats itself
+    assert not set(train) & set(heldout)
+    assert len({p.id for p in task.problems("train")}) == 300
+    assert train == [p.prompt for p in pickle.loads(pickle.dumps(task)).problems("train")]
+    with pytest.raises(ConfigError, match="nearly all problems of reasoning-gym's task chain_sum are held-out ones"):
+        ReasoningGym("chain_sum", size=100, heldout=2000, config=config).problems("train")[0]
+
+
 @pytest.mark.parametrize(
     ("completion", "correct", "answer"),
     [
