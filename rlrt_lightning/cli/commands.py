@@ -162,6 +162,8 @@ class RLRTCli(LightningCLI):
             if is_first_process():
                 self._folder = make_folder(str(self.subcommand), self._place, path)
         self.parser.add_instantiator(self._make, object)
+        # Lightning fills it with a dump of all settings, of which only `LightningCLI.save_hyperparameters` makes use.
+        self.config_dump: dict[str, Any] = {}
 
     def instantiate_classes(self) -> None:
         """See `LightningCLI.instantiate_classes`. Raises the first error of a constructor."""

@@ -93,7 +93,7 @@ def test_a_recipes_demonstrations_are_limited_only_by_the_models_positions(name:
         assert spare >= 8192
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", slow_except(RECIPES, "paper-qwen3-4b-base", "gsm8k-qwen3-0.6b"))
 def test_the_papers_evaluation_sets_can_be_added_to_a_recipe(name: str, resolved: Any) -> None:
     alone, layered = resolved(f"recipes/{name}"), resolved(f"recipes/{name}", "evaluation/paper")
     assert set(layered["data"]["benchmarks"]) == PAPER_SETS

@@ -117,6 +117,7 @@ def half(text: str) -> bool:
     return len(text) % 2 == 0
 
 
+@pytest.mark.slow
 def test_the_kl_trains_all_rollouts_and_pulls_towards_the_initial_weights(tmp_path: Path) -> None:
     recorder, module = fit_and_record(tmp_path, RuleTask(lambda _: True), 2, GRPO(), model={"reference_kl": 1.0})
     epoch = recorder.epochs[0]

@@ -14,6 +14,7 @@ from rlrt_lightning import LastDigit, LoRA, Policy, Rollout, Sampling, VllmServe
 from rlrt_lightning.rollouts.vllm_client import MAX_UNKNOWN, Server, Target, UnknownAdapters
 from rlrt_lightning.rollouts.vllm_common import EngineError
 from tests.helpers.fake_vllm import FakeVllm, serve_by
+from tests.helpers.marks import slow_except
 
 URLS = [f"http://127.0.0.1:{port}" for port in (8001, 8002, 8003)]
 ADAPTERS = LoRA(rank=2)
@@ -63,9 +64,14 @@ def test_the_weights_of_every_server_are_checked_after_every_sync(
     assert all(len(fake.adapters) == (sends == "adapters") for fake in fakes.values())
 
 
-@pytest.mark.parametrize("tolerance", [None, 1.0], ids=["default tolerance", "wide tolerance"])
-@pytest.mark.parametrize("stale", range(3))
-@pytest.mark.parametrize("sends", LOADING)
+@pytest.mark.parametrize(
+    ("sends", "stale", "tolerance"),
+    slow_except(
+        [(sends, stale, tolerance) for sends in LOADING for stale in range(3) for tolerance in (None, 1.0)],
+        ("adapters", 0, None),
+        ("all weights", 2, 1.0),
+    ),
+)
 def test_one_server_with_outdated_weights_is_detected(
     sends: str, stale: int, tolerance: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

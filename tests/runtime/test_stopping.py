@@ -108,6 +108,7 @@ def test_a_stopped_run_resumes_where_it_stopped(tmp_path: Path, capfd: pytest.Ca
     assert_continued(cut, whole)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_limit_of_tokens_per_pass_resumes_within_an_epoch(tmp_path: Path) -> None:
     """The number of micro-batches of an epoch is that of its rollouts, also after a resume."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
