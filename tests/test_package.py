@@ -14,7 +14,6 @@ import pytest
 
 import rlrt_lightning
 from rlrt_lightning.callbacks import TeacherRefresh
-from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
 
 PRINT_CALLBACKS_PATH = """
@@ -86,7 +85,8 @@ def test_a_type_checker_sees_the_callbacks(tmp_path: Path) -> None:
     assert not [line for line in lines if "user.py:2" in line or 'rlrt_lightning.callbacks"' in line], lines
 
 
-@pytest.mark.parametrize("how", slow_except(["wheel", "editable"], "wheel"))
+@pytest.mark.slow  # .ci/run runs it for the wheel
+@pytest.mark.parametrize("how", ["wheel", "editable"])
 def test_an_installed_package_has_the_callbacks_the_model_and_the_configs(how: str, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"  # a copy, since a build writes into its source folder

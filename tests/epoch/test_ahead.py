@@ -77,6 +77,7 @@ def test_an_engine_error_while_drawing_ahead_ends_the_run(tmp_path: Path) -> Non
         fit_and_record(tmp_path, LastDigit(), epochs=3, engine=OwnModelEngine(fails_in_round=1), **AHEAD)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_trains_on_the_rollouts_drawn_ahead(tmp_path: Path) -> None:
     flags = ["--data.engine=tests.epoch.test_ahead.OwnModelEngine", "--data.ahead=true", "--data.rescore=true"]
     flags += ["--checkpoint.save_top_k=-1", "--trainer.max_epochs=3"]

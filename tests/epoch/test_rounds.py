@@ -157,6 +157,7 @@ def test_rollouts_are_not_drawn_ahead_if_their_prompts_depend_on_rewards(
         fit_and_record(tmp_path, **{"task": LastDigit(), "engine": OwnModelEngine(), **AHEAD, **settings})
 
 
+@pytest.mark.slow
 def test_a_run_with_rounds_a_curriculum_and_a_reference_resumes_exactly(tmp_path: Path) -> None:
     """Stopped while drawing, and between two updates of an epoch."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
