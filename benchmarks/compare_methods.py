@@ -15,7 +15,8 @@ and prints the table below. Without --out nothing is trained: the table and the 
 
 The table has means ± standard deviations over seeds. A run is caught in the trap if it answers most of the longer
 problems by `skip` at its end. "reward minus GRPO's" is the mean difference between runs with the same seed, with the
-paired 95 % interval of Student's t (quantiles from a table, as the standard library has none). It assumes that the
+paired interval of Student's t that, by Bonferroni's correction, contains the true difference in 95 % of the cases for
+all methods of the table together; the exact tests below it are corrected alike. The interval assumes that the
 differences are about normally distributed, which they are not if a few runs are caught.
 
 Questions, sampling and the choice of siblings have separate random streams, so runs with the same seed see the same
@@ -26,23 +27,19 @@ from __future__ import annotations
 
 import argparse
 import ast
-import csv
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from math import comb
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
+from paired_runs import ROOT, execute, paired, read_csv, rounded, seed_range, spread, write_csv
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
     "GRPO": "grpo",
     "RLRT": "rlrt",
@@ -61,6 +58,7 @@ SOURCES = ("tools/warm_start.py", "rlrt_lightning/tasks/last_digit/task.py")
 """What the control's model depends on."""
 
 CONDITIONS = ("trap", "control")
+WORDS = ("condition", "method")
 WAYS = ("guess", "skip", "quick", "careful", "other")
 COLUMNS = {  # name in the table: tag, and how the curve is reduced to one number
     "reward": ("rollout/reward", "mean"),
@@ -70,11 +68,6 @@ COLUMNS = {  # name in the table: tag, and how the curve is reduced to one numbe
     "careful end": ("eval/heldout/labels/careful", "last"),
     "skip, longer end": ("eval/longer/labels/skip", "last"),
 }
-T975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-"""97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. Above 30, the last one is slightly too large."""
 
 
 class Run(NamedTuple):
@@ -110,14 +103,6 @@ def digest_of_sources() -> str:
     """Changes with the code that makes the control's model, but not with its comments."""
     trees = [ast.dump(ast.parse((ROOT / path).read_text(encoding="utf-8"))) for path in SOURCES]
     return hashlib.sha256("".join(trees).encode()).hexdigest()
-
-
-def execute(arguments: list[str], name: str) -> None:
-    """Runs Python on one thread; exits with the end of its messages if it fails."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
 
 
 def settings(run: Run, out: Path, extra: list[str]) -> list[str]:
@@ -213,26 +198,8 @@ def collect(runs: list[Run], out: Path, results: Path) -> None:
         curves = scalars(events.parent)
         runs_rows.append({**run._asdict(), **rounded(summary(curves), 4)})
         labels_rows += [{**run._asdict(), **rounded(row, 3)} for row in epochs(curves)]
-    results.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("runs", runs_rows), ("labels", labels_rows)):
-        with (results / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def rounded(values: dict[str, float], digits: int) -> dict[str, str]:
-    """Numbers as short texts: 0.25 instead of 0.2500."""
-    return {name: f"{round(value, digits):g}" for name, value in values.items()}
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of runs.csv or labels.csv, with numbers as numbers."""
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist; set --out to train")
-    with path.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v if k in ("condition", "method") else float(v) for k, v in row.items()} for row in rows]
+    write_csv(results / "runs.csv", runs_rows)
+    write_csv(results / "labels.csv", labels_rows)
 
 
 # -- table ---------------------------------------------------------------------------------------------------------
@@ -248,7 +215,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
             name = {"trap": "With the trap", "control": "Control without the trap"}[condition]
             parts.append(f"{name}, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):\n\n{table(chosen)}")
             others = [method for method in METHODS if method != "GRPO"]
-            parts += filter(None, (caught_in_pairs(chosen, method) for method in others))
+            present = [method for method in others if any(row["method"] == method for row in chosen)]
+            parts += filter(None, (caught_in_pairs(chosen, method, len(present)) for method in present))
     return "\n\n".join(parts)
 
 
@@ -257,13 +225,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = ["method", *COLUMNS, "caught", "reward minus GRPO's (95 % interval)"]
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     rewards = {(row["method"], row["seed"]): row["reward"] for row in rows}
-    for method in dict.fromkeys(row["method"] for row in rows):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for method in methods:
         own = [row for row in rows if row["method"] == method]
         cells = [spread([row[name] for row in own]) for name in COLUMNS]
         caught = sum(map(is_caught, own))
         gains = [r["reward"] - rewards["GRPO", r["seed"]] for r in own if ("GRPO", r["seed"]) in rewards]
         compared = method != "GRPO" and len(gains) > 1
-        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(gains)) if compared else "-"
+        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(gains, len(methods) - 1)) if compared else "-"
         lines.append(f"| {method} | {' | '.join(cells)} | {caught} of {len(own)} | {difference} |")
     return "\n".join(lines)
 
@@ -273,7 +242,7 @@ def is_caught(row: dict[str, Any]) -> bool:
     return float(row["skip, longer end"]) > 0.5
 
 
-def caught_in_pairs(rows: list[dict[str, Any]], method: str) -> str:
+def caught_in_pairs(rows: list[dict[str, Any]], method: str, comparisons: int = 1) -> str:
     """Compares how often a method and GRPO are caught with the same seed; empty if neither is."""
     caught = {(row["method"], row["seed"]): is_caught(row) for row in rows}
     seeds = [seed for name, seed in caught if name == method and ("GRPO", seed) in caught]
@@ -282,38 +251,15 @@ def caught_in_pairs(rows: list[dict[str, Any]], method: str) -> str:
     if not both + sum(only):
         return ""
     n, fewer = sum(only), min(only)
-    p = min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) / 2**n)
+    p = min(1.0, comparisons * min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) / 2**n))
+    test = "exact McNemar test" + (f", corrected for {comparisons} comparisons" if comparisons > 1 else "")
     return (
         f"With the same seed, both GRPO and {method} are caught {both} times, only GRPO {only[0]}, only {method} "
-        f"{only[1]} (exact McNemar test: p = {p:.2f})."
+        f"{only[1]} ({test}: p = {p:.2f})."
     )
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{fmean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}"
-
-
-def paired(differences: list[float]) -> tuple[float, float, float]:
-    """The mean of at least two paired differences, and its 95 % interval by Student's t."""
-    mean, freedom = fmean(differences), len(differences) - 1
-    width = T975[min(freedom, len(T975)) - 1] * stdev(differences) / len(differences) ** 0.5
-    return mean, mean - width, mean + width
-
-
 # -- command -------------------------------------------------------------------------------------------------------
-
-
-def seed_range(text: str) -> list[int]:
-    """`200-215` is these seeds, both ends included; `8` is the seeds 0 to 7."""
-    first, dash, last = text.partition("-")
-    try:
-        seeds = list(range(int(first), int(last) + 1)) if dash else list(range(int(first)))
-    except ValueError:
-        seeds = []
-    if not seeds:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a range such as 200-215 nor a count such as 8")
-    return seeds
 
 
 def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
@@ -344,9 +290,9 @@ def main() -> None:
         out = args.out.absolute()
         train_all(runs, out, args.extra, args.jobs)
         collect(sorted(runs, key=lambda r: (CONDITIONS.index(r.condition), [*METHODS].index(r.method))), out, results)
-    print(f"\n{tables(read(results / 'runs.csv'))}\n")
+    print(f"\n{tables(read_csv(results / 'runs.csv', WORDS))}\n")
     path = (args.figures or results) / "labels.png"
-    plot(read(results / "labels.csv"), path, args.plotted)
+    plot(read_csv(results / "labels.csv", WORDS), path, args.plotted)
     print(f"wrote {path}")
 
 

@@ -6,9 +6,9 @@ import argparse
 import math
 import random
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
+import paired_runs
 import pytest
 from PIL import Image
 
@@ -79,8 +79,10 @@ def finished_runs(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[compare.Ru
 def test_the_tables_come_from_the_files_the_trap_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = finished_runs(tmp_path / "out", monkeypatch)
     compare.collect(runs, tmp_path / "out", tmp_path / "results")
-    assert len(compare.read(tmp_path / "results" / "labels.csv")) == 12 * 4
-    trap, control = compare.tables(compare.read(tmp_path / "results" / "runs.csv")).split("\n\nControl")
+    assert len(paired_runs.read_csv(tmp_path / "results" / "labels.csv", compare.WORDS)) == 12 * 4
+    trap, control = compare.tables(paired_runs.read_csv(tmp_path / "results" / "runs.csv", compare.WORDS)).split(
+        "\n\nControl"
+    )
     assert trap.startswith("With the trap, 3 seeds (5 to 7):")
     assert "| 1 of 3 | - |" in trap
     # The differences are 0.05, 0.06 and 0.07: 0.06 ± 4.303 * 0.01 / sqrt(3).
@@ -107,22 +109,27 @@ def test_the_exact_test_of_paired_runs(grpo: str, rlrt: str, p: str) -> None:
 def test_the_paired_interval_covers_the_mean_in_95_percent_of_the_cases() -> None:
     rng = random.Random(0)
     for n, trials in ((3, 4000), (16, 4000), (40, 2000)):
-        intervals = [compare.paired([rng.gauss(0.3, 2) for _ in range(n)]) for _ in range(trials)]
+        intervals = [paired_runs.paired([rng.gauss(0.3, 2) for _ in range(n)]) for _ in range(trials)]
         covered = sum(low <= 0.3 <= high for _, low, high in intervals) / trials
         assert covered == pytest.approx(0.95, abs=3 * math.sqrt(0.05 * 0.95 / trials)), n
-    assert list(compare.T975) == sorted(compare.T975, reverse=True)
-    assert compare.T975[-1] > NormalDist().inv_cdf(0.975)
+    mean, low, high = paired_runs.paired([0.0, 1.0, 2.0], comparisons=4)
+    assert (mean, low, high) == pytest.approx((1, 1 - 8.8602 / 3**0.5, 1 + 8.8602 / 3**0.5), abs=1e-4)
+
+
+def test_quantiles_of_students_t() -> None:
+    for freedom, expected in ((1, 12.706), (2, 4.303), (15, 2.131), (1000, 1.962)):
+        assert paired_runs.students_t(0.975, freedom) == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("200-202", [200, 201, 202]), ("3", [0, 1, 2]), ("7-7", [7])])
 def test_seeds_are_a_range_or_a_count(text: str, seeds: list[int]) -> None:
-    assert compare.seed_range(text) == seeds
+    assert paired_runs.seed_range(text) == seeds
 
 
 @pytest.mark.parametrize("text", ["0", "9-3", "a", "1-", "-3"])
 def test_other_seeds_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="neither a range such as 200-215 nor a count"):
-        compare.seed_range(text)
+        paired_runs.seed_range(text)
 
 
 def test_the_control_has_no_trap_in_any_of_its_questions(tmp_path: Path) -> None:

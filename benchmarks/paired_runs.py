@@ -1,0 +1,107 @@
+"""Training runs of several methods with the same seeds, and the statistics of their differences."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def seed_range(text: str) -> list[int]:
+    """`200-215` is these seeds, both ends included; `8` is the seeds 0 to 7."""
+    first, dash, last = text.partition("-")
+    try:
+        seeds = list(range(int(first), int(last) + 1)) if dash else list(range(int(first)))
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a range such as 200-215 nor a count such as 8")
+    return seeds
+
+
+def execute(arguments: list[str], name: str, threads: int = 1) -> None:
+    """Runs Python; exits with the end of its messages if it fails.
+
+    Args:
+        arguments: Arguments of the interpreter.
+        name: What runs, for the message.
+        threads: Number of CPU threads.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes rows with the same keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path, words: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a file of `write_csv`, with numbers as numbers.
+
+    Args:
+        path: The file.
+        words: The columns of text.
+    """
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; set --out to train")
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: text if name in words else float(text) for name, text in row.items()} for row in rows]
+
+
+def rounded(values: dict[str, float], digits: int) -> dict[str, str]:
+    """Numbers as short texts: 0.25 instead of 0.2500."""
+    return {name: f"{round(value, digits):g}" for name, value in values.items()}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{fmean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+# -- statistics ----------------------------------------------------------------------------------------------------
+
+
+def paired(differences: Sequence[float], comparisons: int = 1) -> tuple[float, float, float]:
+    """The mean of at least two paired differences, and its 95 % interval by Student's t.
+
+    Args:
+        differences: One for each seed.
+        comparisons: Number of comparisons of which all intervals contain their means in 95 % of the cases
+            (Bonferroni's correction).
+    """
+    mean, freedom = fmean(differences), len(differences) - 1
+    width = students_t(1 - 0.025 / comparisons, freedom) * stdev(differences) / len(differences) ** 0.5
+    return mean, mean - width, mean + width
+
+
+@cache
+def students_t(probability: float, freedom: int) -> float:
+    """The quantile of Student's t, for probabilities above 1/2 (by the incomplete beta function)."""
+    import mpmath  # which sympy requires
+
+    half = mpmath.mpf(freedom) / 2
+
+    def above(t: Any) -> Any:
+        return mpmath.betainc(half, 0.5, 0, freedom / (freedom + t * t), regularized=True) / 2 - (1 - probability)
+
+    return float(mpmath.findroot(above, (0, 1000), solver="bisect", maxsteps=100))

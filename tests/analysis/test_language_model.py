@@ -1,0 +1,120 @@
+"""The runs and the tables of benchmarks/language_model.py, from synthetic runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import language_model as lm
+from rlrt_lightning.analysis import events
+from tests.helpers.command_line import ParsingCli
+from tests.helpers.marks import slow_except
+from tests.helpers.processes import ROOT
+
+STEPS = [2, 4, 6, 8]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    return tmp_path / "model"
+
+
+def finish(arguments: list[str], name: str, threads: int, started: list[list[str]]) -> None:
+    """Leaves the files that training, or the evaluation after it, leaves."""
+    started.append(arguments)
+    flags = dict(flag.split("=", 1) for flag in arguments if "=" in flag)
+    if "fit" in arguments:
+        folder = Path(flags["--trainer.logger.save_dir"]) / "run" / "rlrt-0"
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints" / "last.ckpt").touch()
+        (folder / "events.out.tfevents.1").touch()
+    else:
+        correct = [16 if "rlrt" in str(flags["--evaluation.results"]) else 8, 0]
+        folder = Path(flags["--evaluation.results"])
+        folder.mkdir()
+        table = pa.table({"problem": ["sum-0", "sum-1"], "samples": [64, 64], "correct": correct})
+        pq.write_table(table, folder / "heldout.parquet")
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """RLRT's scores exceed GRPO's by 0.2 with seed 1, and by 0.3 with seed 2."""
+    seed = int(next(part for part in run.parts if part.startswith("seed-"))[-1])
+    better = (0.1 + 0.1 * seed) * ("rlrt" in run.parts)
+    return {
+        "rollout/reward": [(step, 0.1 * step / 2 + better) for step in STEPS],
+        **{
+            tag: [(step, 3.0) for step in STEPS]
+            for tag in ("rollout/length", "train/entropy", "time/rollout", "time/train")
+        },
+        "eval/heldout/avg@8": [(0, 0.1), (4, 0.3 + better), (8, 0.5 + better)],
+        "eval/heldout/pass@8": [(0, 0.2), (4, 0.5), (8, 0.6)],
+        "eval/heldout/length": [(0, 9.0), (4, 8.0), (8, 7.0)],
+    }
+
+
+def test_the_tables_pair_runs_with_the_same_seed(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(lm, "execute", lambda arguments, name, threads: finish(arguments, name, threads, started))
+    monkeypatch.setattr(events, "scalars", curves)
+    runs = [lm.Run(method, seed) for seed in (1, 2) for method in ("GRPO", "RLRT")]
+    for run in runs:
+        lm.train(run, model, tmp_path / "out", [], 1)
+    lm.collect([*runs, lm.Run("RLSD", 1)], tmp_path / "out", tmp_path / "results")
+    found = lm.tables(tmp_path / "results")
+    # The differences are 0.2 and 0.3: 0.25 ± 12.706 * 0.0707 / sqrt(2).
+    assert found.count("+0.250 (-0.385 to +0.885)") == 2
+    assert "| RLRT | 2 | 0.100 ± 0.000 | 0.550 ± 0.071 | 0.750 ± 0.071 |" in found
+    assert "| GRPO | 0.062 (" in found.split("pass@k")[1], "k = 1: a share of 8 / 64 and one of 0"
+    assert "| RLRT | 0.125 (" in found.split("pass@k")[1]
+    rows = lm.read_csv(tmp_path / "results" / "epochs.csv", lm.WORDS)
+    assert len(rows) == 4 * len(STEPS)
+    assert rows[0]["seconds"] == 6
+    assert rows[0]["context_of_correct"] != rows[0]["context_of_correct"], "NaN for a metric that GRPO does not have"
+    assert not list(tmp_path.glob("out/**/*.ckpt")), "the weights of finished runs are deleted"
+
+
+def test_a_run_resumes_from_its_last_checkpoint_and_is_not_repeated(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    run = lm.Run("GRPO without std", 1)
+
+    def interrupt(arguments: list[str], name: str, threads: int) -> None:
+        finish(arguments, name, threads, started)
+        if len(started) == 1:
+            raise SystemExit("interrupted")
+
+    monkeypatch.setattr(lm, "execute", interrupt)
+    with pytest.raises(SystemExit, match="interrupted"):
+        lm.train(run, model, tmp_path, [], 1)
+    lm.train(run, model, tmp_path, [], 1)
+    lm.train(run, model, tmp_path, [], 1)
+    first, resumed, evaluation = started
+    checkpoint = f"--ckpt_path={run.folder(tmp_path)}/run/rlrt-0/checkpoints/last.ckpt"
+    assert not any(flag.startswith("--ckpt_path") for flag in first)
+    assert set(resumed) - set(first) == {checkpoint}
+    assert {"validate", checkpoint, "--data.benchmarks.heldout.samples=64"} <= set(evaluation)
+    with pytest.raises(SystemExit, match="was trained with other settings or weights; set --out to another folder"):
+        lm.train(run, model, tmp_path, ["--trainer.max_epochs=2"], 1)
+    (model / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(SystemExit, match="was trained with other settings or weights"):
+        lm.train(run, model, tmp_path, [], 1)
+
+
+@pytest.mark.parametrize("method", slow_except(lm.METHODS, "GRPO without std", "RLCSD"))
+def test_the_settings_of_each_run_are_valid(method: str, model: Path) -> None:
+    flags = [flag for flag in lm.settings(lm.Run(method, 3), model, []) if "vllm" not in flag]
+    settings: Any = ParsingCli(["fit", *flags]).config.fit
+    assert settings.seed_everything == 3
+    assert settings.trainer.max_epochs == 100
+    assert settings.data.task.init_args.config["min_terms"] == 2
+    assert (ROOT / lm.EXPERIMENT).exists()
+    assert settings.model.method.class_path.rsplit(".", 1)[-1] == {"GRPO without std": "GRPO", "RLRT-all": "RLRT"}.get(
+        method, method.split()[0]
+    )
