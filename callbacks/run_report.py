@@ -40,8 +40,9 @@ class RunReport(Callback):
 
     One line for each epoch, with the mean reward, the share of correct rollouts, the mean length in tokens, the mean
     entropy in nats, the share of prompts with both correct and wrong rollouts, and the seconds; one row for each
-    evaluation set, with the 95 % confidence interval of avg@k, and the table of `TeacherEvaluation`; and at the end what has changed, where the files are,
-    and the next commands. `validate`, `test` and `predict` print one table instead of Lightning's.
+    evaluation set, with the 95 % confidence interval of avg@k; the table of `TeacherEvaluation`, if it is enabled; and
+    at the end what has changed, where the files are, and the next commands. `validate`, `test` and `predict` print one
+    table instead of Lightning's.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Evaluates the teacher: whether it solves problems with its context, and on which tokens it differs from the student."""
+"""Evaluates the teacher: whether it solves problems with its context, and on which tokens it and the student differ."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ from .teacher_refresh import TeacherRefresh, check_scored_by
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
+
+ROWS = 256
+"""Responses at once of a teacher with its own weights, if `data.engine` has no such limit."""
 
 FOLDER = "teacher"
 """Folder of a run for the pictures."""
@@ -96,9 +99,8 @@ class TeacherEvaluation(Callback):
         name, problems = self._problems(data)
         if len(problems) < trainer.world_size:
             raise ConfigError(
-                f"teacher_evaluation: there are {len(problems)} problems for {trainer.world_size} ranks, and each needs "
-                f"at least one; set teacher_evaluation.problems, and the size of data.benchmarks.{name}, to at least "
-                f"{trainer.world_size}"
+                f"teacher_evaluation: there are {len(problems)} problems, but each of the {trainer.world_size} ranks "
+                f"needs one; raise teacher_evaluation.problems, or data.benchmarks.{name}.limit"
             )
         kind = module.method.context
         if kind in ("solution", "answer") and all(getattr(problem, kind) is None for problem in problems):
@@ -179,7 +181,7 @@ class TeacherEvaluation(Callback):
                     "not allow padded batches; set teacher_evaluation.problems=0 or teacher_refresh.every_n_epochs=1"
                 )
             data.engine.release()  # the memory that the sampling needs
-            engine = TransformersEngine(*([engine.max_rows] if isinstance(engine, TransformersEngine) else []))
+            engine = TransformersEngine(engine.max_rows if isinstance(engine, TransformersEngine) else ROWS)
         with nullcontext() if shares else module.teacher.applied_to(policy):
             if not shares:
                 engine.sync(policy)

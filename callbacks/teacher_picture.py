@@ -18,18 +18,14 @@ def draw_teacher(metrics: dict[str, float], title: str) -> Any:
     Returns:
         A matplotlib figure with a canvas.
     """
-    figure, (accuracy, share, mean) = panels(["accuracy", "share of all (%)", "mean |D| (nats)"], width=3.4)
+    figure, (accuracy, share, mean) = panels(["accuracy", "share of tokens and of |D| (%)", "mean |D| (nats)"], 3.4)
     figure.suptitle(title, fontsize=10)
-    bars = {"student": "student_accuracy", "teacher, with context": "accuracy"}
-    for i, (name, tag) in enumerate(bars.items()):
+    bars = {"student": "student_accuracy", "teacher with context": "accuracy"}
+    for i, tag in enumerate(bars.values()):
         value = metrics[tag]
         error = [[value - metrics[f"{tag}_low"]], [metrics[f"{tag}_high"] - value]]
         accuracy.bar(i, value, 0.6, yerr=error, capsize=4, **_look(i))
-        # Beside the interval, which may end at the top of the panel.
-        accuracy.annotate(
-            f"{value:.3f}", (i, value), (5, -11 if value > 0.5 else 3), textcoords="offset points", fontsize=8
-        )
-    accuracy.set_xticks(range(len(bars)), bars)
+    accuracy.set_xticks(range(len(bars)), [f"{name}\n{metrics[tag]:.3f}" for name, tag in bars.items()])
     accuracy.set_xlim(-0.6, 1.6)
     accuracy.set_ylim(0, 1.05)
     for i, (name, prefix) in enumerate({"tokens": "tokens", "|D|": "share"}.items()):
