@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from statistics import fmean
 from typing import Literal, get_args
 
@@ -15,7 +15,6 @@ from rlrt_lightning.epoch.record import Questions
 from rlrt_lightning.epoch.teaching import shown_contexts
 from rlrt_lightning.evaluation.metrics import mean_with_interval
 from rlrt_lightning.objective.ratios import log_ratio
-from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.runtime.seeding import derive_seed
 
@@ -84,17 +83,6 @@ def token_kind(text: str) -> Kind:
     return "operators" if operator else "formatting"
 
 
-def token_kinds(policy: Policy, ids: Sequence[int]) -> list[Kind]:
-    """The kinds of response tokens.
-
-    Args:
-        policy: The policy, with the tokenizer.
-        ids: The token ids.
-    """
-    kinds = {i: token_kind(policy.decode([i])) for i in set(ids)}
-    return [kinds[i] for i in ids]
-
-
 def evaluate_teacher(
     questions: Questions,
     rollouts: list[Rollout],
@@ -133,6 +121,7 @@ def evaluate_teacher(
         )
     )
     gaps = log_ratio(scored.logp_student, scored.logp_teacher, scored.mask & scored.has_context[:, None]).abs()
+    kind_of = cache(lambda token: token_kind(parts.policy.decode([token])))
     correct, found = scored.correct.tolist(), []
     for group, index in enumerate(questions.indices):
         rows = [i for i, rollout in enumerate(rollouts) if rollout.group == group]
@@ -140,8 +129,8 @@ def evaluate_teacher(
         tokens, disagreement = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0.0)
         for i in rows:
             if prompts[i]:
-                kinds = token_kinds(parts.policy, rollouts[i].response_ids)
-                for kind, gap in zip(kinds, gaps[i].double().tolist(), strict=False):  # the rest is padding
+                # The rest of the row is padding.
+                for kind, gap in zip(map(kind_of, rollouts[i].response_ids), gaps[i].tolist(), strict=False):
                     tokens[kind] += 1
                     disagreement[kind] += gap
         found.append(

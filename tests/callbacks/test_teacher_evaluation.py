@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from rlrt_lightning.evaluation.teacher import (
     teacher_table,
     token_kind,
 )
-from rlrt_lightning.objective import Method
+from rlrt_lightning.objective import RLCSD, RLSD, SDPO, SRPO, AntiSD, Method
 from rlrt_lightning.policy.lora import LoRA
 from rlrt_lightning.rollouts import Rollout, TransformersEngine
 from rlrt_lightning.runtime.errors import ConfigError
@@ -181,21 +182,27 @@ def test_differences_are_summed_over_the_scored_tokens_of_each_kind() -> None:
 # -- the teacher's weights -----------------------------------------------------------------------------------------
 
 
+def untrained(
+    folder: Path, refresh: TeacherRefresh, method: Method, lora: LoRA | None = None
+) -> tuple[TeacherEvaluation, RLRTModule, Callable[[], Any]]:
+    """A callback, a module, and a function that evaluates them."""
+    torch.manual_seed(0)  # of the adapters
+    callback, sampling = TeacherEvaluation(problems=4), Sampling(max_new_tokens=32)
+    benchmarks = {"heldout": Benchmark(samples=1, limit=4)}
+    data = RolloutDataModule(sampling=sampling, rollouts_per_prompt=4, benchmarks=benchmarks)
+    module = RLRTModule(Policy(lora=lora), Teacher(TEACHER_TEMPLATE), method)
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(callbacks=[callback, refresh], default_root_dir=folder, **cast(Any, quiet))
+    return callback, module, lambda: trainer.validate(module, datamodule=data, verbose=False)
+
+
 def validated(
     folder: Path, refresh: TeacherRefresh, lora: LoRA | None = None
 ) -> tuple[dict[str, float], dict[str, float], bool]:
     """The scores of an untrained policy and, with the same teacher if it has its own weights, of a damaged policy; and
     whether the policy's weights stay the same."""
-    callback = TeacherEvaluation(problems=4)
-    data = RolloutDataModule(
-        sampling=Sampling(max_new_tokens=32),
-        rollouts_per_prompt=4,
-        benchmarks={"heldout": Benchmark(samples=1, limit=4)},
-    )
-    module = RLRTModule(Policy(lora=lora), Teacher(TEACHER_TEMPLATE), RLRT(context="solution"))
-    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = Trainer(callbacks=[callback, refresh], default_root_dir=folder, **cast(Any, quiet))
-    trainer.validate(module, datamodule=data, verbose=False)
+    callback, module, validate = untrained(folder, refresh, RLRT(context="solution"), lora)
+    validate()
     before = dict(callback.scores)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -203,7 +210,7 @@ def validated(
             if p.requires_grad:
                 p += torch.randn(p.shape, generator=noise)
     damaged = [p.detach().clone() for p in module.policy.parameters()]
-    trainer.validate(module, datamodule=data, verbose=False)
+    validate()
     same = all(torch.equal(p, q) for p, q in zip(module.policy.parameters(), damaged, strict=True))
     return before, dict(callback.scores), same
 
@@ -226,6 +233,17 @@ def test_the_teacher_answers_with_its_own_weights_if_it_has_some(
     assert before["accuracy"] > 0.5
     assert after["accuracy"] == (before["accuracy"] if refresh else 0.0)
     assert (tmp_path / "evaluation" / "step-0" / "teacher.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [AntiSD(), RLCSD(), RLSD(), SDPO(feedback=True), SRPO(), RLRT(contrast=True)], ids=lambda m: str(m)[:12]
+)
+def test_the_teacher_of_every_method_can_be_evaluated(method: Method, tmp_path: Path) -> None:
+    callback, _, validate = untrained(tmp_path, TeacherRefresh(), method)
+    validate()
+    assert 0 <= callback.scores["student_accuracy"] < callback.scores["accuracy"] <= 1
+    assert all(math.isfinite(value) for value in callback.scores.values())
 
 
 def test_a_teacher_that_cannot_generate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
