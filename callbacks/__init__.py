@@ -13,6 +13,7 @@ from .rank_guard import RankGuard
 from .reversed_signal import ReversedSignalLogger
 from .run_report import RunReport
 from .safe_stop import SafeStop
+from .teacher_evaluation import TeacherEvaluation
 from .teacher_refresh import TeacherRefresh
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ReversedSignalLogger",
     "RunReport",
     "SafeStop",
+    "TeacherEvaluation",
     "TeacherRefresh",
     "adopt_checkpoints",
     "adopt_progress_bar",

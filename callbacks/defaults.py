@@ -19,12 +19,14 @@ from .rank_guard import RankGuard
 from .reversed_signal import ReversedSignalLogger
 from .run_report import RunReport
 from .safe_stop import SafeStop
+from .teacher_evaluation import TeacherEvaluation
 from .teacher_refresh import TeacherRefresh
 
 WITH_SETTINGS: dict[str, type[Callback]] = {
     "teacher_refresh": TeacherRefresh,
     "reversed_signal": ReversedSignalLogger,
     "evaluation": Evaluation,
+    "teacher_evaluation": TeacherEvaluation,
     "rank_guard": RankGuard,
     "number_guard": NumberGuard,
     "collapse_guard": CollapseGuard,

@@ -18,6 +18,7 @@ from rlrt_lightning.runtime.terminal import say
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
 from .phase_bar import epoch_of
+from .teacher_evaluation import TeacherEvaluation
 
 C = TypeVar("C", bound=Callback)
 
@@ -39,8 +40,9 @@ class RunReport(Callback):
 
     One line for each epoch, with the mean reward, the share of correct rollouts, the mean length in tokens, the mean
     entropy in nats, the share of prompts with both correct and wrong rollouts, and the seconds; one row for each
-    evaluation set, with the 95 % confidence interval of avg@k; and at the end what has changed, where the files are,
-    and the next commands. `validate`, `test` and `predict` print one table instead of Lightning's.
+    evaluation set, with the 95 % confidence interval of avg@k; the table of `TeacherEvaluation`, if it is enabled; and
+    at the end what has changed, where the files are, and the next commands. `validate`, `test` and `predict` print one
+    table instead of Lightning's.
     """
 
     def __init__(self) -> None:
@@ -122,6 +124,7 @@ class RunReport(Callback):
             return
         evaluation = found[0]
         rows, fit = table(evaluation.scores), trainer.state.fn == "fit"
+        rows += [line for of_teacher in _callbacks(trainer, TeacherEvaluation) for line in of_teacher.lines]
         if fit:
             self._first, self._last = self._first or evaluation.scores, evaluation.scores
         if fit and not trainer.sanity_checking:

@@ -51,11 +51,8 @@ class TeacherRefresh(Callback):
         """
         module = cast("RLRTModule", pl_module)
         schedule = module.teacher.schedule = self.schedule(module)
-        if stage == "fit" and module.teacher.scored_by == "engine" and schedule.kind != "policy":
-            raise ConfigError(
-                f"model.teacher.scored_by is engine, which has the policy's weights, but the teacher has {schedule}; "
-                "set teacher_refresh.every_n_epochs=1 or model.teacher.scored_by=trainer"
-            )
+        if stage == "fit":
+            check_scored_by(module, schedule)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refreshes the teacher before the next epoch's rollouts are scored, and before this epoch is saved."""
@@ -63,3 +60,20 @@ class TeacherRefresh(Callback):
         schedule = module.teacher.schedule
         if schedule.kind == "own" and schedule.due(trainer.current_epoch):
             module.teacher.refresh(module.policy, schedule.ema_decay)
+
+
+def check_scored_by(module: RLRTModule, schedule: TeacherWeights) -> None:
+    """Checks that what scores for the teacher has its weights.
+
+    Args:
+        module: The module.
+        schedule: The teacher's schedule.
+
+    Raises:
+        ConfigError: If the engine is to score for a teacher with weights other than the policy's.
+    """
+    if module.teacher.scored_by == "engine" and schedule.kind != "policy":
+        raise ConfigError(
+            f"model.teacher.scored_by is engine, which has the policy's weights, but the teacher has {schedule}; "
+            "set teacher_refresh.every_n_epochs=1 or model.teacher.scored_by=trainer"
+        )

@@ -276,6 +276,46 @@ class Teacher(FrozenWeights):
         extra = self.scored_by == "engine"  # vLLM generates a token after those that it scores
         return policy.max_positions - len(rollout.response_ids) - extra
 
+    def prompts(
+        self,
+        policy: Policy,
+        problems: Sequence[Problem],
+        rollouts: Sequence[Rollout],
+        contexts: Sequence[Shown | str | None],
+        kind: Context = "sibling",
+    ) -> tuple[list[list[int]], int]:
+        """The teacher's prompt for each rollout, with room for the rollout's response.
+
+        Args:
+            policy: See `score`.
+            problems: See `score`.
+            rollouts: See `score`.
+            contexts: See `score`.
+            kind: See `score`.
+
+        Returns:
+            Token ids, empty for a rollout that has no context or whose context was dropped, and the number of contexts
+            that were truncated or dropped.
+        """
+        found: list[list[int]] = [[] for _ in rollouts]
+        truncated = 0
+
+        @cache
+        def prompt(group: int, shown: Shown, room: int | None) -> tuple[list[int], bool]:
+            return self.prompt(policy, problems[group], shown.context, shown.kind, room, shown.remark)
+
+        for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=True)):
+            if context is None:
+                continue
+            shown = Shown(context, kind) if isinstance(context, str) else context
+            room = self.room(policy, rollout)
+            ids, cut = prompt(rollout.group, shown, None)  # shared by all siblings for which it fits
+            if room is not None and len(ids) > room:
+                ids, cut = prompt(rollout.group, shown, room)
+            truncated += cut
+            found[i] = ids
+        return found, truncated
+
     # -- scores ----------------------------------------------------------------------------------------------------
 
     def score(
@@ -306,25 +346,9 @@ class Teacher(FrozenWeights):
             The scores of each rollout, None if it has no context or its context was dropped, and the number of contexts
             that were truncated or dropped.
         """
-        sequences, which, truncated = [], [], 0
-
-        @cache
-        def prompt(group: int, shown: Shown, room: int | None) -> tuple[list[int], bool]:
-            return self.prompt(policy, problems[group], shown.context, shown.kind, room, shown.remark)
-
-        for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=True)):
-            if context is None:
-                continue
-            shown = Shown(context, kind) if isinstance(context, str) else context
-            room = self.room(policy, rollout)
-            ids, cut = prompt(rollout.group, shown, None)  # shared by all siblings for which it fits
-            if room is not None and len(ids) > room:
-                ids, cut = prompt(rollout.group, shown, room)
-            truncated += cut
-            if ids:
-                sequences.append((ids, rollout.response_ids))
-                which.append(i)
-
+        prompts, truncated = self.prompts(policy, problems, rollouts, contexts, kind)
+        which = [i for i, ids in enumerate(prompts) if ids]
+        sequences = [(prompts[i], rollouts[i].response_ids) for i in which]
         scores: list[TeacherScore | None] = [None] * len(rollouts)
         if engine is not None:
             empty = torch.zeros(0, 0)

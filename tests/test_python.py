@@ -31,7 +31,7 @@ from tests.helpers.command_line import cli_exit_code, scalars, weights, without_
 from tests.helpers.marks import slow_except
 
 OURS = ["EpochMetrics", "SafeStop", "PromptPreview", "MemoryEstimate", "TeacherRefresh", "ReversedSignalLogger"]
-OURS += ["Evaluation", "RankGuard", "NumberGuard", "CollapseGuard", "RunReport", "RunCheckpoint"]
+OURS += ["Evaluation", "TeacherEvaluation", "RankGuard", "NumberGuard", "CollapseGuard", "RunReport", "RunCheckpoint"]
 
 
 def module() -> RLRTModule:

@@ -153,12 +153,22 @@ def judge(
     )
 
 
-def score(judged: Judged, parts: Parts, settings: EpochSettings, phase: Phase) -> Scored:
+def score(judged: Judged, parts: Parts, settings: EpochSettings, phase: Phase, every: bool = False) -> Scored:
     """Computes the log-probs of the policy (with `data.rescore`), the reference (with `model.reference_kl`) and the
-    teacher for the rollouts that need them. The advantages of rollouts with non-finite log-probs are set to 0."""
+    teacher for the rollouts that need them. The advantages of rollouts with non-finite log-probs are set to 0.
+
+    Args:
+        judged: The rollouts.
+        parts: The epoch's components.
+        settings: See `EpochSettings`.
+        phase: Context manager of each phase.
+        every: Whether all rollouts need them, as in an evaluation of the teacher, and not only those that the method
+            uses.
+    """
     kept = judged.nonempty & ~judged.truncated if settings.mask_truncated else judged.nonempty
-    wanted = parts.method.uses_teacher(judged.advantages, judged.rewards) & kept
-    trainable = kept & (parts.method.may_train(judged.advantages, judged.rewards) | (parts.reference is not None))
+    wanted = kept & (parts.method.uses_teacher(judged.advantages, judged.rewards) | every)
+    may_train = parts.method.may_train(judged.advantages, judged.rewards) | (parts.reference is not None)
+    trainable = kept & (may_train | every)
     with phase("rescore"):
         if settings.rescore:
             rescore(judged, trainable, parts.policy, settings.sampling)

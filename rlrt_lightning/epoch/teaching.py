@@ -58,7 +58,7 @@ def teacher_scores(judged: Judged, wanted: Tensor, usable: Tensor, parts: Parts,
         settings: See `EpochSettings`.
     """
     method, count = parts.method, len(judged.rollouts)
-    shown = _contexts(judged, usable, parts, settings)
+    shown = shown_contexts(judged, usable, parts, settings)
     wrong = _wrong_contexts(judged, usable, parts, settings)
     rows: list[int] = []
     asked: list[Shown] = []
@@ -91,8 +91,15 @@ def teacher_scores(judged: Judged, wanted: Tensor, usable: Tensor, parts: Parts,
     return taught
 
 
-def _contexts(judged: Judged, usable: Tensor, parts: Parts, settings: EpochSettings) -> list[Shown | None]:
-    """What the teacher sees of each rollout besides the prompt; None for rollouts without a context."""
+def shown_contexts(judged: Judged, usable: Tensor, parts: Parts, settings: EpochSettings) -> list[Shown | None]:
+    """What the teacher sees of each rollout besides the prompt; None for rollouts without a context.
+
+    Args:
+        judged: N rollouts.
+        usable: True for rollouts that may serve as demonstrations, bool [N].
+        parts: The epoch's components.
+        settings: See `EpochSettings`.
+    """
     method, teacher, questions = parts.method, parts.teacher, judged.questions
     successful = method.successful(judged.rewards) & usable
     seed = settings.seed, questions.epoch, 0

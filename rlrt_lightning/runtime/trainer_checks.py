@@ -118,6 +118,11 @@ def _check_monitor(callback: Any, trainer: Any, data: Any) -> None:
             raise _not_logged(where, tag, _scores(data))
         if wrong := _never_evaluated(trainer, data, saves):
             raise ConfigError(f"{where} is {tag}, but {wrong}")
+    elif tag.startswith("teacher/"):
+        raise ConfigError(
+            f"{where} is {tag}, which measures the teacher instead of the policy; set it to "
+            f"{(_scores(data) or ['rollout/reward'])[0]}"
+        )
     elif tag.split("/")[0] not in TAG_PREFIXES:
         if _only_known_classes(trainer):
             raise _not_logged(where, tag, _scores(data))

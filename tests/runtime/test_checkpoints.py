@@ -91,6 +91,7 @@ def test_adopt_converts_plain_model_checkpoints_and_keeps_subclasses() -> None:
             "is eval/heldout/avg@16, which is not logged (did you mean eval/heldout/avg@8?)",
             marks=pytest.mark.slow,
         ),
+        (["teacher/accuracy"], "which measures the teacher instead of the policy; set it to eval/heldout/avg@8"),
         pytest.param(["eval/heldout/pass@4"], "which is not logged", marks=pytest.mark.slow),
         (["eval/heldout/pass@8", "--evaluation.ks=[2]"], "which is not logged"),
         (["eval/heldout/avg@8", "--trainer.limit_val_batches=0"], "trainer.limit_val_batches is 0"),
