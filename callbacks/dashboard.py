@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
@@ -18,17 +18,22 @@ from .boards import tensorboards
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
 
+if TYPE_CHECKING:
+    from rlrt_lightning.module import RLRTModule
+
 Layout = dict[str, dict[str, list[Any]]]
 """Charts by category and title, as `SummaryWriter.add_custom_scalars` takes them."""
 
 Tags = list[str]
+
+EVALUATION, SIGNAL = "2 evaluation, with 95 % intervals", "4 signal"
 
 CHARTS: dict[str, dict[str, Tags]] = {
     "1 reward": {
         "reward": ["rollout/reward", "rollout/shaped_reward"],
         "rewards by name": ["rewards/.*"],
     },
-    # 2: the evaluations
+    EVALUATION: {},
     "3 rollouts": {
         "length (tokens)": ["rollout/length"],
         "truncated (share)": ["rollout/truncated"],
@@ -36,7 +41,7 @@ CHARTS: dict[str, dict[str, Tags]] = {
         "groups (shares)": ["groups/(all_correct|all_wrong|mixed)"],
         "labels (shares)": ["labels/.*"],
     },
-    "4 signal": {
+    SIGNAL: {
         "scored rollouts (shares)": ["signal/context", "signal/context_of_correct"],
         "reweighted tokens (shares)": ["signal/(up_weighted|down_weighted|clipped|selected|thoughts)"],
         "size of the step relative to GRPO": ["signal/effective_advantage"],
@@ -65,17 +70,31 @@ CHARTS: dict[str, dict[str, Tags]] = {
 }
 """Charts of the metrics of epochs, by category and title. Tags are regular expressions."""
 
-INTERVALS = {
-    "D_t in correct rollouts: median, 5 to 95 %": "signal/asymmetry_correct",
-    "D_t in wrong rollouts: median, 5 to 95 %": "signal/asymmetry_wrong",
+QUANTILES = {
+    "D_t in correct rollouts: median, 5 to 95 % (nats)": "signal/asymmetry_correct",
+    "D_t in wrong rollouts: median, 5 to 95 % (nats)": "signal/asymmetry_wrong",
 }
 """Charts of a median between two quantiles, by title, in the category of the signal."""
+
+OF_TEACHER = ("context", "asymmetry_correct_p50", "up_weighted", "effective_advantage")
+"""Metrics of every method with a teacher. In the first epoch, the teacher may have scored nothing yet."""
 
 HPARAMS = re.compile(
     r"model\.(method(\..+)?|policy\.path|optimizer\.lr)|teacher_refresh\.every_n_epochs|"
     r"data\.(seed|prompts_per_epoch|rollouts_per_prompt|minibatches|task(\.(train|name))?)"
 )
 """Settings in which runs are usually compared."""
+
+
+COLUMNS = {
+    "lr": "model.optimizer.lr",
+    "method": "model.method",
+    "model": "model.policy.path",
+    "seed": "data.seed",
+    "task": "data.task",
+    "teacher refresh": "teacher_refresh.every_n_epochs",
+}
+"""Columns of the page HParams and their settings."""
 
 
 class Dashboard(Callback):
@@ -124,14 +143,15 @@ class Dashboard(Callback):
         self._arranged = True
         every = [c.latest for c in cast(Any, trainer).callbacks if isinstance(c, EpochMetrics)]
         logged, scores = set(every[0]) if every else set(), _scores(trainer)
+        if cast("RLRTModule", pl_module).method.context != "none":
+            logged |= {f"signal/{name}" for name in OF_TEACHER}
         for board in tensorboards(trainer):
             board.add_custom_scalars(layout(logged, scores))
             # `SummaryWriter.add_hparams` would write another run, and `TensorBoardLogger.log_hyperparams` a second
             # value at a step; the page HParams itself reads the metrics' latest values.
-            settings, metrics = _hyperparameters(trainer, pl_module), ["rollout/reward", *scores]
-            plain = {name: str(v).lower() if isinstance(v, bool) else v for name, v in settings.items()}
+            metrics = dict.fromkeys(["rollout/reward", *scores], 0.0)
             assert board.file_writer is not None  # opened by `add_custom_scalars` if it was closed
-            for summary in hparams(plain, dict.fromkeys(metrics, 0.0))[:2]:
+            for summary in hparams(columns(_hyperparameters(trainer, pl_module)), metrics)[:2]:
                 board.file_writer.add_summary(summary)
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,25 +166,27 @@ class Dashboard(Callback):
 def layout(logged: Collection[str], scores: Collection[str]) -> Layout:
     """The charts of the page Custom Scalars, by category and title; those without metrics are left out.
 
+    Empty categories stay: TensorBoard merges the layouts of all runs, and appends categories that the first one does
+    not have. In a category it shows charts with a margin last, and in reverse order.
+
     Args:
         logged: Tags of an epoch's metrics.
         scores: Tags of the scores of evaluations.
     """
-    found: Layout = {"1 reward": {}, "2 evaluation, with 95 % intervals": {}}
+    found: Layout = {}
     for category, charts in CHARTS.items():
-        rows = found.setdefault(category, {})
-        if category == "4 signal":
-            for title, tag in INTERVALS.items():
-                if f"{tag}_p50" in logged:
-                    rows[title] = ["Margin", [f"{tag}_p50", f"{tag}_p05", f"{tag}_p95"]]
+        found[category] = {}
         for title, patterns in charts.items():
             present = [pattern for pattern in patterns if any(re.fullmatch(pattern, tag) for tag in logged)]
             if present:
-                rows[title] = ["Multiline", [f"{pattern}$" for pattern in present]]
-    for tag in scores:
+                found[category][title] = ["Multiline", [f"{pattern}$" for pattern in present]]
+    for tag in reversed(list(scores)):
         bounds = [shown_tag(f"{tag}_{bound}") for bound in ("low", "high")]
-        found["2 evaluation, with 95 % intervals"][tag.removeprefix("eval/")] = ["Margin", [tag, *bounds]]
-    return {category: charts for category, charts in found.items() if charts}
+        found[EVALUATION][tag.removeprefix("eval/")] = ["Margin", [tag, *bounds]]
+    for title, tag in reversed(QUANTILES.items()):
+        if f"{tag}_p50" in logged:
+            found[SIGNAL][title] = ["Margin", [f"{tag}_p50", f"{tag}_p05", f"{tag}_p95"]]
+    return found
 
 
 def _hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, bool | float | str]:
@@ -176,6 +198,23 @@ def _hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, boo
             local = isinstance(value, str) and Path(value).is_absolute()
             found[name] = Path(str(value)).name if local else value
     return found
+
+
+def columns(settings: Mapping[str, Any]) -> dict[str, float | str]:
+    """The columns of the page HParams. It shows the first five in alphabetical order, unless others are selected, and
+    has those of one run for all runs; so they begin with what every run has, the method's settings in one cell.
+
+    Args:
+        settings: The settings in which runs are compared, by their names on the command line.
+    """
+    of_method = {name[13:]: value for name, value in settings.items() if name.startswith("model.method.")}
+    cells = (name if value is True else f"{name}={value}" for name, value in of_method.items() if value is not False)
+    numbers = {name: v for name, v in of_method.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {
+        **{name: settings[key] for name, key in COLUMNS.items() if key in settings},
+        "settings": " ".join(cells),
+        **{f"settings.{name}": value for name, value in numbers.items()},
+    }
 
 
 def _scores(trainer: Trainer) -> list[str]:

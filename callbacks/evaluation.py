@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlrt_lightning.evaluation.sets import Evaluated
     from rlrt_lightning.module import RLRTModule
 
-SAMPLE = ("correct", "prompt", "completion", "expected", "verdict")
+SAMPLE = ("prompt", "completion", "expected", "verdict")
 """Columns of a table of samples."""
 
 
@@ -200,16 +200,13 @@ class _Counts:
     def table(self, size: int) -> list[list[str]]:
         """Rows of a table of samples with the columns `SAMPLE`."""
         wrong = self.shown[False][: max(size // 2, size - len(self.shown[True]))]
-        rows = [("✓", row) for row in self.shown[True][: size - len(wrong)]] + [("✗", row) for row in wrong]
-        return [[mark, _question(row), row["completion"], str(row["expected"]), _verdict(row)] for mark, row in rows]
+        return [_sample(row) for row in (*self.shown[True][: size - len(wrong)], *wrong)]
 
 
-def _question(row: Row) -> str:
-    return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-
-
-def _verdict(row: Row) -> str:
-    return row["message"] or str(row["answer"])
+def _sample(row: Row) -> list[str]:
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    verdict = f"{'✓' if row['correct'] else '✗'} {row['message'] or row['answer']}"
+    return [prompt, row["completion"], str(row["expected"]), verdict]
 
 
 def _data(trainer: Trainer) -> RolloutDataModule:
