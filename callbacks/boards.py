@@ -11,7 +11,6 @@ Other loggers receive only metrics.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,13 @@ if TYPE_CHECKING:
 
 LONGEST_CELL = 1500
 """Characters of a cell in TensorBoard, which shows a table as a whole; the middle of a longer text is omitted."""
+
+
+WIDTH = 90
+"""Characters of a line of text that TensorBoard shows in a window of 1,400 pixels."""
+
+CONTINUED = "↪ "
+"""Begins the rest of a longer line."""
 
 
 def tensorboards(trainer: Trainer) -> list[SummaryWriter]:
@@ -60,7 +66,7 @@ def log_text(trainer: Trainer, tag: str, text: str, step: int) -> None:
         step: Optimizer steps.
     """
     for board in tensorboards(trainer):
-        board.add_text(tag, textwrap.indent(text, "    ", lambda line: True), step)
+        board.add_text(tag, _as_code(text), step)
     for logger in _others(trainer):
         if isinstance(logger, WandbLogger):
             logger.log_text(tag, columns=["text"], data=[[text]], step=step)
@@ -93,6 +99,16 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, with its cells as code, so that no Markdown or HTML in them is rendered."""
     lines = [columns, ["---"] * len(columns), *(map(_escape_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _as_code(text: str) -> str:
+    """A block of code in Markdown. TensorBoard would cut off longer lines."""
+    wrapped = "\n".join(map(_wrapped, text.split("\n")))
+    return "\n".join(f"    {line}" for line in wrapped.split("\n"))
+
+
+def _wrapped(line: str) -> str:
+    return f"\n{CONTINUED}".join(line[i : i + WIDTH] for i in range(0, len(line), WIDTH))
 
 
 def _others(trainer: Trainer) -> list[WandbLogger | MLFlowLogger]:

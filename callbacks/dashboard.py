@@ -149,7 +149,7 @@ class Dashboard(Callback):
             board.add_custom_scalars(layout(logged, scores))
             # `SummaryWriter.add_hparams` would write another run, and `TensorBoardLogger.log_hyperparams` a second
             # value at a step; the page HParams itself reads the metrics' latest values.
-            metrics = dict.fromkeys(["rollout/reward", *scores], 0.0)
+            metrics = dict.fromkeys([*scores, "rollout/reward"], 0.0)
             assert board.file_writer is not None  # opened by `add_custom_scalars` if it was closed
             for summary in hparams(columns(_hyperparameters(trainer, pl_module)), metrics)[:2]:
                 board.file_writer.add_summary(summary)
@@ -208,7 +208,7 @@ def columns(settings: Mapping[str, Any]) -> dict[str, float | str]:
         settings: The settings in which runs are compared, by their names on the command line.
     """
     of_method = {name[13:]: value for name, value in settings.items() if name.startswith("model.method.")}
-    cells = (name if value is True else f"{name}={value}" for name, value in of_method.items() if value is not False)
+    cells = (f"{name}={value}" for name, value in of_method.items())
     numbers = {name: v for name, v in of_method.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     return {
         **{name: settings[key] for name, key in COLUMNS.items() if key in settings},
