@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from rlrt_lightning.objective import TeacherWeights
@@ -24,7 +23,7 @@ from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.runtime.checkpoints import problem
 from rlrt_lightning.runtime.errors import ConfigError, did_you_mean
 from rlrt_lightning.runtime.optimizers import probe
-from rlrt_lightning.runtime.tensorboard import BoardLogger
+from rlrt_lightning.runtime.tensorboard import logger_names
 
 if TYPE_CHECKING:
     from rlrt_lightning.tasks import Problem
@@ -131,8 +130,7 @@ def settings(trainer: Trainer, module: Any, data: Any) -> Settings:
             found[PROBLEMS] = digest(data.training_problems)
     found |= {f"trainer.{name}": _plain(getattr(trainer, name, None)) for name in OF_TRAINER}
     found["trainer.strategy"] = type(trainer.strategy).__name__
-    loggers = (TensorBoardLogger if type(each) is BoardLogger else type(each) for each in trainer.loggers)
-    found["trainer.logger"] = [logger.__name__ for logger in loggers]  # the same before and after `adopt`
+    found["trainer.logger"] = logger_names(trainer.loggers)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, TeacherRefresh):
             found |= of_object(callback.schedule(module), TEACHER)

@@ -46,3 +46,8 @@ def adopt(loggers: Iterable[Logger]) -> None:
     for logger in loggers:
         if type(logger) is TensorBoardLogger:
             logger.__class__ = BoardLogger
+
+
+def logger_names(loggers: Iterable[Logger]) -> list[str]:
+    """The names of the loggers' classes, the same before and after `adopt`."""
+    return [(TensorBoardLogger if type(each) is BoardLogger else type(each)).__name__ for each in loggers]

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from rlrt_lightning.analysis.events import event_log, scalars
 from rlrt_lightning.callbacks.boards import CONTINUED, log_picture, log_table, log_text, markdown
-from rlrt_lightning.runtime.tensorboard import BoardLogger, adopt, logged_tag, shown_tag
+from rlrt_lightning.runtime.tensorboard import BoardLogger, adopt, logged_tag, logger_names, shown_tag
 
 
 class MlflowClient:
@@ -128,7 +128,9 @@ def test_other_metrics_keep_their_tags(tag: str) -> None:
 def test_adopted_loggers_hide_epochs_and_readers_find_every_metric(tmp_path: Path) -> None:
     plain, csv = TensorBoardLogger(tmp_path, "", ""), CSVLogger(tmp_path)
     mine = type("Mine", (TensorBoardLogger,), {})(tmp_path / "mine")
+    names = logger_names([plain, csv, mine])
     adopt([plain, csv, mine])
+    assert logger_names([plain, csv, mine]) == names == ["TensorBoardLogger", "CSVLogger", "Mine"]
     assert (type(plain), type(csv), type(mine).__name__) == (BoardLogger, CSVLogger, "Mine")
     plain.log_metrics({"eval/heldout/avg@8": 0.5, "eval/heldout/avg@8_low": 0.25, "epoch": 3}, step=7)
     plain.save()
