@@ -371,7 +371,7 @@ def compare(trainer: Trainer, module: Any, checkpoint: Mapping[str, Any]) -> Non
     if changes.allowed:
         log.warning("settings changed since %s (model.allow_changes): %s", path, "; ".join(changes.allowed))
     if fit:
-        what = f"{type(module.method).__name__}, epoch {checkpoint['epoch'] + 1}"
+        what = f"{type(module.method).__name__}, epoch {checkpoint.get('epoch', -1) + 1}"
         since = f"; changed since: {'; '.join(changes.free)}" if changes.free else ""
         steps = checkpoint.get("global_step")
         print(f"resuming {path}: {what}, after {steps} optimizer steps{since}", file=sys.stderr, flush=True)

@@ -25,8 +25,8 @@ from rlrt_lightning import (
     Verdict,
 )
 from rlrt_lightning.analysis.events import event_log
-from rlrt_lightning.callbacks.boards import CONTINUED
 from rlrt_lightning.callbacks import PromptPreview
+from rlrt_lightning.callbacks.boards import CONTINUED
 from rlrt_lightning.epoch.prompts import PromptReader
 from rlrt_lightning.policy.chat import template_variables
 from rlrt_lightning.policy.texts import MARK, without_thinking
