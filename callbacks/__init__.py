@@ -1,6 +1,7 @@
 """Lightning callbacks, imported as `rlrt_lightning.callbacks`."""
 
 from .collapse_guard import CollapseGuard
+from .dashboard import Dashboard
 from .defaults import CHECKPOINT, WITH_SETTINGS, adopt_checkpoints, default_callbacks
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
@@ -20,6 +21,7 @@ __all__ = [
     "CHECKPOINT",
     "WITH_SETTINGS",
     "CollapseGuard",
+    "Dashboard",
     "EpochMetrics",
     "Evaluation",
     "HFExport",

@@ -88,7 +88,7 @@ class CollapseGuard(Callback):
             change = f"{tag} has gone from {reference:.3g} to {current:.3g} (means of {self.window} epochs)"
             if self.action == "stop":
                 trainer.should_stop = True
-                advice = f"stopped after epoch {trainer.current_epoch}; {ADVICE}, or resume with --ckpt_path last"
+                advice = f"stopped after epoch {trainer.current_epoch + 1}; {ADVICE}, or resume with --ckpt_path last"
             else:
                 advice = ADVICE
             if trainer.is_global_zero:

@@ -9,6 +9,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from .collapse_guard import CollapseGuard
+from .dashboard import Dashboard
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
 from .memory_estimate import MemoryEstimate
@@ -61,7 +62,8 @@ def default_callbacks(
     """
     if made is None:
         made = {name: kind(**(CHECKPOINT if name == "checkpoint" else {})) for name, kind in WITH_SETTINGS.items()}
-    ours: list[Callback] = [EpochMetrics(), SafeStop(), PromptPreview(), MemoryEstimate(), *made.values(), RunReport()]
+    ours: list[Callback] = [EpochMetrics(), SafeStop(), Dashboard(), PromptPreview(), MemoryEstimate()]
+    ours += [*made.values(), RunReport()]
     if progress_bar and not any(isinstance(callback, ProgressBar) for callback in present):
         ours.append(PhaseBar())
     wanted = (callback for callback in ours if checkpoints or not isinstance(callback, ModelCheckpoint))

@@ -18,12 +18,15 @@ from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import gather
 from rlrt_lightning.runtime.run_files import evaluation_folder, keep_folder
 
-from .boards import tensorboards
+from .boards import log_table
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.evaluation.sets import Evaluated
     from rlrt_lightning.module import RLRTModule
+
+SAMPLE = ("prompt", "completion", "expected", "verdict")
+"""Columns of a table of samples."""
 
 
 class Evaluation(Callback):
@@ -31,10 +34,10 @@ class Evaluation(Callback):
     sample completions.
 
     Logs `eval/<benchmark>/avg@n` and `pass@k` with the bounds of their 95 % confidence intervals over problems
-    (`_low`, `_high`), `length`, `truncated` and the share of each label, and writes a table of samples to TensorBoard's
-    text page. Outside of `fit`, every completion and its verdict is written to `<benchmark>.jsonl` after each batch of
-    `data.eval_prompts` problems. At the end, one row per problem is written to `<benchmark>.parquet` and the pass@k
-    curves to `pass_at_k.csv`.
+    (`_low`, `_high`), `length`, `truncated` and the share of each label, and gives a table of samples to the loggers
+    (TensorBoard, W&B, MLflow). Outside of `fit`, every completion and its verdict is written to `<benchmark>.jsonl`
+    after each batch of `data.eval_prompts` problems. At the end, one row per problem is written to
+    `<benchmark>.parquet` and the pass@k curves to `pass_at_k.csv`.
 
     Args:
         ks: Values of k for pass@k; null logs only k = the benchmark's number of samples.
@@ -132,8 +135,7 @@ class Evaluation(Callback):
             elif not trainer.predicting:  # Lightning allows no logging there
                 pl_module.log_dict(values, sync_dist=True)  # the same on all ranks
             if self.table:
-                for board in tensorboards(trainer):
-                    board.add_text(f"samples/{name}", counts.markdown(self.table), step)
+                log_table(trainer, f"samples/{name}", SAMPLE, counts.table(self.table), step)
         if self._results:
             tables = {
                 name: sorted(chain(*gather(counts.problems)), key=lambda row: row["problem"])
@@ -195,22 +197,17 @@ class _Counts:
         labels = sum(gather(self.labels), Counter())
         return values | {f"labels/{name}": n / labels.total() for name, n in labels.items() if name is not None}
 
-    def markdown(self, table: int) -> str:
-        wrong = self.shown[False][: max(table // 2, table - len(self.shown[True]))]
-        rows = [("✓", row) for row in self.shown[True][: table - len(wrong)]] + [("✗", row) for row in wrong]
-        lines = ["| | prompt | completion | expected | verdict |", "| --- | --- | --- | --- | --- |"]
-        for mark, row in rows:
-            question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            cells = (question, row["completion"], str(row["expected"]), row["message"] or str(row["answer"]))
-            lines.append(f"| {mark} | {' | '.join(map(_escape_cell, cells))} |")
-        return "\n".join(lines)
+    def table(self, size: int) -> list[list[str]]:
+        """Rows of a table of samples with the columns `SAMPLE`."""
+        wrong = self.shown[False][: max(size // 2, size - len(self.shown[True]))]
+        return [_sample(row) for row in (*self.shown[True][: size - len(wrong)], *wrong)]
+
+
+def _sample(row: Row) -> list[str]:
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    verdict = f"{'✓' if row['correct'] else '✗'} {row['message'] or row['answer']}"
+    return [prompt, row["completion"], str(row["expected"]), verdict]
 
 
 def _data(trainer: Trainer) -> RolloutDataModule:
     return cast("RolloutDataModule", cast(Any, trainer).datamodule)
-
-
-def _escape_cell(text: str, longest: int = 1500) -> str:
-    """Formats text for a Markdown table cell, as code so that no Markdown or HTML in it is rendered."""
-    text = text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 :]}"
-    return "`" + text.replace("`", "'").replace("|", "¦").replace("\n", " ⏎ ") + "`"

@@ -40,8 +40,9 @@ class NumberGuard(Callback):
     An optimizer step with a non-finite gradient is skipped: weights and optimizer state do not change, the learning
     rate schedule advances. The rollouts of its micro-batches are written to `bad_numbers/step-N.jsonl` in the run's
     folder, those with a non-finite loss first. Rollouts with non-finite log-probs are excluded from the update and
-    written to `bad_numbers/epoch-N.jsonl`. `faults/skipped_steps` and `faults/rollouts` count them. Under
-    `--trainer.precision=16-mixed` the gradient scaler skips steps itself; these count once its scale cannot fall.
+    written to `bad_numbers/epoch-N.jsonl`, with epochs counted from 1. `faults/skipped_steps` and `faults/rollouts`
+    count them. Under `--trainer.precision=16-mixed` the gradient scaler skips steps itself; these count once its scale
+    cannot fall.
 
     Non-finite weights are never saved.
 
@@ -77,12 +78,13 @@ class NumberGuard(Callback):
             rollout = epoch.rollouts[i]
             row = _row(module, what, rollout.prompt_ids, rollout.response_ids)
             rows.append({**row, **_rollout_fields(trainer, rollout, float(epoch.advantages[i]))})
-        path = self._write(trainer, f"epoch-{trainer.current_epoch}", rows)
+        number = trainer.current_epoch + 1
+        path = self._write(trainer, f"epoch-{number}", rows)
         if trainer.is_global_zero:
-            log.warning("%d rollouts of epoch %d have non-finite log-probs: %s", count, trainer.current_epoch, path)
+            log.warning("%d rollouts of epoch %d have non-finite log-probs: %s", count, number, path)
         if count >= trainer.world_size * len(epoch.rollouts):
             raise ConfigError(
-                f"all rollouts of epoch {trainer.current_epoch} have non-finite log-probs; see {path}. The model's "
+                f"all rollouts of epoch {number} have non-finite log-probs; see {path}. The model's "
                 "weights or the engine (data.engine) are broken: resume from an earlier checkpoint"
             )
 

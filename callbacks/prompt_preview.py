@@ -20,7 +20,7 @@ from rlrt_lightning.rollouts import Rollout
 from rlrt_lightning.tasks import Problem
 from rlrt_lightning.teacher import Teacher
 
-from .boards import tensorboards
+from .boards import log_text
 
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
@@ -38,10 +38,10 @@ PLACEHOLDERS = {"feedback": "(the verifier's message on a response)"}
 class PromptPreview(Callback):
     """Shows an example prompt as the model reads it, with special tokens, and in training one of the teacher.
 
-    Prompts are logged before the weights are loaded, and written to TensorBoard's text page as `prompts/student` and
-    `prompts/teacher`, with the problem's solution or answer if the data has one. Warns of prompts that end in an end
-    token, of stop strings and thinking tags that are special tokens, and of special tokens in a prompt that the
-    tokenizer does not have.
+    Prompts are logged before the weights are loaded, and given to the loggers (TensorBoard, W&B, MLflow) as the texts
+    `prompts/student` and `prompts/teacher`, with the problem's solution or answer if the data has one. Warns of prompts
+    that end in an end token, of stop strings and thinking tags that are special tokens, and of special tokens in a
+    prompt that the tokenizer does not have.
     """
 
     def __init__(self) -> None:
@@ -66,11 +66,9 @@ class PromptPreview(Callback):
                 logging.getLogger(__name__).warning(message)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the prompts to TensorBoard once. This creates the run's folder, so it waits until the run starts."""
+        """Gives the prompts to the loggers once. This creates the run's folder, so it waits until the run starts."""
         for who, text in self._texts.items():
-            for board in tensorboards(trainer):
-                as_code = textwrap.indent(text, "    ", lambda line: True)
-                board.add_text(f"prompts/{who}", as_code, trainer.global_step)
+            log_text(trainer, f"prompts/{who}", text, trainer.global_step)
         self._texts = {}
 
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _write

@@ -14,7 +14,8 @@ from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import Mean, mean_over_ranks
 from rlrt_lightning.runtime.run_files import claim_path
 
-from .boards import tensorboards
+from .boards import log_picture, tensorboards
+from .signal_pages import link_pages, page_path
 from .signal_picture import Picture, Scored, Token, draw, effects, html_page
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class ReversedSignalLogger(Callback):
     Args:
         picture_every_n_epochs: Interval, in epochs and starting with the first, of pictures that show the correct
             rollouts with the largest |D_t|, one per problem, with each token coloured by D_t: `signal/epoch-N.html` and
-            `.png` in the run's folder, and the image in TensorBoard. 0 disables them.
+            `.png` in the run's folder, with epochs counted from 1 and all of them linked in `signal/index.html`, and
+            the image in TensorBoard, W&B and MLflow. 0 disables them.
         rollouts: Number of rollouts in a picture.
     """
 
@@ -61,7 +63,7 @@ class ReversedSignalLogger(Callback):
         folder = claim_path(trainer, "signal")
         every = self.picture_every_n_epochs
         if trainer.is_global_zero and every and trainer.current_epoch % every == 0:
-            title = f"{type(module.method).__name__}, epoch {trainer.current_epoch}"
+            title = f"{type(module.method).__name__}, epoch {trainer.current_epoch + 1}"
             title += f", training reward {data.rollout_metrics['rollout/reward']:.2f}"
             _publish(trainer, make_picture(module, epoch, title, self.rollouts), folder)
 
@@ -75,11 +77,12 @@ class ReversedSignalLogger(Callback):
 
 def _publish(trainer: Trainer, picture: Picture, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    file, image = folder / f"epoch-{trainer.current_epoch}", draw(picture)
-    file.with_suffix(".html").write_text(html_page(picture), encoding="utf-8")
-    Image.fromarray(image).save(file.with_suffix(".png"))
-    for board in tensorboards(trainer):
-        board.add_image("signal/rollouts", image, trainer.global_step, dataformats="HWC")
+    epoch, image = trainer.current_epoch + 1, draw(picture)
+    page = page_path(folder, epoch)
+    page.write_text(html_page(picture), encoding="utf-8")
+    Image.fromarray(image).save(page.with_suffix(".png"))
+    link_pages(folder, epoch)
+    log_picture(trainer, "signal/rollouts", image, trainer.global_step)
 
 
 def signal_statistics(epoch: EpochRecord) -> dict[str, float]:

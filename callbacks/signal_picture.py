@@ -113,7 +113,7 @@ def _percent(logp: float) -> str:
 
 _HOVER = f"<br>Full colour from {FULL_COLOUR:g} nats. Hover over a token for its values."
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 section { border-top: 1px solid #ccc; padding: .8rem 0 }
@@ -127,7 +127,8 @@ summary { cursor: pointer }
 
 
 def html_page(picture: Picture) -> str:
-    """A page without external resources, each token coloured by D_t and with its values in a tooltip."""
+    """A page without external resources, each token coloured by D_t and with its values in a tooltip. Its `nav` is
+    empty; `link_pages` links it with the pages of other epochs."""
     legend = "".join(
         f'<br><span class="swatch" style="background:{_css(rgb)}"></span>{html.escape(text)}'
         for rgb, text in picture.legend
@@ -136,7 +137,7 @@ def html_page(picture: Picture) -> str:
     title = html.escape(picture.title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>"
+        f"<style>{STYLE}</style></head>\n<body><nav></nav><h1>{title}</h1>"
         f"<p>{html.escape(picture.remark)}{legend}{legend and _HOVER}</p>\n{sections}\n</body></html>\n"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -25,7 +24,7 @@ from rlrt_lightning.runtime.run_files import claim_path
 from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.tasks import Task
 
-from .boards import tensorboards
+from .boards import log_picture, log_text
 from .evaluation import Evaluation
 from .teacher_picture import draw_teacher
 from .teacher_refresh import TeacherRefresh, check_scored_by
@@ -196,9 +195,7 @@ class TeacherEvaluation(Callback):
                 logger.log_metrics(values, trainer.global_step)
         elif not trainer.predicting:  # Lightning allows no logging there
             pl_module.log_dict(values, sync_dist=True)  # the same on all ranks
-        for board in tensorboards(trainer):
-            text = textwrap.indent("\n".join(self.lines), "    ")
-            board.add_text(f"{FOLDER}/table", text, trainer.global_step)
+        log_text(trainer, f"{FOLDER}/table", "\n".join(self.lines), trainer.global_step)
 
     def _draw(self, trainer: Trainer, title: str) -> None:
         figure = draw_teacher(self.scores, title)
@@ -206,8 +203,7 @@ class TeacherEvaluation(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         image = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-        for board in tensorboards(trainer):
-            board.add_image(f"{FOLDER}/evaluation", image, trainer.global_step, dataformats="HWC")
+        log_picture(trainer, f"{FOLDER}/evaluation", image, trainer.global_step)
 
     def _path(self, trainer: Trainer) -> Path:
         every = cast(Any, trainer).callbacks

@@ -21,6 +21,7 @@ EXPECTED_WARNINGS = (
     r"The dirpath has changed from",
     r"Found \d+ module\(s\) in eval mode",
     r"Total length of .* across ranks is zero",
+    r"MLFlow only allows .* Replacing",
 )
 """Warnings to suppress because users cannot act on them: regular expressions that match their beginning."""
 
@@ -35,6 +36,7 @@ def main(args: list[str] | None = None) -> int:
         Exit code: 0, or 2 if a setting or an input is wrong.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn about the verifier's processes
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each table, between our lines
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     words = sys.argv[1:] if args is None else args

@@ -23,6 +23,7 @@ from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.runtime.checkpoints import problem
 from rlrt_lightning.runtime.errors import ConfigError, did_you_mean
 from rlrt_lightning.runtime.optimizers import probe
+from rlrt_lightning.runtime.tensorboard import logger_names
 
 if TYPE_CHECKING:
     from rlrt_lightning.tasks import Problem
@@ -129,7 +130,7 @@ def settings(trainer: Trainer, module: Any, data: Any) -> Settings:
             found[PROBLEMS] = digest(data.training_problems)
     found |= {f"trainer.{name}": _plain(getattr(trainer, name, None)) for name in OF_TRAINER}
     found["trainer.strategy"] = type(trainer.strategy).__name__
-    found["trainer.logger"] = [type(logger).__name__ for logger in trainer.loggers]
+    found["trainer.logger"] = logger_names(trainer.loggers)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, TeacherRefresh):
             found |= of_object(callback.schedule(module), TEACHER)
@@ -370,7 +371,7 @@ def compare(trainer: Trainer, module: Any, checkpoint: Mapping[str, Any]) -> Non
     if changes.allowed:
         log.warning("settings changed since %s (model.allow_changes): %s", path, "; ".join(changes.allowed))
     if fit:
-        what = f"{type(module.method).__name__}, epoch {checkpoint.get('epoch')}"
+        what = f"{type(module.method).__name__}, epoch {checkpoint.get('epoch', -1) + 1}"
         since = f"; changed since: {'; '.join(changes.free)}" if changes.free else ""
         steps = checkpoint.get("global_step")
         print(f"resuming {path}: {what}, after {steps} optimizer steps{since}", file=sys.stderr, flush=True)

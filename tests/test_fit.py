@@ -57,7 +57,7 @@ def test_a_run_logs_all_expected_metrics_without_nan(run4: Path) -> None:
 
 def test_a_run_writes_pictures_samples_and_its_config(run4: Path) -> None:
     folder = run4 / "last-digit" / "rlrt-0"
-    page = (folder / "signal" / "epoch-0.html").read_text(encoding="utf-8")
+    page = (folder / "signal" / "epoch-1.html").read_text(encoding="utf-8")
     assert "background:rgb(" in page
     assert "http" not in page, "the page loads nothing from elsewhere"
     log = event_log(folder, "images", "tensors")

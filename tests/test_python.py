@@ -30,7 +30,15 @@ from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE
 from tests.helpers.command_line import cli_exit_code, scalars, weights, without_timings
 from tests.helpers.marks import slow_except
 
-OURS = ["EpochMetrics", "SafeStop", "PromptPreview", "MemoryEstimate", "TeacherRefresh", "ReversedSignalLogger"]
+OURS = [
+    "EpochMetrics",
+    "SafeStop",
+    "Dashboard",
+    "PromptPreview",
+    "MemoryEstimate",
+    "TeacherRefresh",
+    "ReversedSignalLogger",
+]
 OURS += ["Evaluation", "TeacherEvaluation", "RankGuard", "NumberGuard", "CollapseGuard", "RunReport", "RunCheckpoint"]
 
 
@@ -318,7 +326,7 @@ def test_a_run_has_a_local_folder_with_any_logger(
     found = run_folder(made)
     assert found.is_relative_to(root)
     assert folder is None or found == root / folder
-    assert {"signal/epoch-0.html", "evaluation/step-2/heldout.jsonl"} <= files(found)
+    assert {"signal/epoch-1.html", "evaluation/step-2/heldout.jsonl"} <= files(found)
     if "memory" not in str(made.loggers and made.loggers[0].save_dir):
         assert "checkpoints/last.ckpt" in files(found)
     for each in made.loggers:
@@ -349,4 +357,4 @@ def test_a_run_with_mlflow_on_a_database_writes_local_files(tmp_path: Path) -> N
     made.fit(module(), data())
     assert logger.save_dir is None
     folder = tmp_path / str(logger.name) / str(logger.version)
-    assert {"signal/epoch-0.html", "checkpoints/last.ckpt"} <= files(folder)
+    assert {"signal/epoch-1.html", "checkpoints/last.ckpt"} <= files(folder)

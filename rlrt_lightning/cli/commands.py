@@ -84,8 +84,8 @@ class RLRTCli(LightningCLI):
     Every run has the callbacks `TeacherRefresh`, `ReversedSignalLogger`, `Evaluation`, `TeacherEvaluation`,
     `RankGuard`, `NumberGuard`, `CollapseGuard` and `ModelCheckpoint`, configured by the short keys `teacher_refresh`,
     `reversed_signal`, `evaluation`, `teacher_evaluation`, `rank_guard`, `number_guard`, `collapse_guard` and
-    `checkpoint`. A callback of the same class under `trainer.callbacks` replaces the default one. `SafeStop` and
-    `PromptPreview` have no settings and are always added.
+    `checkpoint`. A callback of the same class under `trainer.callbacks` replaces the default one. `SafeStop`,
+    `Dashboard` and `PromptPreview` have no settings and are always added.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:

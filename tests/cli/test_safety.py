@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlrt_lightning import ConfigError, Policy
 from rlrt_lightning.__main__ import main
-from rlrt_lightning.callbacks.evaluation import _escape_cell
+from rlrt_lightning.callbacks.boards import markdown
 from rlrt_lightning.callbacks.signal_picture import Picture, Scored, Token, html_page
 from rlrt_lightning.policy.model import EMBEDDED
 from rlrt_lightning.rollouts.vllm_client import Server
@@ -198,8 +198,9 @@ def test_markup_in_completions_is_escaped() -> None:
     page = html_page(Picture(text, text, text, text, [rollout]))
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 10
-    cell = _escape_cell(text)
-    assert cell[1:-1].count("`") == cell.count("|") == 0
+    row = markdown(["prompt"], [[text]]).splitlines()[2]
+    assert row.startswith("| `<script>")
+    assert row.count("`") == row.count("|") == 2, "one cell, all of it code"
 
 
 # -- credentials ---------------------------------------------------------------------------------------------------

@@ -130,9 +130,9 @@ class Broken(Callback):
 
 
 def test_non_finite_weights_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="all rollouts of epoch 0 have non-finite log-probs"):
+    with pytest.raises(ConfigError, match="all rollouts of epoch 1 have non-finite log-probs"):
         fit_and_record(tmp_path, LastDigit(), epochs=3, callbacks=[Broken(), NumberGuard(2)], minibatches=1)
-    assert rows(tmp_path / "bad_numbers" / "epoch-0.jsonl")[0]["bad"] == "logp of the sampler is nan at token 0"
+    assert rows(tmp_path / "bad_numbers" / "epoch-1.jsonl")[0]["bad"] == "logp of the sampler is nan at token 0"
     policy = torch.nn.Linear(2, 2)
     module, trainer = cast(Any, SimpleNamespace(policy=policy)), cast(Any, SimpleNamespace(world_size=1, global_step=7))
     NumberGuard().on_save_checkpoint(trainer, module, {})
@@ -174,7 +174,7 @@ def test_rollouts_with_non_finite_log_probs_are_masked(method: Method, rescore: 
     assert all(math.isfinite(value) for value in seen.metrics.values())
     assert all(torch.isfinite(p).all() for p in module.parameters())
     assert weights_changed(module)
-    assert {row["problem"] for row in rows(tmp_path / "bad_numbers" / "epoch-0.jsonl")} == {
+    assert {row["problem"] for row in rows(tmp_path / "bad_numbers" / "epoch-1.jsonl")} == {
         p.id for p in epoch.problems
     }
 

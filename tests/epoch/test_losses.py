@@ -174,7 +174,7 @@ class Poisoned(TeacherRefresh):
 
 def test_non_finite_log_probs_of_the_reference_end_the_run_and_are_reported(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"callbacks": [Poisoned()], "model": {"reference_kl": 0.1}}
-    with pytest.raises(ConfigError, match="all rollouts of epoch 0 have non-finite log-probs"):
+    with pytest.raises(ConfigError, match="all rollouts of epoch 1 have non-finite log-probs"):
         fit_and_record(tmp_path, RuleTask(half), **settings)
     (report,) = tmp_path.glob("bad_numbers/*.jsonl")
     assert "logp of the reference is nan" in report.read_text(encoding="utf-8")

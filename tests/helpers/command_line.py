@@ -54,7 +54,7 @@ def evaluation_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def without_timings(curves: dict[str, Any]) -> dict[str, Any]:
     """The curves without times and speeds: two equal runs agree in all of them."""
-    return {tag: curve for tag, curve in curves.items() if not tag.startswith(("time/", "speed/")) and tag != "epoch"}
+    return {tag: curve for tag, curve in curves.items() if not tag.startswith(("time/", "speed/"))}
 
 
 def weights(folder: Path, number: int = 0) -> dict[str, torch.Tensor]:

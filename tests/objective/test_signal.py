@@ -40,7 +40,7 @@ def run_epoch(folder: Path, scored_by: Literal["trainer", "engine"], **settings:
     recorder, _ = fit_and_record(
         folder, LastDigit(), engine=ScoringEngine(), scored_by=scored_by, callbacks=[picture], **settings
     )
-    return recorder.epochs[0], (folder / "signal" / "epoch-0.html").read_text(encoding="utf-8")
+    return recorder.epochs[0], (folder / "signal" / "epoch-1.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from rlrt_lightning import (
 )
 from rlrt_lightning.analysis.events import event_log
 from rlrt_lightning.callbacks import PromptPreview
+from rlrt_lightning.callbacks.boards import CONTINUED
 from rlrt_lightning.epoch.prompts import PromptReader
 from rlrt_lightning.policy.chat import template_variables
 from rlrt_lightning.policy.texts import MARK, without_thinking
@@ -396,10 +397,9 @@ def test_a_verifier_fault_is_not_shown_as_feedback() -> None:
 def texts_of(folder: Path) -> dict[str, str]:
     (events,) = folder.rglob("events.out.tfevents.*")
     log = event_log(events.parent, "tensors")
-    return {
-        tag.removesuffix("/text_summary"): log.Tensors(tag)[0].tensor_proto.string_val[0].decode()
-        for tag in log.Tags()["tensors"]
-    }
+    tags = [tag for tag in log.Tags()["tensors"] if tag.endswith("/text_summary")]
+    texts = {tag: log.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags}
+    return {tag.removesuffix("/text_summary"): text.replace(f"\n    {CONTINUED}", "") for tag, text in texts.items()}
 
 
 def test_a_run_logs_example_prompts_of_student_and_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -72,7 +72,7 @@ def test_a_run_leaves_the_users_files_unchanged(
     """The run starts in a folder with the user's config and other results."""
     monkeypatch.chdir(tmp_path)
     mine = {"config.yaml": (ROOT / "configs" / "rlrt.yaml").read_text()}
-    mine |= dict.fromkeys(("evaluation/heldout.jsonl", "signal/epoch-0.html", "metrics.csv", "export/model"), "mine")
+    mine |= dict.fromkeys(("evaluation/heldout.jsonl", "signal/epoch-1.html", "metrics.csv", "export/model"), "mine")
     for name, text in mine.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
@@ -89,7 +89,7 @@ def test_a_run_leaves_the_users_files_unchanged(
 
 @pytest.mark.parametrize(
     ("logger", "existing"),
-    [("CSVLogger", "metrics.csv"), ("CSVLogger", "config.yaml"), ("TensorBoardLogger", "signal/epoch-0.html")],
+    [("CSVLogger", "metrics.csv"), ("CSVLogger", "config.yaml"), ("TensorBoardLogger", "signal/epoch-1.html")],
 )
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")  # Lightning warns, but the run is refused
 def test_a_folder_with_files_of_another_run_is_refused(

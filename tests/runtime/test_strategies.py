@@ -320,7 +320,7 @@ def test_fsdp_from_the_command_line_trains_resumes_and_evaluates(tmp_path: Path)
     for tag in ("rollout/reward", "labels/guess", "signal/context", "train/grad_norm", "eval/heldout/avg@8"):
         assert got[tag][0] == pytest.approx(expected[tag][0]), tag
     assert got["rollout/reward"][2] == pytest.approx(expected["rollout/reward"][2])
-    assert (folder / "last-digit" / "rlrt-0" / "signal" / "epoch-0.html").exists()
+    assert (folder / "last-digit" / "rlrt-0" / "signal" / "epoch-1.html").exists()
     assert (folder / "last-digit" / "rlrt-0" / "evaluation" / "step-6" / "pass_at_k.csv").exists()
     assert runs_in(folder) == [folder / "last-digit" / "rlrt-0"], "both ranks agree on the folder"
 
