@@ -409,7 +409,7 @@ def test_a_reward_defined_in_a_notebook_works(monkeypatch, make):
 def test_a_reward_in_a_notebook_that_cannot_be_sent_is_refused_at_the_start(monkeypatch):
     code = "import threading\nlock = threading.Lock()\ndef judge(problem, completion):\n    return lock.locked()"
     main = as_in_a_notebook(monkeypatch, code)
-    with pytest.raises(ConfigError, match="ByFunction cannot be pickled .*lock.*; put .*and use only plain data in"):
+    with pytest.raises(ConfigError, match=r"ByFunction cannot be pickled .*lock.*; put .*and use only plain data in"):
         Verifier(ByFunction(main.judge))
 
 
