@@ -11,7 +11,9 @@ kernel on a CPU computes it: without a mask only the pairs below the diagonal.
 - minimum: each distinct prompt and each response token once forward, and backward for twice that. The old log-probs
   come from the sampler, and nothing is recomputed.
 
-With --methods it counts a plain step of each method instead, relative to GRPO (a few minutes).
+With --methods it counts a plain step of each method instead, relative to GRPO (a few minutes). With --recipes it prints
+the work of an epoch of each recipe, by formula (a few seconds); no time follows from it, because sampling is limited by
+memory bandwidth, not by FLOP.
 """
 
 from __future__ import annotations
@@ -286,6 +288,70 @@ def count_methods(args: argparse.Namespace) -> None:
         print(f"| {case.split('/')[0]} | {count / 1e9:.0f} | {count / counts['GRPO/plain']:.2f} |")
 
 
+# -- the recipes ---------------------------------------------------------------------------------------------------
+
+PROMPT = 200
+"""Assumed length of a recipe's prompt, in tokens."""
+
+
+def epoch_work(recipe: Path, length: int) -> dict[str, float]:
+    """FLOP of an epoch of a recipe whose model is a Qwen3, by part: matmuls with the weights and the head, and causal
+    attention. Each distinct prompt, and each of the teacher's contexts, is read once for all its rollouts; training
+    reads each sequence whole, and its backward pass is twice the forward pass.
+
+    Args:
+        recipe: The config.
+        length: Length of every response, in tokens.
+    """
+    from memory import qwen3, section
+    from transformers import AutoModelForCausalLM
+
+    from rlrt_lightning.policy.work import Work
+
+    policy, data = section(recipe, "model")["policy"], section(recipe, "data")
+    config = qwen3(re.findall(r"[\d.]+B", policy["path"])[0])
+    with torch.device("meta"):
+        work = Work.of(AutoModelForCausalLM.from_config(config).model, config)
+    prompts, rollouts = data["prompts_per_epoch"], data["prompts_per_epoch"] * data["rollouts_per_prompt"]
+
+    def forward(prefixes: int, prefix: int) -> float:
+        """Prefixes that are read once, and the rollouts after them."""
+        tokens = prefixes * prefix + rollouts * length
+        pairs = prefixes * prefix**2 / 2 + rollouts * length * (prefix + length / 2)
+        head = 2.0 * config.hidden_size * config.vocab_size * rollouts * length
+        return work.per_token * tokens + work.per_pair * pairs + head
+
+    # The context is another correct rollout of the group: the first one for all but itself, which gets the second.
+    teacher = forward(2 * prompts, PROMPT + length)
+    policy_scores = forward(prompts, PROMPT) if data["rescore"] else 0.0
+    passes = 4 if policy.get("gradient_checkpointing", False) else 3
+    return {
+        "rollouts": forward(prompts, PROMPT),
+        "scoring": policy_scores + teacher,
+        "training": passes * forward(rollouts, PROMPT),
+    }
+
+
+def recipes_table() -> str:
+    """The table of the recipes."""
+    from memory import section
+
+    lines = [
+        "| recipe | rollouts of an epoch | tokens of a response | rollouts, PFLOP | scoring | training | in all |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for path in sorted((Path(__file__).parents[1] / "configs/recipes").glob("*.yaml")):
+        data = section(path, "data")
+        longest = data["sampling"]["max_new_tokens"]
+        for length in (longest // 4, longest):
+            parts = epoch_work(path, length)
+            petaflop = [flop / 1e15 for flop in (*parts.values(), sum(parts.values()))]
+            cells = " | ".join(f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in petaflop)
+            rollouts = data["prompts_per_epoch"] * data["rollouts_per_prompt"]
+            lines.append(f"| `{path.stem}` | {rollouts:,} | {length:,} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4, help=f"prompts per step, with {K} rollouts each")
@@ -296,11 +362,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="number of layers")
     parser.add_argument("--vocabulary", type=int, default=16384, help="vocabulary size")
     parser.add_argument("--methods", action="store_true", help="count each method")
+    parser.add_argument("--recipes", action="store_true", help="the work of an epoch of each recipe, by formula")
     parser.add_argument("--out", help="JSON file for all counts")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args)), flush=True)
+        return
+    if args.recipes:
+        print(recipes_table())
         return
     if args.methods:
         count_methods(args)

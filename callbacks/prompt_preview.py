@@ -32,16 +32,14 @@ MAX_CHARACTERS = 4000
 PLACEHOLDERS = {"feedback": "(the verifier's message on a response)"}
 """Placeholders for contexts that come from rollouts; `(a correct response)` for any other kind."""
 
-# Forms of special tokens in chat templates. Models are rarely trained on them as plain text.
-
 
 class PromptPreview(Callback):
     """Shows an example prompt as the model reads it, with special tokens, and in training one of the teacher.
 
     Prompts are logged before the weights are loaded, and given to the loggers (TensorBoard, W&B, MLflow) as the texts
     `prompts/student` and `prompts/teacher`, with the problem's solution or answer if the data has one. Warns of prompts
-    that end in an end token, of stop strings and thinking tags that are special tokens, and of special tokens in a
-    prompt that the tokenizer does not have.
+    that end in an end token, of words that the tokenizer does not know, of stop strings and thinking tags that are
+    special tokens, and of special tokens in a prompt that the tokenizer does not have.
     """
 
     def __init__(self) -> None:
@@ -90,6 +88,7 @@ def warnings(policy: Policy, prompts: dict[str, list[int]], stops: Sequence[str]
                 f"the {who} prompt ends in the end token {_as_text(policy, [last])!r}; check that the chat template "
                 "starts the response (add_generation_prompt)"
             )
+    yield from _unknown_words(policy, prompts["student"])
     for stop in stops:
         if found := [token for token in special if token in stop]:
             seen = "include" if policy.decode([special[found[0]]]) else "omit"
@@ -100,6 +99,17 @@ def warnings(policy: Policy, prompts: dict[str, list[int]], stops: Sequence[str]
     for tag in (OPENING_TAG, CLOSING_TAG):
         if tag in special:
             yield f"{tag} is a special token of this tokenizer, but completions include it"
+
+
+def _unknown_words(policy: Policy, ids: list[int]) -> Iterator[str]:
+    """The teacher's prompt is not checked: in the preview, its context is a placeholder."""
+    tokenizer = policy.tokenizer
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}  # as in GPT-2's tokenizer
+    if (unknown := tokenizer.unk_token_id) not in others and (count := ids.count(cast(int, unknown))):
+        yield (
+            f"{count} of the {len(ids)} tokens of the student prompt are {tokenizer.unk_token}: the tokenizer does not "
+            "have these words, and the model reads the same token for all of them; use other words or another model"
+        )
 
 
 def _teacher_prompt(teacher: Teacher, policy: Policy, problem: Problem, method: Method) -> list[int]:

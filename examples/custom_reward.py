@@ -32,9 +32,9 @@ def short_and_right(problem: Problem, completion: str) -> Verdict:
     return Verdict(reward=float(correct) * (1.0 if short else 0.5), correct=correct, label="short" if short else "long")
 
 
-def write_totals(path: Path, rows: int = 400) -> None:
+def write_totals(path: Path, rows: int, seed: int) -> None:
     """Writes questions about totals with their answers."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
             numbers = [rng.randint(1, 9) for _ in range(4)]
@@ -44,11 +44,12 @@ def write_totals(path: Path, rows: int = 400) -> None:
 
 
 def main(max_epochs: int = 10) -> None:
-    """Trains on a file that is written first."""
+    """Trains on a file that is written first, and evaluates on another one."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "totals.jsonl"
-        write_totals(path)
-        task = DatasetTask(str(path), heldout=str(path), prompt="question", answer="answer", reward=short_and_right)
+        train, heldout = Path(folder) / "train.jsonl", Path(folder) / "heldout.jsonl"
+        write_totals(train, rows=400, seed=0)
+        write_totals(heldout, rows=40, seed=1)
+        task = DatasetTask(str(train), str(heldout), prompt="question", answer="answer", reward=short_and_right)
         module = RLRTModule(
             Policy("embedded"),
             Teacher("{prompt} a correct solution: {context}. now answer:"),

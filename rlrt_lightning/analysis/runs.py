@@ -66,7 +66,7 @@ def curves(folders: dict[str, Path], out: Path, tags: Sequence[str] = tuple(TAGS
 
     Args:
         folders: Folders with TensorBoard events, by name.
-        out: Output folder.
+        out: Output folder, created if needed.
         tags: Metrics to plot, one panel each.
 
     Returns:
@@ -79,6 +79,7 @@ def curves(folders: dict[str, Path], out: Path, tags: Sequence[str] = tuple(TAGS
     for tag in tags:
         if not any(run[tag] for runs in values.values() for run in runs):
             raise ConfigError(f"curves: no run has the tag {tag}")
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "run", "step", "tag", "value"])
@@ -112,7 +113,7 @@ def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
     Args:
         folders: Folders with evaluation results (`<benchmark>.parquet`), by name. If a folder has the results of
             several seeds, pass@k is their mean.
-        out: Output folder.
+        out: Output folder, created if needed.
 
     Returns:
         The written files.
@@ -130,6 +131,7 @@ def pass_at_k(folders: dict[str, Path], out: Path) -> list[Path]:
         for benchmark, problems in table.items()
         for point in pass_curve(problems)
     ]
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "pass_at_k.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["name", "benchmark", "k", "pass", "low", "high"])
         writer.writeheader()

@@ -29,6 +29,24 @@ from rlrt_lightning.runtime.run_files import run_of
 class InstrumentTrainer(Trainer):
     """Lightning's trainer with `reflection`, `shift` and `serve`."""
 
+    # `--help` shows the first line of the docstrings. Lightning's describe its own use of data.
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Trains the policy."""
+        super().fit(*args, **kwargs)
+
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates a checkpoint, or the initial weights, on the evaluation sets."""
+        return super().validate(*args, **kwargs)
+
+    def test(self, *args: Any, **kwargs: Any) -> Any:
+        """Does the same as `validate`, under Lightning's other name."""
+        return super().test(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Does the same as `validate`, and returns the rollouts in Python."""
+        return super().predict(*args, **kwargs)
+
     def reflection(
         self,
         model: LightningModule,

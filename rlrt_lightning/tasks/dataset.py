@@ -143,7 +143,8 @@ class DatasetTask(Task):
     def _read(self, split: Split) -> list[Problem]:
         source = {"train": self.train, "heldout": self.heldout}[split]
         if source is None:
-            raise ConfigError(f"the task has no {split} problems: set `{split}` to a data source")
+            unneeded = ", or data.benchmarks to {} for a run without evaluation" if split == "heldout" else ""
+            raise ConfigError(f"data.task: there are no {split} problems; set data.task.{split} to a file{unneeded}")
         rows = read_rows(source, split)
         where = f"{split} ({source})"
         if not rows:

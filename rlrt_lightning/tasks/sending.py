@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import sys
 import threading
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+import cloudpickle
 
 from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.tasks.base import Task
@@ -18,41 +17,23 @@ _ADVICE = "put rewards and tasks at the top level of an importable file, as func
 _lock = threading.Lock()
 
 
-class _Pickler(pickle.Pickler):
-    """Records the classes and functions that are defined in `__main__`."""
-
-    def __init__(self) -> None:
-        self.buffer = io.BytesIO()
-        self.from_main: list[str] = []
-        super().__init__(self.buffer)
-
-    def persistent_id(self, obj: Any) -> None:
-        """See `pickle.Pickler.persistent_id`: called with every object, including classes and functions."""
-        if isinstance(obj, (type, types.FunctionType)) and obj.__module__ == "__main__":
-            self.from_main.append(obj.__qualname__)
-
-
 def pickled(task: Task) -> bytes:
     """Pickles a task for the worker processes.
 
+    They import what is defined in a file. What is defined in a notebook's cell, on standard input or in an interactive
+    session cannot be imported, so its code and the global variables that it uses are sent along (cloudpickle), with
+    their values at the start of the run.
+
     Raises:
-        ConfigError: If they cannot load it, for example because it holds a lambda, an open file, or an object defined
-            in a notebook cell.
+        ConfigError: If they cannot load it, for example because it holds an open file, or a lambda in a script.
     """
-    pickler = _Pickler()
     try:
-        pickler.dump(task)
+        return pickle.dumps(task) if _main_is_a_file() else cloudpickle.dumps(task)
     except Exception as error:
         raise ConfigError(
             f"the task {type(task).__name__} cannot be pickled for the verifier's processes: {type(error).__name__}: "
-            f"{first_line(error)}; {_ADVICE}, and store only plain data in the task"
+            f"{first_line(error)}; {_ADVICE}, and use only plain data in them"
         ) from error
-    if pickler.from_main and not _main_is_a_file():
-        raise ConfigError(
-            f"the task {type(task).__name__} uses {pickler.from_main[0]}, which is defined in a notebook, on standard "
-            f"input or in an interactive session, so the verifier's processes cannot import it; {_ADVICE}"
-        )
-    return pickler.buffer.getvalue()
 
 
 def _main_is_a_file() -> bool:

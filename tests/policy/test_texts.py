@@ -450,6 +450,13 @@ def test_the_preview_warns_of_likely_mistakes(tmp_path: Path, caplog: pytest.Log
     assert "<think> is a special token" in log
 
 
+def test_the_preview_warns_of_words_that_the_tokenizer_does_not_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = preview(tmp_path, Policy(), caplog, problem=Problem("p", "tea 4 coffee 8", answer="2"))
+    assert "1 of the 6 tokens of the student prompt are <unk>: the tokenizer does not have these words" in log
+
+
 def test_the_preview_warns_of_a_tag_that_ends_responses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy = byte_policy(tmp_path, special=["<answer>", "</answer>"])
     policy.end_tokens.append(policy.tokenizer.convert_tokens_to_ids("</answer>"))

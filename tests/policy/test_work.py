@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from work import epoch_work, recipes_table
 
 from rlrt_lightning.policy.model import Policy
 from rlrt_lightning.policy.padding import pad_sequences, share_prompts
 from rlrt_lightning.policy.work import Work
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_policy
 
 LONG_BESIDE_SHORT = [([3, 4, 5], [6] * 40), ([7] * 30, [8, 9]), ([3] * 9, [4] * 15), ([5], [6])]
@@ -128,3 +130,20 @@ def test_prompts_are_shared_where_counted_work_says_that_it_pays(prompt: int, re
 
 def test_prompts_without_siblings_are_not_shared() -> None:
     assert not QWEN3_4B.worth_sharing([([1 + i] * 300, [2] * 100) for i in range(8)])
+
+
+def test_the_docs_have_the_work_of_the_recipes() -> None:
+    """docs/recipes.md has the cells of the benchmark's table."""
+    rows = [row.split(" | ", 2)[2] for row in recipes_table().splitlines()[2:]]
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert len(rows) == 12
+    assert all(row in page for row in rows)
+
+
+def test_training_takes_three_forward_passes_and_a_fourth_with_checkpointing() -> None:
+    recipes = ROOT / "configs" / "recipes"
+    small, paper = (
+        epoch_work(recipes / name, 10_000) for name in ("gsm8k-qwen3-1.7b.yaml", "paper-qwen3-4b-base.yaml")
+    )
+    assert small["training"] / small["rollouts"] == pytest.approx(3, rel=0.05)  # besides the prompts
+    assert paper["training"] / paper["rollouts"] == pytest.approx(4, rel=0.05)

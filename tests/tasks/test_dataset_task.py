@@ -200,7 +200,7 @@ def test_unreadable_sources_are_refused_in_one_line(tmp_path):
     path = write(tmp_path / "hopeless.jsonl", [row("")])
     with pytest.raises(ConfigError, match="no usable row: row 1: no prompt"):
         read(path, bad_rows="skip")
-    with pytest.raises(ConfigError, match="set `heldout` to a data source"):
+    with pytest.raises(ConfigError, match=r"set data\.task\.heldout to a file, or data\.benchmarks to {} for"):
         DatasetTask(train=path).problems("heldout")
 
 

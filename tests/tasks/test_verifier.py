@@ -371,10 +371,16 @@ def as_in_a_notebook(monkeypatch, code):
 CELL = """
 from rlrt_lightning.tasks import Task, Verdict, DatasetTask, ExactMatch
 
-def judge(problem, completion):
-    return Verdict(1.0, True)
+full = 1.0
 
-class Mine(ExactMatch): ...
+def judge(problem, completion):
+    return Verdict(full, True)
+
+unnamed = lambda problem, completion: judge(problem, completion)
+
+class Mine(ExactMatch):
+    def score(self, problem, completion):
+        return judge(problem, completion)
 
 class Puzzles(Task):
     def problems(self, split): return []
@@ -383,20 +389,28 @@ class Puzzles(Task):
 
 
 @pytest.mark.parametrize(
-    ("make", "what"),
+    "make",
     [
-        (lambda main: main.Puzzles(), "Puzzles"),
-        (lambda main: main.DatasetTask(train="a.jsonl", reward=main.Mine(pattern="(.*)")), "Mine"),
-        (lambda main: ByFunction(main.judge), "judge"),
-        (lambda main: ByFunction(functools.partial(main.judge)), "judge"),
-        (lambda main: ByFunction(main.Puzzles().verify), "Puzzles"),
-        (lambda main: ByFunction({"by": [main.judge]}), "judge"),
+        lambda main: main.Puzzles(),
+        lambda main: ByFunction(main.Mine(pattern="(.*)").score),
+        lambda main: main.DatasetTask(train="a.jsonl", reward=main.judge),
+        lambda main: ByFunction(functools.partial(main.judge)),
+        lambda main: ByFunction(main.unnamed),
     ],
+    ids=["task", "class", "function", "partial", "lambda"],
 )
-def test_a_reward_defined_in_a_notebook_is_refused_at_the_start(monkeypatch, make, what):
+def test_a_reward_defined_in_a_notebook_works(monkeypatch, make):
+    """The workers get its code, and what it uses from other cells; `tests/test_examples.py` has a real kernel."""
     main = as_in_a_notebook(monkeypatch, CELL)
-    with pytest.raises(ConfigError, match=f"uses {what}, which is defined in a notebook, .*; put rewards and tasks at"):
-        Verifier(make(main))
+    with Verifier(make(main), workers=1) as verifier:
+        assert verifier.submit(PROBLEM, "abc").result(timeout=60) == Verdict(1.0, True)
+
+
+def test_a_reward_in_a_notebook_that_cannot_be_sent_is_refused_at_the_start(monkeypatch):
+    code = "import threading\nlock = threading.Lock()\ndef judge(problem, completion):\n    return lock.locked()"
+    main = as_in_a_notebook(monkeypatch, code)
+    with pytest.raises(ConfigError, match=r"ByFunction cannot be pickled .*lock.*; put .*and use only plain data in"):
+        Verifier(ByFunction(main.judge))
 
 
 def test_a_notebook_may_use_rewards_from_files(monkeypatch):
