@@ -86,6 +86,8 @@ class PhaseBar(Progress, ProgressBar):
             speed = self._tokens / max(time.monotonic() - self._since, 1e-3)
             self._line.set_postfix_str(f" {self._tokens:,} tokens  {speed:,.0f} tokens/s", refresh=False)
         self._line.update(items or 1)
+        if self._line.n == self._line.total:  # tqdm skips updates that follow each other within 0.1 s
+            self._line.refresh()
 
     def _close(self) -> None:
         if self._line is not None:
