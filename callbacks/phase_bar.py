@@ -18,8 +18,6 @@ from rlrt_lightning.runtime.terminal import is_interactive
 
 COUNTED = "{desc}  {bar:24}  {n_fmt}/{total_fmt}{postfix}"
 UNCOUNTED = "{desc}{postfix}"
-REDRAWN_S = 0.1
-"""Seconds between two drawings of the line, at least."""
 
 
 class PhaseBar(Progress, ProgressBar):
@@ -74,8 +72,6 @@ class PhaseBar(Progress, ProgressBar):
                 ncols=size.columns - 1,
                 nrows=size.lines,
                 file=sys.stdout,
-                mininterval=REDRAWN_S,
-                miniters=1,  # tqdm would otherwise also skip items
             )
 
     def _advance(self, items: int, tokens: int) -> None:

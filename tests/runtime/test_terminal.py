@@ -18,7 +18,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from rlrt_lightning import ConfigError
-from rlrt_lightning.callbacks import PhaseBar, adopt_progress_bar, phase_bar
+from rlrt_lightning.callbacks import PhaseBar, adopt_progress_bar
 from rlrt_lightning.runtime import hub, terminal
 from tests.helpers.command_line import cli_exit_code, runs_in
 from tests.helpers.processes import unused_port
@@ -97,7 +97,6 @@ def test_a_run_ends_with_what_has_changed_and_the_next_commands(log: tuple[Path,
 def test_a_terminal_also_shows_the_phases_in_a_line_that_is_redrawn(
     log: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phase_bar, "REDRAWN_S", 0)  # so that nothing depends on the machine's speed
     with pseudo_terminal(monkeypatch) as output:
         assert cli_exit_code("fit", tmp_path, *FLAGS) == 0
     drawn = [part for line in output[0].split("\r\n") for part in line.split("\r")]
