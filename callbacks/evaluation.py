@@ -124,7 +124,7 @@ class Evaluation(Callback):
             self._results[done.benchmark].add(rows)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
+        step = self._steps(trainer)
         self.scores = {name: counts.values(trainer) for name, counts in self._counts.items()}
         for name, counts in self._counts.items():
             values = {f"eval/{name}/{tag}": value for tag, value in self.scores[name].items()}
@@ -133,6 +133,9 @@ class Evaluation(Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step)
             elif not trainer.predicting:  # Lightning allows no logging there
+                if trainer.state.fn != "fit":
+                    # Lightning logs at this step, at that of the same weights in `fit`, instead of at 0.
+                    values["step"] = float(max(step - 1, 0))
                 pl_module.log_dict(values, sync_dist=True)  # the same on all ranks
             if self.table:
                 log_table(trainer, f"samples/{name}", SAMPLE, counts.table(self.table), step)
@@ -147,8 +150,12 @@ class Evaluation(Callback):
     def _new_folder(self, trainer: Trainer) -> Path:
         if self.results:
             return Path(self.results)
-        fitted = self._step is None or trainer.ckpt_path is None
-        return evaluation_folder(trainer, trainer.global_step if fitted else cast(int, self._step))
+        return evaluation_folder(trainer, self._steps(trainer))
+
+    def _steps(self, trainer: Trainer) -> int:
+        """Optimizer steps of the evaluated weights."""
+        loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None
+        return self._step if loaded and self._step is not None else trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the engine release its memory."""

@@ -131,7 +131,7 @@ def test_validate_test_and_predict_reproduce_the_score_of_the_run(name: str, run
     assert cli_exit_code(name, tmp_path, "--ckpt_path=last") == 0
     trained = dict(scalars(run4)["eval/heldout/avg@8"])[7]
     if name != "predict":
-        assert evaluation_scalars(tmp_path)["eval/heldout/avg@8"][0][1] == trained
+        assert evaluation_scalars(tmp_path)["eval/heldout/avg@8"] == [(7, trained)], "at the step of the same weights"
     (results,) = runs_in(tmp_path)[0].glob("evaluation/step-8/heldout.jsonl")
     lines = results.read_text().splitlines()
     rows = [json.loads(line) for line in lines]
