@@ -71,5 +71,15 @@ def main(args: list[str] | None = None) -> int:
     return command_line()
 
 
+def console() -> int:
+    """The command `rlrt_lightning`. Like `python -m`, it imports rewards and methods from the current folder.
+
+    Returns:
+        The exit code of `main`.
+    """
+    sys.path.insert(0, os.getcwd())
+    return main()
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -63,3 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Other warnings are errors (pyproject.toml); these are also expected in tests without a command line."""
     for message in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+@pytest.fixture
+def in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in a program that is a file, also in the worker processes of xdist."""
+    from rlrt_lightning.tasks import sending
+
+    monkeypatch.setattr(sending, "_main_is_a_file", lambda: True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,3 +137,16 @@ def test_all_public_names_exist_and_are_documented() -> None:
 def test_verifier_processes_do_not_import_torch(tmp_path: Path) -> None:
     code = "import sys, rlrt_lightning.tasks, rlrt_lightning.tasks.verifier; print('torch' in sys.modules)"
     assert run_python(code, ROOT, cwd=tmp_path) == "False"
+
+
+def test_the_installed_command_imports_rewards_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `python -m` does; a script's own import path starts with the folder of the script."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ((module, function),) = re.findall(r'^rlrt_lightning = "([\w.]+):(\w+)"$', text, flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "argv", ["rlrt_lightning", "--version"])
+    assert getattr(import_module(module), function)() == 0
+    assert sys.path[0] == str(tmp_path)

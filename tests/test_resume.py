@@ -63,7 +63,7 @@ def test_changed_optimizer_and_trainer_settings_take_effect_and_are_named(
     args = [f"--{name}={value}" for name, value in flags.items()]
     assert cli_exit_code("fit", tmp_path, f"--ckpt_path={last_checkpoint(run2)}", *args) == 0
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "resuming" in line]
-    assert f"{last_checkpoint(run2)}: RLRT, epoch 1, after 4 optimizer steps; changed since: " in line
+    assert f"{last_checkpoint(run2)}: RLRT, epoch 2, after 4 optimizer steps; changed since: " in line
     for name in flags:
         assert f"{name} was " in line
     saved = torch.load(last_checkpoint(tmp_path), weights_only=True)
@@ -126,7 +126,7 @@ def test_allow_changes_permits_named_changes_with_a_warning(
     assert cli_exit_code("fit", tmp_path, *flags, "--model.allow_changes=[model.method,seed_everything]") == 0
     (warning,) = [r for r in caplog.records if r.name == "rlrt_lightning.resume" and r.levelname == "WARNING"]
     assert "data.seed was 0 and is 1; model.method was RLRT and is GRPO" in warning.getMessage()
-    assert "GRPO, epoch 1" in capfd.readouterr().err
+    assert "GRPO, epoch 2" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_a_biased_sampler_is_corrected_and_its_mismatch_measured(tmp_path: Path)
     assert recorder.metrics[0]["time/rescore"] > 0
 
 
+@pytest.mark.usefixtures("in_a_script")
 def test_a_task_that_cannot_be_pickled_is_refused_before_any_rollout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,6 +199,7 @@ def test_close_cancels_pending_work_and_a_later_submit_restarts():
     verifier.close()
 
 
+@pytest.mark.usefixtures("in_a_script")
 def test_invalid_settings_and_unpicklable_inputs_are_refused():
     for settings in ({"workers": 0}, {"timeout_s": 0}, {"timeout_s": float("inf")}, {"memory_gb": -1}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
@@ -336,6 +337,7 @@ def local_class():
     return Local()
 
 
+@pytest.mark.usefixtures("in_a_script")
 @pytest.mark.parametrize(
     ("task", "what"),
     [
