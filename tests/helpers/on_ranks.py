@@ -114,14 +114,6 @@ def loads_whole(*_: Any) -> None:
     raise NeedsTransformers("a test compares the two ways of loading")
 
 
-class OnlyEvenSolvable(LastDigit):
-    """Every second problem has no correct answer, so one of two ranks has nothing to learn from."""
-
-    def verify(self, problem: Problem, completion: str) -> Verdict:
-        verdict = super().verify(problem, completion)
-        return verdict if int(problem.id.rpartition("-")[2]) % 2 == 0 else Verdict(0.0, False)
-
-
 class LongBesideShort(LastDigit):
     """Every fourth prompt is three times as long; about half of the completions are correct, whatever the prompt."""
 
@@ -132,6 +124,14 @@ class LongBesideShort(LastDigit):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         even = zlib.crc32(completion.encode()) % 2 == 0
         return Verdict(float(even), even)
+
+
+class OnlyEvenSolvable(LongBesideShort):
+    """Every second problem has no correct answer, so one of two ranks has nothing to learn from."""
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        solvable = int(problem.id.rpartition("-")[2]) % 2 == 0
+        return super().verify(problem, completion) if solvable else Verdict(0.0, False)
 
 
 class Harder(LastDigit):

@@ -318,7 +318,8 @@ def test_fsdp_from_the_command_line_trains_resumes_and_evaluates(tmp_path: Path)
     assert main(["fit", *single, f"--trainer.logger.save_dir={one}", "--trainer.max_epochs=3"]) == 0
     expected, got = scalars(one), scalars(folder)
     for tag in ("rollout/reward", "labels/guess", "signal/context", "train/grad_norm", "eval/heldout/avg@8"):
-        assert got[tag][0] == pytest.approx(expected[tag][0]), tag
+        # The ranks sum gradients in another order.
+        assert got[tag][0] == pytest.approx(expected[tag][0], rel=1e-4 if tag == "train/grad_norm" else 1e-6), tag
     assert got["rollout/reward"][2] == pytest.approx(expected["rollout/reward"][2])
     assert (folder / "last-digit" / "rlrt-0" / "signal" / "epoch-1.html").exists()
     assert (folder / "last-digit" / "rlrt-0" / "evaluation" / "step-6" / "pass_at_k.csv").exists()
