@@ -214,9 +214,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             seeds = sorted({int(row["seed"]) for row in chosen})
             name = {"trap": "With the trap", "control": "Control without the trap"}[condition]
             parts.append(f"{name}, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):\n\n{table(chosen)}")
-            others = [method for method in METHODS if method != "GRPO"]
-            present = [method for method in others if any(row["method"] == method for row in chosen)]
-            parts += filter(None, (caught_in_pairs(chosen, method, len(present)) for method in present))
+            parts += filter(None, [caught_in_pairs(chosen)])
     return "\n\n".join(parts)
 
 
@@ -242,21 +240,28 @@ def is_caught(row: dict[str, Any]) -> bool:
     return float(row["skip, longer end"]) > 0.5
 
 
-def caught_in_pairs(rows: list[dict[str, Any]], method: str, comparisons: int = 1) -> str:
-    """Compares how often a method and GRPO are caught with the same seed; empty if neither is."""
+def caught_in_pairs(rows: list[dict[str, Any]]) -> str:
+    """How often each method and GRPO are caught with the same seed, as Markdown; empty if none of them ever is."""
     caught = {(row["method"], row["seed"]): is_caught(row) for row in rows}
-    seeds = [seed for name, seed in caught if name == method and ("GRPO", seed) in caught]
-    both = sum(caught["GRPO", seed] and caught[method, seed] for seed in seeds)
-    only = [sum(caught[name, seed] for seed in seeds) - both for name in ("GRPO", method)]
-    if not both + sum(only):
+    lines = []
+    methods = [name for name in dict.fromkeys(name for name, _ in caught) if name != "GRPO"]
+    for method in methods:
+        seeds = [seed for name, seed in caught if name == method and ("GRPO", seed) in caught]
+        both = sum(caught["GRPO", seed] and caught[method, seed] for seed in seeds)
+        only = [sum(caught[name, seed] for seed in seeds) - both for name in ("GRPO", method)]
+        p = min(1.0, len(methods) * exact_test(*only))
+        lines.append(f"| {method} | {len(seeds)} | {both} | {only[0]} | {only[1]} | {p:.2f} |")
+    if not any(caught.values()) or not lines:
         return ""
-    n, fewer = sum(only), min(only)
-    p = min(1.0, comparisons * min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) / 2**n))
-    test = "exact McNemar test" + (f", corrected for {comparisons} comparisons" if comparisons > 1 else "")
-    return (
-        f"With the same seed, both GRPO and {method} are caught {both} times, only GRPO {only[0]}, only {method} "
-        f"{only[1]} ({test}: p = {p:.2f})."
-    )
+    what = "exact McNemar test" + (f", corrected for {len(methods)} comparisons" if len(methods) > 1 else "")
+    head = ["| caught with the same seed | pairs | both | only GRPO | only the method | p |", f"|{' --- |' * 6}"]
+    return "\n".join([*head, *lines, "", f"p: {what}."])
+
+
+def exact_test(only_first: int, only_second: int) -> float:
+    """p of McNemar's exact test, from the numbers of pairs in which only one of the two is caught."""
+    n = only_first + only_second
+    return min(1.0, 2 * sum(comb(n, i) for i in range(min(only_first, only_second) + 1)) / 2**n)
 
 
 # -- command -------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_the_tables_come_from_the_files_the_trap_first(tmp_path: Path, monkeypat
     assert "| 1 of 3 | - |" in trap
     # The differences are 0.05, 0.06 and 0.07: 0.06 ± 4.303 * 0.01 / sqrt(3).
     assert "| 0 of 3 | +0.060 (+0.035 to +0.085) |" in trap
-    assert "both GRPO and RLRT are caught 0 times, only GRPO 1, only RLRT 0 (exact McNemar test: p = 1.00)" in trap
+    assert "| RLRT | 3 | 0 | 1 | 0 | 1.00 |\n\np: exact McNemar test." in trap
     assert control.count("| 0 of 3 |") == 2
     assert "McNemar" not in control
     assert "0.650 ± 0.000" in control
@@ -103,7 +103,10 @@ def test_the_exact_test_of_paired_runs(grpo: str, rlrt: str, p: str) -> None:
         for name, run in (("GRPO", grpo), ("RLRT", rlrt))
         for seed, caught in enumerate(run)
     ]
-    assert f"p = {p})" in compare.caught_in_pairs(rows, "RLRT")
+    assert f" | {p} |\n\np: exact McNemar test." in compare.caught_in_pairs(rows)
+    twice = compare.caught_in_pairs([*rows, *({**row, "method": "SDPO"} for row in rows if row["method"] == "RLRT")])
+    assert f" | {min(1, 2 * float(p)):.1f}" in twice.split("| SDPO")[1]
+    assert "corrected for 2 comparisons" in twice
 
 
 def test_the_paired_interval_covers_the_mean_in_95_percent_of_the_cases() -> None:
