@@ -11,6 +11,7 @@ Writes to RESULTS, which is OUT unless it is given:
     runs.csv     metrics of every run
     labels.csv   reward and share of each way in every epoch of every run
     labels.png   the shares over the epochs
+The files keep what they have of other runs.
 and prints the table below. Without --out nothing is trained: the table and the plot are made from the two files.
 
 The table has means ± standard deviations over seeds. A run is caught in the trap if it answers most of the longer
@@ -38,7 +39,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
-from paired_runs import ROOT, execute, paired, read_csv, rounded, seed_range, spread, write_csv
+from paired_runs import ROOT, execute, paired, read_csv, read_texts, rounded, seed_range, spread, write_csv
 
 METHODS = {
     "GRPO": "grpo",
@@ -189,7 +190,7 @@ def epochs(curves: dict[str, list[tuple[int, float]]]) -> list[dict[str, float]]
 
 
 def collect(runs: list[Run], out: Path, results: Path) -> None:
-    """Writes runs.csv and labels.csv from the events of the runs."""
+    """Writes runs.csv and labels.csv from the events of the runs; keeps the rows that they have of other runs."""
     from rlrt_lightning.analysis.events import scalars
 
     runs_rows, labels_rows = [], []
@@ -198,8 +199,20 @@ def collect(runs: list[Run], out: Path, results: Path) -> None:
         curves = scalars(events.parent)
         runs_rows.append({**run._asdict(), **rounded(summary(curves), 4)})
         labels_rows += [{**run._asdict(), **rounded(row, 3)} for row in epochs(curves)]
-    write_csv(results / "runs.csv", runs_rows)
-    write_csv(results / "labels.csv", labels_rows)
+    for name, rows in (("runs", runs_rows), ("labels", labels_rows)):
+        path = results / f"{name}.csv"
+        kept = [row for row in read_texts(path) if run_of(row) not in runs] if path.exists() else []
+        write_csv(path, sorted([*rows, *kept], key=lambda row: order(run_of(row))))
+
+
+def run_of(row: dict[str, Any]) -> Run:
+    """The run of a row of runs.csv or labels.csv."""
+    return Run(row["condition"], row["method"], int(row["seed"]))
+
+
+def order(run: Run) -> tuple[int, ...]:
+    """The order of the runs in the files and tables."""
+    return CONDITIONS.index(run.condition), [*METHODS].index(run.method), run.seed
 
 
 # -- table ---------------------------------------------------------------------------------------------------------
@@ -294,7 +307,7 @@ def main() -> None:
         runs = [Run(c, m, s) for s in args.seeds for c in conditions for m in args.methods]
         out = args.out.absolute()
         train_all(runs, out, args.extra, args.jobs)
-        collect(sorted(runs, key=lambda r: (CONDITIONS.index(r.condition), [*METHODS].index(r.method))), out, results)
+        collect(runs, out, results)
     print(f"\n{tables(read_csv(results / 'runs.csv', WORDS))}\n")
     path = (args.figures or results) / "labels.png"
     plot(read_csv(results / "labels.csv", WORDS), path, args.plotted)

@@ -63,9 +63,14 @@ def read_csv(path: Path, words: Sequence[str]) -> list[dict[str, Any]]:
     """
     if not path.exists():
         raise SystemExit(f"{path} does not exist; set --out to train")
-    with path.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_texts(path)
     return [{name: text if name in words else float(text) for name, text in row.items()} for row in rows]
+
+
+def read_texts(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of `write_csv`, as they stand there."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def rounded(values: dict[str, float], digits: int) -> dict[str, str]:
