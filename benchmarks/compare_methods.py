@@ -39,7 +39,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
-from paired_runs import ROOT, execute, paired, read_csv, read_texts, rounded, seed_range, spread, write_csv
+from paired_runs import ROOT, execute, gain, markdown, read_csv, read_texts, rounded, seed_range, spread, write_csv
 
 METHODS = {
     "GRPO": "grpo",
@@ -233,19 +233,17 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One row of Markdown per method."""
-    names = ["method", *COLUMNS, "caught", "reward minus GRPO's (95 % interval)"]
-    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     rewards = {(row["method"], row["seed"]): row["reward"] for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = []
     for method in methods:
         own = [row for row in rows if row["method"] == method]
+        pairs = [row for row in own if method != "GRPO" and ("GRPO", row["seed"]) in rewards]
+        gains = [row["reward"] - rewards["GRPO", row["seed"]] for row in pairs]
         cells = [spread([row[name] for row in own]) for name in COLUMNS]
-        caught = sum(map(is_caught, own))
-        gains = [r["reward"] - rewards["GRPO", r["seed"]] for r in own if ("GRPO", r["seed"]) in rewards]
-        compared = method != "GRPO" and len(gains) > 1
-        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(gains, len(methods) - 1)) if compared else "-"
-        lines.append(f"| {method} | {' | '.join(cells)} | {caught} of {len(own)} | {difference} |")
-    return "\n".join(lines)
+        cells += [f"{sum(map(is_caught, own))} of {len(own)}", gain(gains, len(methods) - 1)]
+        lines.append([method, *cells])
+    return markdown(["method", *COLUMNS, "caught", "reward minus GRPO's (95 % interval)"], lines)
 
 
 def is_caught(row: dict[str, Any]) -> bool:
@@ -263,12 +261,12 @@ def caught_in_pairs(rows: list[dict[str, Any]]) -> str:
         both = sum(caught["GRPO", seed] and caught[method, seed] for seed in seeds)
         only = [sum(caught[name, seed] for seed in seeds) - both for name in ("GRPO", method)]
         p = min(1.0, len(methods) * exact_test(*only))
-        lines.append(f"| {method} | {len(seeds)} | {both} | {only[0]} | {only[1]} | {p:.2f} |")
+        lines.append([method, *map(str, (len(seeds), both, *only)), f"{p:.2f}"])
     if not any(caught.values()) or not lines:
         return ""
     what = "exact McNemar test" + (f", corrected for {len(methods)} comparisons" if len(methods) > 1 else "")
-    head = ["| caught with the same seed | pairs | both | only GRPO | only the method | p |", f"|{' --- |' * 6}"]
-    return "\n".join([*head, *lines, "", f"p: {what}."])
+    head = ["caught with the same seed", "pairs", "both", "only GRPO", "only the method", "p"]
+    return f"{markdown(head, lines)}\n\np: {what}."
 
 
 def exact_test(only_first: int, only_second: int) -> float:

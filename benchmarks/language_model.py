@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from paired_runs import ROOT, execute, paired, read_csv, rounded, seed_range, spread, write_csv
+from paired_runs import ROOT, execute, gain, markdown, read_csv, rounded, seed_range, spread, write_csv
 
 METHODS = {  # flags of each method
     "GRPO": ["--config=configs/methods/grpo.yaml"],
@@ -54,10 +54,10 @@ EPOCH_TAGS = (
     "signal/context_of_correct",
     "signal/effective_advantage",
     "signal/asymmetry_correct",
-    "time/rollout",
-    "time/train",
 )
+TIME_TAGS = ("time/rollout", "time/train")
 EVALUATION_TAGS = ("avg@8", "pass@8", "length")
+COUNTS = ("samples", "correct")
 WORDS = ("method", "problem")
 
 
@@ -87,8 +87,7 @@ def fingerprint(run: Run, model: Path, extra: list[str]) -> str:
     digest = hashlib.sha256(json.dumps([flags, SAMPLES]).encode())
     for path in (*LAYERS, EXPERIMENT, METHODS[run.method][0].removeprefix("--config=")):
         digest.update((ROOT / path).read_bytes())
-    with (model / "model.safetensors").open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read())
+    digest.update((model / "model.safetensors").read_bytes())
     return digest.hexdigest()
 
 
@@ -104,7 +103,7 @@ def train(run: Run, model: Path, out: Path, extra: list[str], threads: int) -> N
     (folder / "settings").write_text(made)
     flags = settings(run, model, extra)
     place = [f"--trainer.logger.save_dir={folder}", "--trainer.logger.name=run"]
-    last = next(iter(sorted(folder.glob("run/*/checkpoints/last.ckpt"))), None)
+    last = min(folder.glob("run/*/checkpoints/last.ckpt"), default=None)
     resume = [f"--ckpt_path={last}"] if last else []
     fit = ["-m", "rlrt_lightning", "fit", *flags, *place, *resume, "--trainer.enable_progress_bar=false"]
     execute(fit, name, threads)
@@ -123,7 +122,7 @@ def train(run: Run, model: Path, out: Path, extra: list[str], threads: int) -> N
 
 def collect(runs: list[Run], out: Path, results: Path) -> None:
     """Writes the tables of the finished runs."""
-    import pandas
+    from pyarrow.parquet import read_table
 
     from rlrt_lightning.analysis.events import scalars
 
@@ -132,14 +131,13 @@ def collect(runs: list[Run], out: Path, results: Path) -> None:
         if not (run.folder(out) / "done").exists():
             continue
         curves: dict[str, dict[int, float]] = {}
-        for events in sorted(run.folder(out).glob("run/*/events.out.tfevents.*")):
-            for tag, curve in scalars(events.parent).items():
+        for folder in sorted(run.folder(out).glob("run/*")):
+            for tag, curve in scalars(folder).items():
                 curves.setdefault(tag, {}).update(curve)
         epochs += [{**run._asdict(), **row} for row in of_epochs(curves)]
         evaluations += [{**run._asdict(), **row} for row in of_evaluations(curves)]
-        table = pandas.read_parquet(run.folder(out) / "evaluation" / "heldout.parquet")
-        for problem, samples, correct in zip(table["problem"], table["samples"], table["correct"], strict=True):
-            solved.append({**run._asdict(), "problem": problem, "samples": int(samples), "correct": int(correct)})
+        problems = read_table(run.folder(out) / "evaluation" / "heldout.parquet", columns=["problem", *COUNTS])
+        solved += [{**run._asdict(), **row} for row in problems.to_pylist()]
     if not solved:
         raise SystemExit(f"no run in {out} is finished")
     for name, rows in (("epochs", epochs), ("evaluations", evaluations), ("solved", solved)):
@@ -149,8 +147,8 @@ def collect(runs: list[Run], out: Path, results: Path) -> None:
 def of_epochs(curves: dict[str, dict[int, float]]) -> Iterator[dict[str, Any]]:
     """The metrics of each epoch; those that a method does not have are NaN."""
     for epoch, step in enumerate(sorted(curves["rollout/reward"])):
-        values = {tag.split("/")[1]: curves.get(tag, {}).get(step, float("nan")) for tag in EPOCH_TAGS[:-2]}
-        values["seconds"] = sum(curves[tag].get(step, 0.0) for tag in EPOCH_TAGS[-2:])
+        values = {tag.split("/")[1]: curves.get(tag, {}).get(step, float("nan")) for tag in EPOCH_TAGS}
+        values["seconds"] = sum(curves[tag].get(step, 0.0) for tag in TIME_TAGS)
         yield {"epoch": epoch, **rounded(values, 4)}
 
 
@@ -169,21 +167,21 @@ def tables(results: Path) -> str:
         read_csv(results / f"{name}.csv", WORDS) for name in ("epochs", "evaluations", "solved")
     )
     runs = list(dict.fromkeys((row["method"], row["seed"]) for row in solved))
-    scores = {run: score(run, epochs, evaluations, solved) for run in runs}
+    scores = {run: score(run, epochs, evaluations) for run in runs}
     methods = list(dict.fromkeys(method for method, _ in runs))
-    names = ["method", "seeds", *next(iter(scores.values())), "avg@8 end minus GRPO's", "reward minus GRPO's"]
-    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+    lines = []
     for method in methods:
         own = [scores[run] for run in runs if run[0] == method]
         cells = [method, str(len(own)), *(spread([values[name] for values in own]) for name in own[0])]
-        cells += [difference(scores, method, name, len(methods) - 1) for name in ("avg@8 end", "reward")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *curves_of_k(solved, methods)])
+        gains = (gain(differences(scores, method, name), len(methods) - 1) for name in ("avg@8 end", "reward"))
+        lines.append([*cells, *gains])
+    names = ["method", "seeds", *next(iter(scores.values())), "avg@8 end minus GRPO's", "reward minus GRPO's"]
+    return f"{markdown(names, lines)}\n\n{curves_of_k(solved, methods)}"
 
 
 def score(run: tuple[str, float], *tables: list[dict[str, Any]]) -> dict[str, float]:
-    """The numbers by which runs are compared."""
-    epochs, evaluations, _ = ([row for row in table if (row["method"], row["seed"]) == run] for table in tables)
+    """The numbers by which runs are compared, from the tables of epochs and evaluations."""
+    epochs, evaluations = ([row for row in table if (row["method"], row["seed"]) == run] for table in tables)
     last = epochs[-len(epochs) // 10 :]
     return {
         "avg@8 start": evaluations[0]["avg@8"],
@@ -195,34 +193,24 @@ def score(run: tuple[str, float], *tables: list[dict[str, Any]]) -> dict[str, fl
     }
 
 
-def difference(scores: dict[tuple[str, float], dict[str, float]], method: str, name: str, comparisons: int) -> str:
-    """The mean difference to GRPO's runs with the same seeds, with its corrected interval."""
-    pairs = [
+def differences(scores: dict[tuple[str, float], dict[str, float]], method: str, name: str) -> list[float]:
+    """The differences to GRPO's runs with the same seeds."""
+    return [
         values[name] - scores["GRPO", seed][name]
         for (other, seed), values in scores.items()
         if other == method != "GRPO" and ("GRPO", seed) in scores
     ]
-    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(pairs, comparisons)) if len(pairs) > 1 else "-"
 
 
-def curves_of_k(solved: list[dict[str, Any]], methods: list[str]) -> list[str]:
+def curves_of_k(solved: list[dict[str, Any]], methods: list[str]) -> str:
     """pass@k at the end: the mean over seeds, with its 95 % interval over problems."""
-    from rlrt_lightning.evaluation.metrics import mean_with_interval
-    from rlrt_lightning.objective import pass_at_k
+    from rlrt_lightning.evaluation.results import pass_curve
 
-    ks = [2**i for i in range(SAMPLES.bit_length())]
-    lines = [f"| pass@k at the end | {' | '.join(f'k = {k}' for k in ks)} |", f"|{' --- |' * (len(ks) + 1)}"]
-    for method in methods:
-        cells = []
-        for k in ks:
-            of: dict[str, list[float]] = {}
-            for row in solved:
-                if row["method"] == method:
-                    value = float(pass_at_k(int(row["samples"]), int(row["correct"]), k))
-                    of.setdefault(row["problem"], []).append(value)
-            cells.append("{:.3f} ({:.3f} to {:.3f})".format(*mean_with_interval([fmean(v) for v in of.values()])))
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return lines
+    counts = [{**row, **{name: int(row[name]) for name in COUNTS}} for row in solved]
+    curves = {method: pass_curve([row for row in counts if row["method"] == method]) for method in methods}
+    head = ["pass@k at the end", *(f"k = {point['k']}" for point in next(iter(curves.values())))]
+    cell = "{pass:.3f} ({low:.3f} to {high:.3f})"
+    return markdown(head, ([method, *(cell.format(**point) for point in curve)] for method, curve in curves.items()))
 
 
 # -- command -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -78,6 +78,13 @@ def rounded(values: dict[str, float], digits: int) -> dict[str, str]:
     return {name: f"{round(value, digits):g}" for name, value in values.items()}
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(
+        [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    )
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation."""
     return f"{fmean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}"
@@ -97,6 +104,13 @@ def paired(differences: Sequence[float], comparisons: int = 1) -> tuple[float, f
     mean, freedom = fmean(differences), len(differences) - 1
     width = students_t(1 - 0.025 / comparisons, freedom) * stdev(differences) / len(differences) ** 0.5
     return mean, mean - width, mean + width
+
+
+def gain(differences: Sequence[float], comparisons: int) -> str:
+    """`paired` as text; a dash for fewer than two differences, of which the spread is unknown."""
+    if len(differences) < 2:
+        return "-"
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(differences, comparisons))
 
 
 @cache
