@@ -6,7 +6,6 @@ import difflib
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -138,21 +137,21 @@ class ReasoningGym(Task):
             self._heldout_questions = frozenset(generator[i]["question"] for i in range(self.heldout))
         for offset in range(min(self.size, REPLACEMENTS)):
             candidate = self.heldout + (number - self.heldout + offset) % self.size
-            if generator[candidate]["question"] not in self._heldout_questions:
-                return replace(self._problem(candidate), id=self._id(number))
+            entry = generator[candidate]
+            if entry["question"] not in self._heldout_questions:
+                return self._problem_of(entry, number)
         raise ConfigError(
             f"nearly all problems of reasoning-gym's task {self.name} are held-out ones: set a smaller heldout, or a "
             "config with more problems"
         )
 
     def _problem(self, number: int) -> Problem:
-        entry = self._make_generator()[number]
+        return self._problem_of(self._make_generator()[number], number)
+
+    def _problem_of(self, entry: dict[str, Any], number: int) -> Problem:
         return Problem(
-            id=self._id(number),
+            id=f"{self.name}-{self.seed}-{number}",
             prompt=f"{entry['question']}\n{self.instruction}",
             answer=entry["answer"],
             info=dict(entry),  # the scorer needs all of it
         )
-
-    def _id(self, number: int) -> str:
-        return f"{self.name}-{self.seed}-{number}"
