@@ -1,4 +1,4 @@
-"""Hands pictures, texts and tables to every logger that can show them.
+"""Hands scores, pictures, texts and tables to the loggers: pictures, texts and tables to those that can show them.
 
 | | TensorBoard | W&B | MLflow |
 | --- | --- | --- | --- |
@@ -11,11 +11,11 @@ Other loggers receive only metrics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 LONGEST_CELL = 1500
 """Characters of a cell in TensorBoard, which shows a table as a whole; the middle of a longer text is omitted."""
-
 
 WIDTH = 90
 """Characters of a line of text that TensorBoard shows in a window of 1,400 pixels."""
@@ -36,6 +35,25 @@ def tensorboards(trainer: Trainer) -> list[SummaryWriter]:
     """The trainer's TensorBoard writers; empty except on rank 0."""
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def log_scores(trainer: Trainer, module: LightningModule, scores: Mapping[str, float], step: int) -> None:
+    """Logs the scores of an evaluation, at its end. All ranks must call it.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        scores: Values by tag, the same on all ranks.
+        step: Optimizer steps of the evaluated weights.
+    """
+    if trainer.sanity_checking:
+        # Lightning drops metrics logged in its sanity check, which is our evaluation before training.
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(scores), step)
+    elif not trainer.predicting:  # Lightning allows no logging there
+        # Outside of `fit` Lightning logs at the step that it is given, here that of the same weights in `fit`, or at 0.
+        at = {} if trainer.state.fn == "fit" else {"step": float(max(step - 1, 0))}
+        module.log_dict({**scores, **at}, sync_dist=True)
 
 
 def log_picture(trainer: Trainer, tag: str, image: np.ndarray, step: int) -> None:
@@ -103,12 +121,11 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _as_code(text: str) -> str:
     """A block of code in Markdown. TensorBoard would cut off longer lines."""
-    wrapped = "\n".join(map(_wrapped, text.split("\n")))
-    return "\n".join(f"    {line}" for line in wrapped.split("\n"))
+    return "\n".join(f"    {piece}" for line in text.split("\n") for piece in _pieces(line))
 
 
-def _wrapped(line: str) -> str:
-    return f"\n{CONTINUED}".join(line[i : i + WIDTH] for i in range(0, len(line), WIDTH))
+def _pieces(line: str) -> list[str]:
+    return [CONTINUED * (i > 0) + line[i : i + WIDTH] for i in range(0, len(line) or 1, WIDTH)]
 
 
 def _others(trainer: Trainer) -> list[WandbLogger | MLFlowLogger]:

@@ -6,14 +6,13 @@ import logging
 import math
 from collections import deque
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 
 from rlrt_lightning.runtime.errors import ConfigError
 
-if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
+from .parts import data_of
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class CollapseGuard(Callback):
         """Adds the epoch's metrics to the curves and checks them, before the epoch is saved."""
         if self.action is None:
             return
-        data = cast("RolloutDataModule", cast(Any, trainer).datamodule)
+        data = data_of(trainer)
         metrics, longest = data.rollout_metrics, data.sampling.max_new_tokens
         for tag, unit in (("rollout/entropy", 1.0), ("rollout/length", longest), ("rollout/truncated", 1.0)):
             if tag not in metrics:  # not every engine computes entropies

@@ -17,6 +17,7 @@ from rlrt_lightning.runtime.tensorboard import adopt, shown_tag
 from .boards import tensorboards
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
+from .parts import callbacks_of, data_of, without_folders
 from .teacher_evaluation import TeacherEvaluation
 
 if TYPE_CHECKING:
@@ -86,7 +87,6 @@ HPARAMS = re.compile(
 )
 """Settings in which runs are usually compared."""
 
-
 COLUMNS = {
     "lr": "model.optimizer.lr",
     "method": "model.method",
@@ -142,8 +142,8 @@ class Dashboard(Callback):
         from torch.utils.tensorboard.summary import hparams  # slow to import
 
         self._arranged = True
-        every = [c.latest for c in cast(Any, trainer).callbacks if isinstance(c, EpochMetrics)]
-        logged, scores = set(every[0]) if every else set(), _scores(trainer)
+        logged = {tag for metrics in callbacks_of(trainer, EpochMetrics)[:1] for tag in metrics.latest}
+        scores = _scores(trainer)
         if cast("RLRTModule", pl_module).method.context != "none":
             logged |= {f"signal/{name}" for name in OF_TEACHER}
         for board in tensorboards(trainer):
@@ -191,14 +191,12 @@ def layout(logged: Collection[str], scores: Collection[str]) -> Layout:
 
 
 def _hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, bool | float | str]:
-    """The settings in which runs are usually compared, by their names on the command line. Of a local path only the
-    last part is kept."""
-    found: dict[str, bool | float | str] = {}
-    for name, value in resume.settings(trainer, module, cast(Any, trainer).datamodule).items():
-        if HPARAMS.fullmatch(name) and isinstance(value, (bool, int, float, str)):
-            local = isinstance(value, str) and Path(value).is_absolute()
-            found[name] = Path(str(value)).name if local else value
-    return found
+    """The settings in which runs are usually compared, by their names on the command line."""
+    return {
+        name: without_folders(value)
+        for name, value in resume.settings(trainer, module, data_of(trainer)).items()
+        if HPARAMS.fullmatch(name) and isinstance(value, (bool, int, float, str))
+    }
 
 
 def columns(settings: Mapping[str, Any]) -> dict[str, float | str]:
@@ -222,14 +220,12 @@ def _scores(trainer: Trainer) -> list[str]:
     """Tags of the scores of evaluations within the run."""
     if not trainer.limit_val_batches:
         return []
-    callbacks = cast(Any, trainer).callbacks
-    ks = next((c.ks for c in callbacks if isinstance(c, Evaluation)), None)
-    benchmarks = cast(Any, trainer).datamodule.benchmarks
+    ks = next((evaluation.ks for evaluation in callbacks_of(trainer, Evaluation)), None)
     found = [
         f"eval/{name}/{score}"
-        for name, spec in benchmarks.items()
+        for name, spec in data_of(trainer).benchmarks.items()
         for score in (f"avg@{spec.samples}", *(f"pass@{k}" for k in ks or [spec.samples]))
     ]
-    if any(isinstance(c, TeacherEvaluation) and c.problems for c in callbacks):
+    if any(of_teacher.problems for of_teacher in callbacks_of(trainer, TeacherEvaluation)):
         found += ["teacher/accuracy", "teacher/student_accuracy"]
     return found

@@ -10,8 +10,9 @@ from lightning import Callback, LightningModule, Trainer
 
 from rlrt_lightning.runtime.ranks import Mean, gather, mean_over_ranks, rank, world_size
 
+from .parts import data_of
+
 if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
 
 WeightedMeans = list[tuple[float, float]]
@@ -71,7 +72,7 @@ class EpochMetrics(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch."""
-        data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         metrics = {tag: _mean(parts) for tag, parts in self._updates.items()} | self._steps
         tokens, seconds = float(self._tokens), time.perf_counter() - self._start
         metrics["time/train"] = seconds

@@ -18,10 +18,10 @@ from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import gather
 from rlrt_lightning.runtime.run_files import evaluation_folder, keep_folder
 
-from .boards import log_table
+from .boards import log_scores, log_table
+from .parts import callbacks_of, data_of
 
 if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.evaluation.sets import Evaluated
     from rlrt_lightning.module import RLRTModule
 
@@ -66,7 +66,7 @@ class Evaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that there are enough samples for each k."""
         self._step = None
-        for name, spec in _data(trainer).benchmarks.items():
+        for name, spec in data_of(trainer).benchmarks.items():
             too_large = [k for k in self.ks or [] if k > spec.samples]
             if too_large:
                 raise ConfigError(
@@ -80,7 +80,7 @@ class Evaluation(Callback):
     # -- collecting ------------------------------------------------------------------------------------------------
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = _data(trainer)
+        data = data_of(trainer)
         self._counts = {
             name: _Counts(self.ks or [spec.samples], spec.samples, pl_module.device)
             for name, spec in data.benchmarks.items()
@@ -93,7 +93,7 @@ class Evaluation(Callback):
 
     def _resume(self, trainer: Trainer, module: RLRTModule) -> None:
         """Opens the result files and counts the results in them."""
-        data, folder = _data(trainer), self._new_folder(trainer)
+        data, folder = data_of(trainer), self._new_folder(trainer)
         self.folder = folder
         weights = fingerprint(module.policy.model)
         self._results = {name: Results(folder, name, trainer.global_rank) for name in data.benchmarks}
@@ -124,19 +124,11 @@ class Evaluation(Callback):
             self._results[done.benchmark].add(rows)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = self._steps(trainer)
+        step = self.steps(trainer)
         self.scores = {name: counts.values(trainer) for name, counts in self._counts.items()}
         for name, counts in self._counts.items():
             values = {f"eval/{name}/{tag}": value for tag, value in self.scores[name].items()}
-            if trainer.sanity_checking:
-                # Lightning drops metrics logged in its sanity check, which is our evaluation before training.
-                for logger in trainer.loggers:
-                    logger.log_metrics(values, step)
-            elif not trainer.predicting:  # Lightning allows no logging there
-                if trainer.state.fn != "fit":
-                    # Lightning logs at this step, at that of the same weights in `fit`, instead of at 0.
-                    values["step"] = float(max(step - 1, 0))
-                pl_module.log_dict(values, sync_dist=True)  # the same on all ranks
+            log_scores(trainer, pl_module, values, step)
             if self.table:
                 log_table(trainer, f"samples/{name}", SAMPLE, counts.table(self.table), step)
         if self._results:
@@ -150,16 +142,16 @@ class Evaluation(Callback):
     def _new_folder(self, trainer: Trainer) -> Path:
         if self.results:
             return Path(self.results)
-        return evaluation_folder(trainer, self._steps(trainer))
+        return evaluation_folder(trainer, self.steps(trainer))
 
-    def _steps(self, trainer: Trainer) -> int:
+    def steps(self, trainer: Trainer) -> int:
         """Optimizer steps of the evaluated weights."""
         loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None
         return self._step if loaded and self._step is not None else trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the engine release its memory."""
-        _data(trainer).engine.release()
+        data_of(trainer).engine.release()
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _collect  # type: ignore[assignment]
@@ -216,5 +208,6 @@ def _sample(row: Row) -> list[str]:
     return [prompt, row["completion"], str(row["expected"]), verdict]
 
 
-def _data(trainer: Trainer) -> RolloutDataModule:
-    return cast("RolloutDataModule", cast(Any, trainer).datamodule)
+def evaluated_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the evaluated weights, for callbacks that log beside `Evaluation`."""
+    return next((evaluation.steps(trainer) for evaluation in callbacks_of(trainer, Evaluation)), trainer.global_step)

@@ -20,6 +20,8 @@ from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.optimizers import state_bytes
 from rlrt_lightning.runtime.precision import half_precision
 
+from .parts import data_of
+
 if TYPE_CHECKING:
     from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
@@ -83,7 +85,7 @@ class MemoryEstimate(Callback):
         """Logs the estimate."""
         if not trainer.is_global_zero:
             return
-        module, data = cast("RLRTModule", pl_module), cast("RolloutDataModule", cast(Any, trainer).datamodule)
+        module, data = cast("RLRTModule", pl_module), data_of(trainer)
         available = memory.device_memory(module.policy.device, trainer.num_devices)
         found = estimate(trainer, module, data, available)
         for line in found.lines(available):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from lightning import Trainer
 
 from rlrt_lightning import __version__, resume
+
+from .parts import data_of, without_folders
 
 if TYPE_CHECKING:
     from rlrt_lightning.module import RLRTModule
@@ -34,8 +36,8 @@ def model_card(trainer: Trainer, module: RLRTModule, adapter: bool = False) -> M
         module: The module.
         adapter: Whether only the adapters are exported.
     """
-    found = resume.settings(trainer, module, cast(Any, trainer).datamodule)
-    settings = {name: _shown(value) for name, value in found.items() if value is not None}
+    found = resume.settings(trainer, module, data_of(trainer))
+    settings = {name: without_folders(value) for name, value in found.items() if value is not None}
     base, method = settings["model.policy.path"], type(module.method).__name__
     sources = [found.get(f"data.task.{split}") for split in ("train", "heldout")]
     header = ModelCardData(
@@ -45,7 +47,9 @@ def model_card(trainer: Trainer, module: RLRTModule, adapter: bool = False) -> M
         pipeline_tag="text-generation",
         tags=["reinforcement-learning", "rlvr", "rlrt_lightning", method.lower()],
     )
-    data = settings["data.task"] if sources[0] is None or not isinstance(sources[0], str) else _shown(sources[0])
+    data = (
+        settings["data.task"] if sources[0] is None or not isinstance(sources[0], str) else without_folders(sources[0])
+    )
     shown = {name: value for name, value in settings.items() if SETTINGS.match(name)}
     parts = [
         f"# {Path(base).name}, trained with {method}",
@@ -89,12 +93,3 @@ def _on_hub(source: Any) -> bool:
     return (
         isinstance(source, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", source)) and not Path(source).exists()
     )
-
-
-def _shown(value: Any) -> Any:
-    """A setting without the folders of local paths."""
-    if isinstance(value, dict):
-        return {name: _shown(item) for name, item in value.items()}
-    if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
-    return list(value) if isinstance(value, tuple) else value

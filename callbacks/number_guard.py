@@ -17,8 +17,9 @@ from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.runtime.ranks import gather
 from rlrt_lightning.runtime.run_files import claim_path
 
+from .parts import data_of
+
 if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.epoch.batch import MicroBatch
     from rlrt_lightning.module import RLRTModule
     from rlrt_lightning.rollouts import Rollout
@@ -69,7 +70,7 @@ class NumberGuard(Callback):
             ConfigError: On all ranks, if every rollout has them.
         """
         self._losses = []
-        epoch, count = _data(trainer).epoch, _data(trainer).rollout_metrics.get("faults/rollouts")  # over all ranks
+        epoch, count = data_of(trainer).epoch, data_of(trainer).rollout_metrics.get("faults/rollouts")  # over all ranks
         if epoch is None or not count:
             return
         module = cast("RLRTModule", pl_module)
@@ -105,7 +106,7 @@ class NumberGuard(Callback):
             self._consecutive = 0
             return
         self._consecutive += 1
-        batches = _data(trainer).newest_batches(len(losses))
+        batches = data_of(trainer).newest_batches(len(losses))
         rows = list(self._rows(trainer, module, batches, list(map(float, losses))))
         rows.sort(key=lambda row: math.isfinite(row["loss"]))
         path = self._write(trainer, f"step-{step}", rows[:MAX_ROWS])
@@ -147,7 +148,7 @@ class NumberGuard(Callback):
     def _rows(
         self, trainer: Trainer, module: RLRTModule, batches: list[MicroBatch], losses: list[float]
     ) -> Iterable[Row]:
-        epoch = _data(trainer).epoch  # None if the run was resumed within the epoch
+        epoch = data_of(trainer).epoch  # None if the run was resumed within the epoch
         for number, (batch, loss) in enumerate(zip(batches, losses, strict=True)):
             what = "gradient" if math.isfinite(loss) else f"loss is {loss}"
             for i, ids, attention, response, logp, advantages, weights in zip(
@@ -189,10 +190,6 @@ class NumberGuard(Callback):
         return path
 
 
-def _data(trainer: Trainer) -> RolloutDataModule:
-    return cast("RolloutDataModule", cast(Any, trainer).datamodule)
-
-
 def _row(module: RLRTModule, what: str, prompt_ids: list[int], response_ids: list[int]) -> Row:
     return {
         "bad": what,
@@ -204,7 +201,7 @@ def _row(module: RLRTModule, what: str, prompt_ids: list[int], response_ids: lis
 
 
 def _rollout_fields(trainer: Trainer, rollout: Rollout, advantage: float) -> Row:
-    epoch = _data(trainer).epoch
+    epoch = data_of(trainer).epoch
     assert epoch is not None
     reward = rollout.verdict.reward if rollout.verdict is not None else None
     return {"problem": epoch.problems[rollout.group].id, "reward": reward, "advantage": advantage}

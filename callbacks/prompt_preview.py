@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -21,9 +21,9 @@ from rlrt_lightning.tasks import Problem
 from rlrt_lightning.teacher import Teacher
 
 from .boards import log_text
+from .parts import data_of
 
 if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
     from rlrt_lightning.module import RLRTModule
 
 MAX_CHARACTERS = 4000
@@ -47,7 +47,7 @@ class PromptPreview(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Shows the prompts. Runs on all ranks, so that an error ends all of them."""
-        module, data = cast("RLRTModule", pl_module), cast("RolloutDataModule", cast(Any, trainer).datamodule)
+        module, data = cast("RLRTModule", pl_module), data_of(trainer)
         problem, policy = data.example(stage), module.policy
         if problem is None:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -15,6 +15,7 @@ from rlrt_lightning.runtime.ranks import Mean, mean_over_ranks
 from rlrt_lightning.runtime.run_files import claim_path
 
 from .boards import log_picture, tensorboards
+from .parts import data_of
 from .signal_pages import link_pages, page_path
 from .signal_picture import Picture, Scored, Token, draw, effects, html_page
 
@@ -54,7 +55,7 @@ class ReversedSignalLogger(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's signal before training on it."""
-        data = cast("RolloutDataModule", cast(Any, trainer).datamodule)
+        data = data_of(trainer)
         epoch, module = data.epoch, cast("RLRTModule", pl_module)
         if epoch is None:
             return

@@ -6,7 +6,7 @@ import math
 import shlex
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,10 +17,9 @@ from rlrt_lightning.runtime.terminal import say
 
 from .epoch_metrics import EpochMetrics
 from .evaluation import Evaluation
+from .parts import callbacks_of
 from .phase_bar import epoch_of
 from .teacher_evaluation import TeacherEvaluation
-
-C = TypeVar("C", bound=Callback)
 
 Scores = dict[str, dict[str, float]]
 """Metrics by evaluation set and tag."""
@@ -64,7 +63,7 @@ class RunReport(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the epoch, and then its evaluation if there was one."""
         self._trained = True
-        every = _callbacks(trainer, EpochMetrics)
+        every = callbacks_of(trainer, EpochMetrics)
         metrics = every[0].latest if every else {}
         self._rewards = [*self._rewards[:1], metrics.get("rollout/reward", math.nan)]
         rows, self._pending = self._pending, []
@@ -91,7 +90,7 @@ class RunReport(Callback):
         return [f"reward {self._rewards[0]:.3f} -> {self._rewards[-1]:.3f}"]
 
     def _summary(self, trainer: Trainer, folder: Path) -> list[tuple[str, str]]:
-        saved = (c.last_model_path or c.best_model_path for c in _callbacks(trainer, ModelCheckpoint))
+        saved = (c.last_model_path or c.best_model_path for c in callbacks_of(trainer, ModelCheckpoint))
         checkpoint = next(filter(None, saved), None)
         lines = [("run folder", str(folder))]
         if checkpoint is not None:
@@ -119,12 +118,12 @@ class RunReport(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the evaluation. Within `fit`, the epoch's line comes first."""
-        found = _callbacks(trainer, Evaluation)
+        found = callbacks_of(trainer, Evaluation)
         if not found or not found[0].scores:
             return
         evaluation = found[0]
         rows, fit = table(evaluation.scores), trainer.state.fn == "fit"
-        rows += [line for of_teacher in _callbacks(trainer, TeacherEvaluation) for line in of_teacher.lines]
+        rows += [line for of_teacher in callbacks_of(trainer, TeacherEvaluation) for line in of_teacher.lines]
         if fit:
             self._first, self._last = self._first or evaluation.scores, evaluation.scores
         if fit and not trainer.sanity_checking:
@@ -144,11 +143,6 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self._first, self._rewards = state_dict["first"], state_dict["rewards"]
-
-
-def _callbacks(trainer: Trainer, kind: type[C]) -> list[C]:
-    """The trainer's callbacks of a class."""
-    return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, kind)]
 
 
 def epoch_line(trainer: Trainer, metrics: dict[str, float]) -> str:

@@ -6,7 +6,7 @@ import signal
 import sys
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,10 +21,8 @@ from rlrt_lightning.runtime.stopping import Stop
 from rlrt_lightning.runtime.terminal import say
 
 from .evaluation import Evaluation
+from .parts import callbacks_of, data_of
 from .run_checkpoint import adopt
-
-if TYPE_CHECKING:
-    from rlrt_lightning.datamodule import RolloutDataModule
 
 RESUME = "resume with --ckpt_path last"
 
@@ -44,7 +42,7 @@ class SafeStop(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepares for signals, and checks that checkpoints can be written and resumed exactly."""
-        _data(trainer).stop_signal.begin()
+        data_of(trainer).stop_signal.begin()
         adopt(trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(trainer)
         if stage != "fit":
@@ -68,7 +66,7 @@ class SafeStop(Callback):
         """Keeps the run's folder from now on, and installs the signal handlers in a run that was resumed within an
         epoch, where no phase comes first."""
         keep_folder(trainer)
-        _data(trainer).stop_signal.listen(trainer)
+        data_of(trainer).stop_signal.listen(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Records the saved step."""
@@ -89,7 +87,7 @@ class SafeStop(Callback):
                 "nothing was trained yet" if not self._saved else f"{self._saved} optimizer steps are saved; {RESUME}"
             )
         elif isinstance(exception, Stop):
-            number = trainer.strategy.broadcast(_data(trainer).stop_signal.number)
+            number = trainer.strategy.broadcast(data_of(trainer).stop_signal.number)
             fitting = trainer.state.fn == "fit"
             outcome = self._save(trainer) if fitting else _resume_evaluation(trainer)
         else:
@@ -107,7 +105,7 @@ class SafeStop(Callback):
             progress.reset()
             progress.increment_ready()
             progress.increment_started()
-        stop = _data(trainer).stop_signal
+        stop = data_of(trainer).stop_signal
         if trainer.strategy.broadcast(stop.requeue_asked) and stop.requeue is not None:
             stop.requeue()
             return f"saved after {step} optimizer steps, and asked SLURM to requeue the job"
@@ -128,8 +126,7 @@ def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
 
 def _resume_evaluation(trainer: Trainer) -> str:
     """How to resume an evaluation."""
-    every = cast(Any, trainer).callbacks
-    folder = next((callback.folder for callback in every if isinstance(callback, Evaluation)), None)
+    folder = next((evaluation.folder for evaluation in callbacks_of(trainer, Evaluation)), None)
     return "nothing was evaluated yet" if folder is None else f"resume with --evaluation.results={folder}"
 
 
@@ -137,7 +134,3 @@ def _free_path(folder: Path) -> str:
     """An unused path for last.ckpt, named as Lightning would name it."""
     names = (f"last-v{n}.ckpt" if n else "last.ckpt" for n in count())
     return str(next(folder / name for name in names if not (folder / name).exists()))
-
-
-def _data(trainer: Trainer) -> RolloutDataModule:
-    return cast("RolloutDataModule", cast(Any, trainer).datamodule)

@@ -24,8 +24,9 @@ from rlrt_lightning.runtime.run_files import claim_path
 from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.tasks import Task
 
-from .boards import log_picture, log_text
-from .evaluation import Evaluation
+from .boards import log_picture, log_scores, log_text
+from .evaluation import Evaluation, evaluated_steps
+from .parts import callbacks_of, data_of
 from .teacher_picture import draw_teacher
 from .teacher_refresh import TeacherRefresh, check_scored_by
 
@@ -84,7 +85,7 @@ class TeacherEvaluation(Callback):
         self.scores, self.lines = {}, []
         if not self.problems:
             return
-        module, data = cast("RLRTModule", pl_module), _data(trainer)
+        module, data = cast("RLRTModule", pl_module), data_of(trainer)
         setting = f"teacher_evaluation.problems is {self.problems}"
         if module.method.context == "none":
             raise ConfigError(
@@ -108,8 +109,7 @@ class TeacherEvaluation(Callback):
                 f"data.benchmarks.{name} has one; use another evaluation set (teacher_evaluation.benchmark), or set "
                 "teacher_evaluation.problems=0"
             )
-        every = cast(Any, trainer).callbacks
-        refresh = next((callback for callback in every if isinstance(callback, TeacherRefresh)), TeacherRefresh())
+        refresh = next(iter(callbacks_of(trainer, TeacherRefresh)), TeacherRefresh())
         check_scored_by(module, refresh.schedule(module))
         scoring_engine(module.teacher, module.method, data.engine, data.sampling)
         check_cuts(data.engine, data.sampling, data.rescore)
@@ -134,7 +134,7 @@ class TeacherEvaluation(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.problems:
             return
-        module, data = cast("RLRTModule", pl_module), _data(trainer)
+        module, data = cast("RLRTModule", pl_module), data_of(trainer)
         name, problems = self._problems(data)
         # Lightning evaluates in inference mode. Weights that move between devices or adapters that are swapped there
         # could not be trained or refreshed afterwards.
@@ -143,10 +143,12 @@ class TeacherEvaluation(Callback):
         results = list(chain(*gather(own)))
         self.scores = teacher_metrics(results)
         self.lines = teacher_table(self.scores, name, len(results))
-        self._log(trainer, pl_module)
+        step = evaluated_steps(trainer)
+        log_scores(trainer, pl_module, {f"{FOLDER}/{tag}": value for tag, value in self.scores.items()}, step)
+        log_text(trainer, f"{FOLDER}/table", "\n".join(self.lines), step)
         if trainer.is_global_zero and "accuracy" in self.scores:
-            title = f"{type(module.method).__name__}, step {trainer.global_step}: "
-            self._draw(trainer, title + self.lines[0].strip().partition(":")[0].removeprefix("teacher  "))
+            title = f"{type(module.method).__name__}, step {step}: "
+            self._draw(trainer, title + self.lines[0].strip().partition(":")[0].removeprefix("teacher  "), step)
 
     def _compare(
         self, trainer: Trainer, module: RLRTModule, data: RolloutDataModule, name: str, problems: list[Any]
@@ -188,32 +190,18 @@ class TeacherEvaluation(Callback):
             drawn = progress.rollouts(drawing, len(questions.prompts), "the teacher's responses")
         return collect_verdicts(questions.problems, drawn, data.max_fault_share, progress)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = {f"{FOLDER}/{tag}": value for tag, value in self.scores.items()}
-        if trainer.sanity_checking:  # Lightning drops metrics logged there
-            for logger in trainer.loggers:
-                logger.log_metrics(values, trainer.global_step)
-        elif not trainer.predicting:  # Lightning allows no logging there
-            pl_module.log_dict(values, sync_dist=True)  # the same on all ranks
-        log_text(trainer, f"{FOLDER}/table", "\n".join(self.lines), trainer.global_step)
-
-    def _draw(self, trainer: Trainer, title: str) -> None:
+    def _draw(self, trainer: Trainer, title: str, step: int) -> None:
         figure = draw_teacher(self.scores, title)
-        path = self._path(trainer)
+        path = self._path(trainer, step)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         image = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-        log_picture(trainer, f"{FOLDER}/evaluation", image, trainer.global_step)
+        log_picture(trainer, f"{FOLDER}/evaluation", image, step)
 
-    def _path(self, trainer: Trainer) -> Path:
-        every = cast(Any, trainer).callbacks
-        evaluation = next((callback for callback in every if isinstance(callback, Evaluation)), None)
-        if trainer.state.fn != "fit" and evaluation is not None and evaluation.folder is not None:
-            return evaluation.folder / f"{FOLDER}.png"
-        return claim_path(trainer, FOLDER) / f"step-{trainer.global_step}.png"
+    def _path(self, trainer: Trainer, step: int) -> Path:
+        folder = next((evaluation.folder for evaluation in callbacks_of(trainer, Evaluation)), None)
+        if trainer.state.fn != "fit" and folder is not None:
+            return folder / f"{FOLDER}.png"
+        return claim_path(trainer, FOLDER) / f"step-{step}.png"
 
     on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _evaluate
-
-
-def _data(trainer: Trainer) -> RolloutDataModule:
-    return cast("RolloutDataModule", cast(Any, trainer).datamodule)

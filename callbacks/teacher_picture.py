@@ -1,4 +1,4 @@
-"""Draws an evaluation of the teacher: its accuracy beside the student's, and D_t by kind of token."""
+"""Draws an evaluation of the teacher: the accuracies of teacher and student, and D_t by kind of token."""
 
 from __future__ import annotations
 

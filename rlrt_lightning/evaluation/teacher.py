@@ -1,4 +1,4 @@
-"""What a teacher can teach: its own accuracy with its context beside the student's, and on which tokens they differ."""
+"""Compares a teacher that sees its context with the student: their accuracies, and the tokens on which they differ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from statistics import fmean
 from typing import Literal, get_args
 
@@ -181,11 +181,8 @@ def teacher_metrics(results: Sequence[Taught]) -> dict[str, float]:
     return metrics
 
 
-_CELLS: dict[str, Callable[[float], str]] = {
-    "tokens": partial("{:.1%}".format),
-    "share": partial("{:.1%}".format),
-    "asymmetry": partial("{:.3f}".format),
-}
+_ROWS = {"tokens": ("tokens", ".1%"), "share": ("|D|", ".1%"), "asymmetry": ("mean |D| (nats)", ".3f")}
+"""Rows of the table: label and format, by metric."""
 
 
 def teacher_table(metrics: dict[str, float], benchmark: str, problems: int) -> list[str]:
@@ -204,9 +201,9 @@ def teacher_table(metrics: dict[str, float], benchmark: str, problems: int) -> l
     for name, tag in {"student": "student_accuracy", "teacher": "accuracy"}.items():
         both.append(f"{name} {metrics[tag]:.3f} [{metrics[f'{tag}_low']:.3f}, {metrics[f'{tag}_high']:.3f}]")
     rows = [["", *KINDS]]
-    for name, label in {"tokens": "tokens", "share": "|D|", "asymmetry": "mean |D| (nats)"}.items():
+    for name, (label, form) in _ROWS.items():
         tags = [f"{name}_{kind}" for kind in KINDS]
-        rows.append([label, *(_CELLS[name](metrics[tag]) if tag in metrics else "-" for tag in tags)])
+        rows.append([label, *(format(metrics[tag], form) if tag in metrics else "-" for tag in tags)])
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return [f"{title}: {'  '.join(both)}", *(f"           {line}" for line in lines)]

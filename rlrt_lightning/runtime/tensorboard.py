@@ -9,7 +9,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 INTERVALS = "intervals/"
-"""Prefix of the bounds of confidence intervals in TensorBoard. Beside the values they would take two of three cards."""
+"""Prefix of the bounds of confidence intervals in TensorBoard. In the group of their value they would be two of every
+three cards."""
 
 BOUND = re.compile(r"(eval/.+@\d+|teacher/(student_)?accuracy)_(low|high)")
 """Tags of the bounds of confidence intervals."""

@@ -323,8 +323,8 @@ def test_an_evaluation_shows_the_teacher_of_the_run(name: str, evaluated: tuple[
     assert last in again.getvalue()
     assert (tmp_path / "last-digit" / "rlrt-0" / "evaluation" / "step-4" / "teacher.png").exists()
     if name == "validate":
-        trained = scalars(folder)["teacher/accuracy"][-1][1]
-        assert evaluation_scalars(tmp_path)["teacher/accuracy"][0][1] == trained
+        trained = scalars(folder)["teacher/accuracy"][-1]
+        assert evaluation_scalars(tmp_path)["teacher/accuracy"][0] == trained, "at the same step"
 
 
 @pytest.mark.slow
