@@ -4,11 +4,13 @@
 
 All methods run with the same seeds, which decide the problems and their order. A run that was interrupted resumes from
 its last checkpoint, a finished one is skipped, and one with other settings is refused. At its end each run is evaluated
-with 64 samples a problem; then its weights are deleted.
+with 64 samples a problem, GRPO and RLRT with the first seed also with reflection injection and distribution shift; then
+its weights are deleted. A large GPU has room for many runs at once (--jobs).
 
 Writes to RESULTS, which is OUT unless it is given:
     epochs.csv       metrics of every epoch of every run
-    evaluations.csv  evaluations during training: avg@8, pass@8, length
+    evaluations.csv  evaluations during training: avg@8, pass@8, length, accuracy of the teacher and of the student on
+                     the problems for which the teacher has a context
     solved.csv       how many of the 64 samples of each held-out problem are correct at the end
 and prints the tables. Without --out nothing is trained: the tables are made from the three files.
 
@@ -23,6 +25,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -41,9 +44,14 @@ METHODS = {  # flags of each method
     "SRPO": ["--config=configs/methods/srpo.yaml"],
     "RLCSD": ["--config=configs/methods/rlcsd.yaml"],
 }
-LAYERS = ("configs/rlrt.yaml", "configs/models/smollm2.yaml", "configs/rollouts/vllm_colocate.yaml")
+LAYERS = ("configs/rlrt.yaml", "configs/models/smollm2.yaml")
 EXPERIMENT = "benchmarks/language_model.yaml"
-SAMPLES = 64
+ANALYSED = ("GRPO", "RLRT")
+INSTRUMENTS = {  # with their flags
+    "reflection": ["--samples=16", "--per_problem=4", "--continuations=8"],
+    "shift": ["--samples=8"],
+}
+SAMPLES, TAUGHT = 64, 64
 EPOCH_TAGS = (
     "rollout/reward",
     "rollout/length",
@@ -56,7 +64,15 @@ EPOCH_TAGS = (
     "signal/asymmetry_correct",
 )
 TIME_TAGS = ("time/rollout", "time/train")
-EVALUATION_TAGS = ("avg@8", "pass@8", "length")
+EVALUATION_TAGS = (
+    "eval/heldout/avg@8",
+    "eval/heldout/pass@8",
+    "eval/heldout/length",
+    "teacher/accuracy",
+    "teacher/student_accuracy",
+    "teacher/with_context",
+)
+NAN = float("nan")  # a metric that a method does not have
 COUNTS = ("samples", "correct")
 WORDS = ("method", "problem")
 
@@ -78,6 +94,8 @@ def settings(run: Run, model: Path, extra: list[str]) -> list[str]:
     """The flags that decide a run's results."""
     layers = [f"--config={ROOT / path}" for path in (*LAYERS, EXPERIMENT)]
     method = [flag.replace("=configs/", f"={ROOT}/configs/") for flag in METHODS[run.method]]
+    if not run.method.startswith("GRPO"):
+        method.append(f"--teacher_evaluation.problems={TAUGHT}")
     return [*layers, *method, f"--seed_everything={run.seed}", f"--model.policy.path={model}", *extra]
 
 
@@ -91,7 +109,7 @@ def fingerprint(run: Run, model: Path, extra: list[str]) -> str:
     return digest.hexdigest()
 
 
-def train(run: Run, model: Path, out: Path, extra: list[str], threads: int) -> None:
+def train(run: Run, model: Path, out: Path, extra: list[str], threads: int, analysed: bool = False) -> None:
     """Trains and evaluates one run, or resumes it, unless it is finished."""
     folder, made = run.folder(out), fingerprint(run, model, extra)
     name = f"{run.method}, seed {run.seed}"
@@ -108,9 +126,13 @@ def train(run: Run, model: Path, out: Path, extra: list[str], threads: int) -> N
     fit = ["-m", "rlrt_lightning", "fit", *flags, *place, *resume, "--trainer.enable_progress_bar=false"]
     execute(fit, name, threads)
     (last,) = folder.glob("run/*/checkpoints/last.ckpt")
-    evaluate = ["-m", "rlrt_lightning", "validate", *flags, f"--ckpt_path={last}", "--trainer.logger=false"]
+    place = [f"--ckpt_path={last}", "--trainer.logger=false"]
+    evaluate = ["-m", "rlrt_lightning", "validate", *flags, *place, "--teacher_evaluation.problems=0"]
     evaluate += [f"--data.benchmarks.heldout.samples={SAMPLES}", f"--evaluation.results={folder / 'evaluation'}"]
     execute(evaluate, f"evaluation of {name}", threads)
+    for instrument, own in INSTRUMENTS.items() if analysed else ():
+        analyse = ["-m", "rlrt_lightning", instrument, *flags, *place, *own, f"--out={folder / instrument}"]
+        execute(analyse, f"{instrument} of {name}", threads)
     for part in ("checkpoints", "export"):
         shutil.rmtree(last.parents[1] / part, ignore_errors=True)
     (folder / "done").touch()
@@ -147,7 +169,7 @@ def collect(runs: list[Run], out: Path, results: Path) -> None:
 def of_epochs(curves: dict[str, dict[int, float]]) -> Iterator[dict[str, Any]]:
     """The metrics of each epoch; those that a method does not have are NaN."""
     for epoch, step in enumerate(sorted(curves["rollout/reward"])):
-        values = {tag.split("/")[1]: curves.get(tag, {}).get(step, float("nan")) for tag in EPOCH_TAGS}
+        values = {tag.split("/")[1]: curves.get(tag, {}).get(step, NAN) for tag in EPOCH_TAGS}
         values["seconds"] = sum(curves[tag].get(step, 0.0) for tag in TIME_TAGS)
         yield {"epoch": epoch, **rounded(values, 4)}
 
@@ -155,7 +177,11 @@ def of_epochs(curves: dict[str, dict[int, float]]) -> Iterator[dict[str, Any]]:
 def of_evaluations(curves: dict[str, dict[int, float]]) -> Iterator[dict[str, Any]]:
     """The evaluations: before training, and at the end of every 20th epoch."""
     for step in sorted(curves["eval/heldout/avg@8"]):
-        yield {"step": step, **rounded({tag: curves[f"eval/heldout/{tag}"][step] for tag in EVALUATION_TAGS}, 4)}
+        values = {
+            tag.removeprefix("eval/heldout/").replace("/", "_"): curves.get(tag, {}).get(step, NAN)
+            for tag in EVALUATION_TAGS
+        }
+        yield {"step": step, **rounded(values, 4)}
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -223,6 +249,7 @@ def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder for the three files (default: OUT)")
     parser.add_argument("--seeds", type=seed_range, default=seed_range("300-303"), help="a range, or a count from 0")
     parser.add_argument("--methods", nargs="+", default=list(METHODS)[:5], choices=METHODS, help="methods")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads of a run")
     parser.add_argument("extra", nargs="*", help="further flags for every run, after --")
     args = parser.parse_args(words)
@@ -238,8 +265,13 @@ def main() -> None:
     results = args.results or args.out
     if args.out:
         runs = [Run(method, seed) for seed in args.seeds for method in args.methods]
-        for run in runs:
-            train(run, args.model.absolute(), args.out.absolute(), args.extra, args.threads)
+        places = args.model.absolute(), args.out.absolute(), args.extra, args.threads
+        with ThreadPoolExecutor(args.jobs) as pool:
+            started = [
+                pool.submit(train, run, *places, run.method in ANALYSED and run.seed == args.seeds[0]) for run in runs
+            ]
+        for done in started:
+            done.result()
         collect(sorted(runs, key=lambda run: [*METHODS].index(run.method)), args.out, results)
     print(f"\n{tables(results)}")
 
