@@ -124,15 +124,15 @@ def train(run: Run, model: Path, out: Path, extra: list[str], threads: int, anal
     last = min(folder.glob("run/*/checkpoints/last.ckpt"), default=None)
     resume = [f"--ckpt_path={last}"] if last else []
     fit = ["-m", "rlrt_lightning", "fit", *flags, *place, *resume, "--trainer.enable_progress_bar=false"]
-    execute(fit, name, threads)
+    execute(fit, name, threads, folder / "log")
     (last,) = folder.glob("run/*/checkpoints/last.ckpt")
     place = [f"--ckpt_path={last}", "--trainer.logger=false"]
     evaluate = ["-m", "rlrt_lightning", "validate", *flags, *place, "--teacher_evaluation.problems=0"]
     evaluate += [f"--data.benchmarks.heldout.samples={SAMPLES}", f"--evaluation.results={folder / 'evaluation'}"]
-    execute(evaluate, f"evaluation of {name}", threads)
+    execute(evaluate, f"evaluation of {name}", threads, folder / "log")
     for instrument, own in INSTRUMENTS.items() if analysed else ():
         analyse = ["-m", "rlrt_lightning", instrument, *flags, *place, *own, f"--out={folder / instrument}"]
-        execute(analyse, f"{instrument} of {name}", threads)
+        execute(analyse, f"{instrument} of {name}", threads, folder / "log")
     for part in ("checkpoints", "export"):
         shutil.rmtree(last.parents[1] / part, ignore_errors=True)
     (folder / "done").touch()
@@ -150,7 +150,7 @@ def collect(runs: list[Run], out: Path, results: Path) -> None:
 
     epochs, evaluations, solved = [], [], []
     for run in runs:
-        if not (run.folder(out) / "done").exists():
+        if not (run.folder(out) / "evaluation" / "heldout.parquet").exists():
             continue
         curves: dict[str, dict[int, float]] = {}
         for folder in sorted(run.folder(out).glob("run/*")):
@@ -270,9 +270,9 @@ def main() -> None:
             started = [
                 pool.submit(train, run, *places, run.method in ANALYSED and run.seed == args.seeds[0]) for run in runs
             ]
-        for done in started:
-            done.result()
         collect(sorted(runs, key=lambda run: [*METHODS].index(run.method)), args.out, results)
+        for done in started:
+            done.result()  # a failure counts after the others are kept
     print(f"\n{tables(results)}")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
+from tempfile import TemporaryFile
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,18 +29,23 @@ def seed_range(text: str) -> list[int]:
     return seeds
 
 
-def execute(arguments: list[str], name: str, threads: int = 1) -> None:
+def execute(arguments: list[str], name: str, threads: int = 1, log: Path | None = None) -> None:
     """Runs Python; exits with the end of its messages if it fails.
 
     Args:
         arguments: Arguments of the interpreter.
         name: What runs, for the message.
         threads: Number of CPU threads.
+        log: File to which its output is appended.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+    with log.open("a+", encoding="utf-8") if log else TemporaryFile("w+", encoding="utf-8") as output:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=env, stdout=output, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            output.seek(0)
+            raise SystemExit(f"{name}: {output.read()[-2000:]}")
 
 
 # -- tables --------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_the_tables_pair_runs_with_the_same_seed(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(lm, "execute", lambda arguments, name, threads: finish(arguments, name, threads, started))
+    monkeypatch.setattr(lm, "execute", lambda arguments, name, threads, log: finish(arguments, name, threads, started))
     monkeypatch.setattr(events, "scalars", curves)
     runs = [lm.Run(method, seed) for seed in (1, 2) for method in ("GRPO", "RLRT")]
     for run in runs:
@@ -85,7 +85,7 @@ def test_a_run_resumes_from_its_last_checkpoint_and_is_not_repeated(
     started: list[list[str]] = []
     run = lm.Run("GRPO without std", 1)
 
-    def interrupt(arguments: list[str], name: str, threads: int) -> None:
+    def interrupt(arguments: list[str], name: str, threads: int, log: Path) -> None:
         finish(arguments, name, threads, started)
         if len(started) == 1:
             raise SystemExit("interrupted")
