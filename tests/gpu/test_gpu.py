@@ -63,7 +63,7 @@ def fit(folder: Path, epochs: int, ckpt_path: Path | None = None, **settings: An
         **settings,
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
-    assert all(p.device.type == "cuda" for p in module.policy.parameters())
+    assert trainer.strategy.root_device.type == "cuda"
     metrics = {tag: [float(value)] for tag, value in trainer.callback_metrics.items()}
     norms = [float(p.detach().double().norm()) for p in module.policy.model.parameters()]
     return {**metrics, "weights": norms}
