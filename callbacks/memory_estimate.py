@@ -146,13 +146,15 @@ def largest_pass(trainer: Any, policy: Policy, data: RolloutDataModule) -> tuple
 def _training_pass(trainer: Any, policy: Policy, tokens: int, length: int) -> dict[str, float]:
     """The parts of a training pass; empty for architectures whose config has other names."""
     model, sharded = policy.model, isinstance(trainer.strategy, FSDP2Strategy)
+    half = 2 if half_precision(trainer) else None
     try:
-        layers, shape = decoder_layers(model), memory.Shape.of(model, policy.attention)
+        layers = decoder_layers(model)
+        shape = memory.Shape.of(model, policy.attention, policy.device.type, half)
     except (AttributeError, ConfigError, TypeError):
         rank_zero_info("the training pass of %s is not estimated: its config has other names", type(model).__name__)
         return {}
     weight = local(next(layers[0].parameters())).itemsize
-    computed = 2 if half_precision(trainer) else weight
+    computed = half or weight
     residual = computed if sharded else weight
     parts = memory.training_pass(
         shape, tokens, length, policy.tokens_with_logits(tokens), residual, computed, policy.gradient_checkpointing

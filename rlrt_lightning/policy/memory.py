@@ -69,16 +69,22 @@ class Shape(NamedTuple):
     vocabulary: int
     normed: bool
     """Whether queries and keys are normalized."""
-    eager_heads: int = 0
-    """Number of heads if the attention keeps its probabilities for all pairs of tokens ("eager"), otherwise 0."""
+    pair_heads: int = 0
+    """Number of heads if the attention keeps its probabilities for all pairs of tokens, otherwise 0. So do "eager" and,
+    on a GPU in float32, "sdpa" with fewer key than query heads: none of torch's memory-efficient kernels computes that,
+    and its fallback is eager (measured with torch 2.11)."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, attention: str = "sdpa") -> Shape:
+    def of(
+        cls, model: PreTrainedModel, attention: str = "sdpa", device: str = "cpu", computed: int | None = None
+    ) -> Shape:
         """Reads the sizes from a model and its config.
 
         Args:
             model: The model; its weights may be on the meta device.
             attention: Its attention implementation.
+            device: Type of the device that computes.
+            computed: Bytes of a number within the linear layers; None is that of the weights.
         """
         config = model.config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads
@@ -86,15 +92,17 @@ class Shape(NamedTuple):
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         if experts := getattr(config, "num_experts_per_tok", None):
             inner = experts * (getattr(config, "moe_intermediate_size", None) or inner)
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        falls_back = device == "cuda" and (computed or model.dtype.itemsize) == FP32 and key_heads < heads
         return cls(
             layers=config.num_hidden_layers,
             hidden=hidden,
             queries=heads * width,
-            keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
+            keys=key_heads * width,
             inner=inner,
             vocabulary=config.vocab_size,
             normed=any(name.endswith("q_norm") for name, _ in model.named_modules()),
-            eager_heads=heads if attention == "eager" else 0,
+            pair_heads=heads if attention == "eager" or (attention == "sdpa" and falls_back) else 0,
         )
 
     def layer(self, residual: int, computed: int, length: int) -> float:
@@ -110,9 +118,16 @@ class Shape(NamedTuple):
         inputs = (2 if residual == computed else 5) * self.hidden
         # Norms keep a float32 copy of their input, and their result before it is scaled.
         norms = 2 * (FP32 + residual) * self.hidden + self.normed * (FP32 + computed) * (self.queries + self.keys)
-        # The probabilities, and their conversion from float32.
-        pairs = self.eager_heads * (FP32 + (computed if computed != FP32 else 0)) * length
-        return computed * (attention + mlp + inputs) + norms + pairs
+        return computed * (attention + mlp + inputs) + norms + self.pairs(computed, length)
+
+    def pairs(self, computed: int, length: int) -> float:
+        """Bytes per token of the probabilities of one layer for all pairs of tokens: in float32, and converted.
+
+        Args:
+            computed: Bytes of a number within the linear layers.
+            length: Tokens of a sequence.
+        """
+        return self.pair_heads * (FP32 + (computed if computed != FP32 else 0)) * length
 
 
 def training_pass(
@@ -135,15 +150,15 @@ def training_pass(
         computed: Bytes of a number within the linear layers.
         checkpointing: Whether layers keep only their inputs for the backward pass.
     """
-    layer = shape.layer(residual, computed, length)
+    layer, gradients = shape.layer(residual, computed, length), tokens * shape.pairs(computed, length)
     # Of each token, the last norm, and the states before and after those of the response are selected.
     outside = (FP32 + 3 * residual) * shape.hidden
     logits = FP32 * shape.vocabulary * (LOGITS_COPIES * chunk + shape.hidden)  # and the gradient of the head
     if not checkpointing:
-        return {"activations": tokens * (shape.layers * layer + outside), "logits": logits}
+        return {"activations": tokens * (shape.layers * layer + outside), "logits": max(logits, gradients)}
     kept = tokens * (shape.layers * residual * shape.hidden + outside)
     # Layers are computed again, one at a time, when the logits are freed.
-    return {"activations": kept, LOGITS_OR_LAYER: max(logits, tokens * layer)}
+    return {"activations": kept, LOGITS_OR_LAYER: max(logits, tokens * layer + gradients)}
 
 
 def cast_weights(model: PreTrainedModel, computed: int) -> float:

@@ -70,7 +70,7 @@ def training_pass(policy: Policy, rows: int, length: int, half: bool) -> tuple[C
         (logp + entropy).sum().backward()
 
     parts = memory.training_pass(
-        memory.Shape.of(policy.model, policy.attention),
+        memory.Shape.of(policy.model, policy.attention, device.type, 2 if half else None),
         rows * length,
         length,
         policy.tokens_with_logits(rows * length),

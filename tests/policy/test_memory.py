@@ -129,6 +129,20 @@ def test_a_training_pass_needs_about_as_much_as_estimated(
     assert 0.85 < estimated / live.peak < 1.15
 
 
+@pytest.mark.parametrize(("checkpointing", "measured"), [(False, 11_195_712_512), (True, 2_172_905_472)])
+def test_grouped_queries_in_float32_on_a_gpu_keep_all_pairs(checkpointing: bool, measured: int) -> None:
+    """As measured by tests/gpu on an NVIDIA H200 with torch 2.11, which needs a GPU."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}
+    policy = tiny_policy("qwen3", {**sizes, "vocab_size": 32_000, "max_position_embeddings": 2048})
+    chunk, estimated = policy.tokens_with_logits(8 * 2048), {}
+    for device, computed in (("cuda", None), ("cuda", 2), ("cpu", None)):
+        shape = memory.Shape.of(policy.model, "sdpa", device, computed)
+        parts = memory.training_pass(shape, 8 * 2048, 2048, chunk, checkpointing=checkpointing)
+        estimated[device, computed] = sum(parts.values())
+    assert 0.85 < estimated["cuda", None] / measured < 1.15
+    assert estimated["cuda", 2] == estimated["cpu", None] < 0.6 * measured
+
+
 @pytest.mark.parametrize(
     "make",
     [
