@@ -12,7 +12,8 @@ Writes to RESULTS, which is OUT unless it is given:
     evaluations.csv  evaluations during training: avg@8, pass@8, length, accuracy of the teacher and of the student on
                      the problems for which the teacher has a context
     solved.csv       how many of the 64 samples of each held-out problem are correct at the end
-and prints the tables. Without --out nothing is trained: the tables are made from the three files.
+and prints the tables. Without --out nothing is trained: tables and plot are made from the three files. Epochs and
+evaluations that not all runs have are left out of the comparison.
 
 Intervals are over seeds (Student's t of the differences between runs with the same seed, corrected for the number of
 comparisons), and for pass@k over problems too.
@@ -27,22 +28,23 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
-from paired_runs import ROOT, execute, gain, markdown, read_csv, rounded, seed_range, spread, write_csv
+from language_model_results import COUNTS, NAN, Results, plot, tables
+from paired_runs import ROOT, execute, rounded, seed_range, write_csv
 
 METHODS = {  # flags of each method
     "GRPO": ["--config=configs/methods/grpo.yaml"],
-    "GRPO without std": ["--config=configs/methods/grpo.yaml", "--model.method.normalize_std=false"],
     "RLRT": ["--config=configs/methods/rlrt.yaml"],
     "RLSD": ["--config=configs/methods/rlsd.yaml"],
     "AntiSD": ["--config=configs/methods/antisd.yaml"],
+    "GRPO with std": ["--config=configs/methods/grpo.yaml", "--model.method.normalize_std=true"],
     "RLRT-all": ["--config=configs/methods/rlrt_all.yaml"],
     "RLRT contrast": ["--config=configs/methods/rlrt_contrast.yaml"],
     "SDPO": ["--config=configs/methods/sdpo.yaml"],
     "SRPO": ["--config=configs/methods/srpo.yaml"],
     "RLCSD": ["--config=configs/methods/rlcsd.yaml"],
+    "GRPO repeated": ["--config=configs/methods/grpo.yaml"],  # how much differs between two runs of the same settings
 }
 LAYERS = ("configs/rlrt.yaml", "configs/models/smollm2.yaml")
 EXPERIMENT = "benchmarks/language_model.yaml"
@@ -72,9 +74,6 @@ EVALUATION_TAGS = (
     "teacher/student_accuracy",
     "teacher/with_context",
 )
-NAN = float("nan")  # a metric that a method does not have
-COUNTS = ("samples", "correct")
-WORDS = ("method", "problem")
 
 
 class Run(NamedTuple):
@@ -177,66 +176,10 @@ def of_epochs(curves: dict[str, dict[int, float]]) -> Iterator[dict[str, Any]]:
 def of_evaluations(curves: dict[str, dict[int, float]]) -> Iterator[dict[str, Any]]:
     """The evaluations: before training, and at the end of every 20th epoch."""
     for step in sorted(curves["eval/heldout/avg@8"]):
-        values = {
-            tag.removeprefix("eval/heldout/").replace("/", "_"): curves.get(tag, {}).get(step, NAN)
-            for tag in EVALUATION_TAGS
-        }
-        yield {"step": step, **rounded(values, 4)}
-
-
-# -- tables --------------------------------------------------------------------------------------------------------
-
-
-def tables(results: Path) -> str:
-    """Scores and differences to GRPO, and pass@k, as Markdown."""
-    epochs, evaluations, solved = (
-        read_csv(results / f"{name}.csv", WORDS) for name in ("epochs", "evaluations", "solved")
-    )
-    runs = list(dict.fromkeys((row["method"], row["seed"]) for row in solved))
-    scores = {run: score(run, epochs, evaluations) for run in runs}
-    methods = list(dict.fromkeys(method for method, _ in runs))
-    lines = []
-    for method in methods:
-        own = [scores[run] for run in runs if run[0] == method]
-        cells = [method, str(len(own)), *(spread([values[name] for values in own]) for name in own[0])]
-        gains = (gain(differences(scores, method, name), len(methods) - 1) for name in ("avg@8 end", "reward"))
-        lines.append([*cells, *gains])
-    names = ["method", "seeds", *next(iter(scores.values())), "avg@8 end minus GRPO's", "reward minus GRPO's"]
-    return f"{markdown(names, lines)}\n\n{curves_of_k(solved, methods)}"
-
-
-def score(run: tuple[str, float], *tables: list[dict[str, Any]]) -> dict[str, float]:
-    """The numbers by which runs are compared, from the tables of epochs and evaluations."""
-    epochs, evaluations = ([row for row in table if (row["method"], row["seed"]) == run] for table in tables)
-    last = epochs[-len(epochs) // 10 :]
-    return {
-        "avg@8 start": evaluations[0]["avg@8"],
-        "avg@8 middle": evaluations[len(evaluations) // 2]["avg@8"],
-        "avg@8 end": evaluations[-1]["avg@8"],
-        "reward": fmean(row["reward"] for row in epochs),
-        "length end": fmean(row["length"] for row in last),
-        "entropy end": fmean(row["entropy"] for row in last),
-    }
-
-
-def differences(scores: dict[tuple[str, float], dict[str, float]], method: str, name: str) -> list[float]:
-    """The differences to GRPO's runs with the same seeds."""
-    return [
-        values[name] - scores["GRPO", seed][name]
-        for (other, seed), values in scores.items()
-        if other == method != "GRPO" and ("GRPO", seed) in scores
-    ]
-
-
-def curves_of_k(solved: list[dict[str, Any]], methods: list[str]) -> str:
-    """pass@k at the end: the mean over seeds, with its 95 % interval over problems."""
-    from rlrt_lightning.evaluation.results import pass_curve
-
-    counts = [{**row, **{name: int(row[name]) for name in COUNTS}} for row in solved]
-    curves = {method: pass_curve([row for row in counts if row["method"] == method]) for method in methods}
-    head = ["pass@k at the end", *(f"k = {point['k']}" for point in next(iter(curves.values())))]
-    cell = "{pass:.3f} ({low:.3f} to {high:.3f})"
-    return markdown(head, ([method, *(cell.format(**point) for point in curve)] for method, curve in curves.items()))
+        epoch = sum(start <= step for start in curves["rollout/reward"])
+        values = {tag: curves.get(tag, {}).get(step, NAN) for tag in EVALUATION_TAGS}
+        names = {tag: tag.removeprefix("eval/heldout/").replace("/", "_") for tag in EVALUATION_TAGS}
+        yield {"epoch": epoch, **rounded({names[tag]: value for tag, value in values.items()}, 4)}
 
 
 # -- command -------------------------------------------------------------------------------------------------------
@@ -247,6 +190,9 @@ def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct (docs/engines.md)")
     parser.add_argument("--out", type=Path, help="folder for the runs; without it nothing is trained")
     parser.add_argument("--results", type=Path, help="folder for the three files (default: OUT)")
+    parser.add_argument(
+        "--figures", type=Path, help="folder for language_model.png and .svg; without it no plot is made"
+    )
     parser.add_argument("--seeds", type=seed_range, default=seed_range("300-303"), help="a range, or a count from 0")
     parser.add_argument("--methods", nargs="+", default=list(METHODS)[:5], choices=METHODS, help="methods")
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
@@ -273,7 +219,10 @@ def main() -> None:
         collect(sorted(runs, key=lambda run: [*METHODS].index(run.method)), args.out, results)
         for done in started:
             done.result()  # a failure counts after the others are kept
-    print(f"\n{tables(results)}")
+    found = Results.read(results)
+    print(f"\n{tables(found)}")
+    if args.figures:
+        print("\nwrote", *plot(found, args.figures))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import language_model as lm
+from benchmarks.language_model_results import Results, common, plot, tables
 from rlrt_lightning.analysis import events
 from tests.helpers.command_line import ParsingCli
 from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
 
 STEPS = [2, 4, 6, 8]
+TEACHER = {
+    "teacher/accuracy": [(0, 0.4), (4, 0.6), (8, 0.8)],
+    "teacher/student_accuracy": [(0, 0.2), (4, 0.2), (8, 0.2)],
+    "teacher/with_context": [(0, 0.5), (4, 0.5), (8, 0.5)],
+}
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def finish(arguments: list[str], name: str, threads: int, started: list[list[str
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints" / "last.ckpt").touch()
         (folder / "events.out.tfevents.1").touch()
-    else:
+    elif "validate" in arguments:
         correct = [16 if "rlrt" in str(flags["--evaluation.results"]) else 8, 0]
         folder = Path(flags["--evaluation.results"])
         folder.mkdir()
@@ -55,6 +61,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
         "eval/heldout/avg@8": [(0, 0.1), (4, 0.3 + better), (8, 0.5 + better)],
         "eval/heldout/pass@8": [(0, 0.2), (4, 0.5), (8, 0.6)],
         "eval/heldout/length": [(0, 9.0), (4, 8.0), (8, 7.0)],
+        **(TEACHER if "rlrt" in run.parts else {}),
     }
 
 
@@ -66,24 +73,68 @@ def test_the_tables_pair_runs_with_the_same_seed(tmp_path: Path, model: Path, mo
     for run in runs:
         lm.train(run, model, tmp_path / "out", [], 1)
     lm.collect([*runs, lm.Run("RLSD", 1)], tmp_path / "out", tmp_path / "results")
-    found = lm.tables(tmp_path / "results")
+    found = tables(Results.read(tmp_path / "results"))
     # The differences are 0.2 and 0.3: 0.25 ± 12.706 * 0.0707 / sqrt(2).
     assert found.count("+0.250 (-0.385 to +0.885)") == 2
     assert "| RLRT | 2 | 0.100 ± 0.000 | 0.550 ± 0.071 | 0.750 ± 0.071 |" in found
-    assert "| GRPO | 0.062 (" in found.split("pass@k")[1], "k = 1: a share of 8 / 64 and one of 0"
-    assert "| RLRT | 0.125 (" in found.split("pass@k")[1]
-    rows = lm.read_csv(tmp_path / "results" / "epochs.csv", lm.WORDS)
+    assert "| GRPO | 1, 2 | 0.062 (" in found.split("pass@k at the end")[1], "k = 1: a share of 8 / 64 and one of 0"
+    assert "| RLRT | 1, 2 | 0.125 (" in found.split("pass@k at the end")[1]
+    assert "| RLRT | 0.20, 0.40 (0.50) | 0.20, 0.60 (0.50) | 0.20, 0.80 (0.50) | nan | nan | nan |" in found
+    png, svg = plot(Results.read(tmp_path / "results"), tmp_path / "figures")
+    assert png.stat().st_size > 10_000
+    assert all(title in svg.read_text() for title in ("training reward", "pass@k at the end"))
+    rows = Results.read(tmp_path / "results").epochs
     assert len(rows) == 4 * len(STEPS)
     assert rows[0]["seconds"] == 6
     assert rows[0]["context_of_correct"] != rows[0]["context_of_correct"], "NaN for a metric that GRPO does not have"
     assert not list(tmp_path.glob("out/**/*.ckpt")), "the weights of finished runs are deleted"
 
 
+def test_runs_are_compared_at_the_age_of_the_youngest() -> None:
+    rows = [{"method": "GRPO", "seed": seed, "epoch": epoch} for seed in (1, 2) for epoch in range(3 + seed)]
+    assert [row["epoch"] for row in common(rows)] == [0, 1, 2, 3] * 2
+
+
+def test_what_finished_is_kept_if_another_run_fails(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: list[str] = []
+
+    def fail_rlrt(arguments: list[str], name: str, threads: int, log: Path) -> None:
+        names.append(name)
+        if name.startswith("RLRT"):
+            raise SystemExit("RLRT failed")
+        finish(arguments, name, threads, [])
+
+    monkeypatch.setattr(lm, "execute", fail_rlrt)
+    monkeypatch.setattr(events, "scalars", curves)
+    places = [f"--model={model}", f"--out={tmp_path / 'out'}", f"--results={tmp_path / 'results'}"]
+    monkeypatch.setattr("sys.argv", ["language_model.py", *places, "--seeds=1-2", "--methods", "RLRT", "GRPO"])
+    with pytest.raises(SystemExit, match="RLRT failed"):
+        lm.main()
+    assert {(row["method"], row["seed"]) for row in Results.read(tmp_path / "results").epochs} == {
+        ("GRPO", 1),
+        ("GRPO", 2),
+    }
+    analysed = [name for name in names if name.startswith(tuple(lm.INSTRUMENTS))]
+    assert analysed == ["reflection of GRPO, seed 1", "shift of GRPO, seed 1"]
+
+
+def test_the_runs_of_two_methods_differ_in_their_settings() -> None:
+    """But for the one that measures how much two runs of the same settings differ."""
+    cli = {
+        method: ParsingCli(["fit", *lm.settings(lm.Run(method, 3), Path("model"), ["--model.policy.path=embedded"])])
+        for method in ("GRPO", "GRPO with std", "GRPO repeated")
+    }
+    found = {method: str(each.config.fit.model.method) for method, each in cli.items()}
+    assert found["GRPO"] == found["GRPO repeated"] != found["GRPO with std"]
+
+
 def test_a_run_resumes_from_its_last_checkpoint_and_is_not_repeated(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
-    run = lm.Run("GRPO without std", 1)
+    run = lm.Run("GRPO with std", 1)
 
     def interrupt(arguments: list[str], name: str, threads: int, log: Path) -> None:
         finish(arguments, name, threads, started)
@@ -107,7 +158,7 @@ def test_a_run_resumes_from_its_last_checkpoint_and_is_not_repeated(
         lm.train(run, model, tmp_path, [], 1)
 
 
-@pytest.mark.parametrize("method", slow_except(lm.METHODS, "GRPO without std", "RLCSD"))
+@pytest.mark.parametrize("method", slow_except(lm.METHODS, "GRPO with std", "RLCSD"))
 def test_the_settings_of_each_run_are_valid(method: str, model: Path) -> None:
     flags = [flag for flag in lm.settings(lm.Run(method, 3), model, []) if "vllm" not in flag]
     settings: Any = ParsingCli(["fit", *flags]).config.fit
@@ -115,6 +166,4 @@ def test_the_settings_of_each_run_are_valid(method: str, model: Path) -> None:
     assert settings.trainer.max_epochs == 100
     assert settings.data.task.init_args.config["min_terms"] == 2
     assert (ROOT / lm.EXPERIMENT).exists()
-    assert settings.model.method.class_path.rsplit(".", 1)[-1] == {"GRPO without std": "GRPO", "RLRT-all": "RLRT"}.get(
-        method, method.split()[0]
-    )
+    assert settings.model.method.class_path.rsplit(".", 1)[-1] == {"RLRT-all": "RLRT"}.get(method, method.split()[0])

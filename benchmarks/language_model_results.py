@@ -1,0 +1,203 @@
+"""The tables and the plot of `language_model.py`, from its three files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import isnan
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from paired_runs import gain, markdown, read_csv, spread
+
+WORDS = ("method", "problem")
+COUNTS = ("samples", "correct")
+SMOOTHED = 5
+"""Epochs of the running means in the plot."""
+NAN = float("nan")
+
+Rows = list[dict[str, Any]]
+
+
+class Results(NamedTuple):
+    """The rows of the three files, without the epochs and evaluations that not all runs have: runs are compared at the
+    same age. So are the seeds of which not all methods were evaluated at their end, unless a method was not at all."""
+
+    epochs: Rows
+    evaluations: Rows
+    solved: Rows
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        epochs, evaluations, solved = (
+            read_csv(folder / f"{name}.csv", WORDS) for name in ("epochs", "evaluations", "solved")
+        )
+        solved = [{**row, **{name: int(row[name]) for name in COUNTS}} for row in solved]
+        seeds = [{row["seed"] for row in solved if row["method"] == method} for method in {r["method"] for r in solved}]
+        shared = set.intersection(*seeds) if seeds else set()
+        return cls(common(epochs), common(evaluations), [row for row in solved if row["seed"] in shared])
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(row["method"] for row in self.epochs))
+
+
+def by_run(rows: Rows) -> dict[tuple[str, float], Rows]:
+    runs: dict[tuple[str, float], Rows] = defaultdict(list)
+    for row in rows:
+        runs[row["method"], row["seed"]].append(row)
+    return runs
+
+
+def common(rows: Rows) -> Rows:
+    """The rows of each run up to the end of the shortest."""
+    runs = by_run(rows)
+    shortest = min(map(len, runs.values()), default=0)
+    return [row for run in runs.values() for row in run[:shortest]]
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of the values that are numbers: a method may lack a metric, and an epoch without correct rollouts has none."""
+    known = [value for value in values if not isnan(value)]
+    return fmean(known) if known else NAN
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Results) -> str:
+    """Scores and differences to GRPO, the teachers, and pass@k, as Markdown."""
+    return "\n\n".join([scores_table(results), teachers_table(results), curves_of_k(results)])
+
+
+def scores_table(results: Results) -> str:
+    evaluations, epochs = by_run(results.evaluations), by_run(results.epochs)
+    scores = {run: score(epochs[run], evaluations[run]) for run in epochs}
+    lines = []
+    for method in results.methods:
+        own = [values for (name, _), values in scores.items() if name == method]
+        cells = [method, str(len(own)), *(spread([values[name] for values in own]) for name in own[0])]
+        gains = (gain(differences(scores, method, name), len(results.methods) - 1) for name in ("avg@8 end", "reward"))
+        lines.append([*cells, *gains])
+    names = ["method", "seeds", *next(iter(scores.values())), "avg@8 end minus GRPO's", "reward minus GRPO's"]
+    return markdown(names, lines)
+
+
+def score(epochs: Rows, evaluations: Rows) -> dict[str, float]:
+    """The numbers by which runs are compared."""
+    last = epochs[-len(epochs) // 10 :]
+    return {
+        "avg@8 start": evaluations[0]["avg@8"],
+        "avg@8 middle": evaluations[len(evaluations) // 2]["avg@8"],
+        "avg@8 end": evaluations[-1]["avg@8"],
+        "pass@8 end": evaluations[-1]["pass@8"],
+        "reward": mean(row["reward"] for row in epochs),
+        "length end": mean(row["length"] for row in last),
+        "entropy end": mean(row["entropy"] for row in last),
+    }
+
+
+def differences(scores: dict[tuple[str, float], dict[str, float]], method: str, name: str) -> list[float]:
+    """The differences to GRPO's runs with the same seeds."""
+    return [
+        values[name] - scores["GRPO", seed][name]
+        for (other, seed), values in scores.items()
+        if other == method != "GRPO" and ("GRPO", seed) in scores
+    ]
+
+
+def teachers_table(results: Results) -> str:
+    """What the teachers know, and what their signal is: means over seeds."""
+    evaluations, lines, names = by_run(results.evaluations), [], []
+    for method in results.methods:
+        own = [run for (name, _), run in evaluations.items() if name == method]
+        if isnan(mean(row["teacher_accuracy"] for run in own for row in run)):
+            continue
+        cells = {}
+        for when, at in {"start": 0, "middle": len(own[0]) // 2, "end": -1}.items():
+            points = [run[at] for run in own]
+            student, teacher, share = (
+                mean(row[name] for row in points)
+                for name in ("teacher_student_accuracy", "teacher_accuracy", "teacher_with_context")
+            )
+            cells[f"student, teacher (problems with a context) {when}"] = f"{student:.2f}, {teacher:.2f} ({share:.2f})"
+        for name in ("context_of_correct", "effective_advantage", "asymmetry_correct"):
+            values = [row[name] for row in results.epochs if row["method"] == method]
+            cells[name] = f"{mean(values):.2f}"
+        lines.append([method, *cells.values()])
+        names = list(cells)
+    return markdown(["method", *names], lines)
+
+
+def curves_of_k(results: Results) -> str:
+    """pass@k at the end: the mean over seeds, with its 95 % interval over problems."""
+    curves = {method: of_k(results, method) for method in results.methods}
+    curves = {method: curve for method, curve in curves.items() if curve}
+    head = ["pass@k at the end", "seeds", *(f"k = {point['k']}" for point in next(iter(curves.values())))]
+    cell, lines = "{pass:.3f} ({low:.3f} to {high:.3f})", []
+    for method, curve in curves.items():
+        seeds = sorted({row["seed"] for row in results.solved if row["method"] == method})
+        lines.append([method, ", ".join(f"{seed:g}" for seed in seeds), *(cell.format(**point) for point in curve)])
+    return markdown(head, lines)
+
+
+def of_k(results: Results, method: str) -> Sequence[dict[str, Any]]:
+    """The points of a method's pass@k curve; empty if no run of it was evaluated at its end."""
+    from rlrt_lightning.evaluation.results import pass_curve
+
+    rows = [row for row in results.solved if row["method"] == method]
+    return pass_curve(rows) if rows else []
+
+
+# -- plot ----------------------------------------------------------------------------------------------------------
+
+
+def plot(results: Results, folder: Path) -> list[Path]:
+    """Plots reward, held-out avg@8, response length, entropy and D_t over the epochs, and pass@k at the end. Lines are
+    means over seeds, of the metrics of training running ones over five epochs; dots are the seeds.
+
+    Returns:
+        The written files.
+    """
+    from rlrt_lightning.analysis.plots import legend, panels, save, style
+
+    shown = {"reward": "training reward", "length": "response length (tokens)", "entropy": "entropy (nats)"}
+    titles = [shown["reward"], "held-out avg@8", shown["length"], shown["entropy"]]
+    figure, axes = panels([*titles, "D of correct rollouts (nats)", "pass@k at the end"])
+    curves = dict(zip((*shown, "asymmetry_correct"), (axes[0], axes[2], axes[3], axes[4]), strict=True))
+    for i, method in enumerate(results.methods):
+        look = style(i)
+        line: dict[str, Any] = {"color": look.color, "linestyle": look.linestyle, "linewidth": 1.3, "label": method}
+        rows = [row for row in results.epochs if row["method"] == method]
+        for name, axis in curves.items():
+            values = over_seeds(rows, "epoch", name)
+            epochs = list(values)
+            smooth = [mean(values[e] for e in epochs[max(0, n - SMOOTHED + 1) : n + 1]) for n in range(len(epochs))]
+            axis.plot([epoch + 1 for epoch in epochs], smooth, **line)
+        runs = [run for (name, _), run in by_run(results.evaluations).items() if name == method]
+        beside = (i - (len(results.methods) - 1) / 2) * 0.8  # so that the dots of methods do not cover each other
+        for run in runs:
+            places = [point["epoch"] + beside for point in run]
+            axes[1].plot(places, [point["avg@8"] for point in run], look.marker, ms=2.5, color=look.color)
+        scores = over_seeds([point for run in runs for point in run], "epoch", "avg@8")
+        axes[1].plot(list(scores), list(scores.values()), **line)
+        if curve := of_k(results, method):
+            axes[5].plot([point["k"] for point in curve], [point["pass"] for point in curve], **line)
+    for axis in axes[:5]:
+        axis.set_xlabel("epoch")
+    axes[4].axhline(0, color="0.5", linewidth=0.6)
+    axes[5].set_xscale("log", base=2)
+    axes[5].set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+    axes[5].set_xlabel("k")
+    legend(figure, axes[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return save(figure, folder, "language_model")
+
+
+def over_seeds(rows: Rows, key: str, name: str) -> dict[float, float]:
+    """The mean of a metric over the rows with the same key."""
+    grouped: dict[float, list[float]] = defaultdict(list)
+    for row in rows:
+        grouped[row[key]].append(row[name])
+    return {at: mean(values) for at, values in sorted(grouped.items())}
