@@ -10,8 +10,9 @@ its weights are deleted. A large GPU has room for many runs at once (--jobs).
 Writes to RESULTS, which is OUT unless it is given:
     epochs.csv       metrics of every epoch of every run
     evaluations.csv  evaluations during training: avg@8, pass@8, length, accuracy of the teacher and of the student on
-                     the problems for which the teacher has a context
+                     the problems for which the teacher has a context, shares of digits and words in tokens and in |D|
     solved.csv       how many of the 64 samples of each held-out problem are correct at the end
+    grpo, rlrt       what the instruments measured: reflection_summary.csv, shift.parquet
 and prints the tables. Without --out nothing is trained: tables and plot are made from the three files. Epochs and
 evaluations that not all runs have are left out of the comparison.
 
@@ -30,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from language_model_results import COUNTS, NAN, Results, plot, tables
+from language_model_results import COUNTS, NAN, Results, plot, plot_instruments, tables
 from paired_runs import ROOT, execute, rounded, seed_range, write_csv
 
 METHODS = {  # flags of each method
@@ -53,6 +54,7 @@ INSTRUMENTS = {  # with their flags
     "reflection": ["--samples=16", "--per_problem=4", "--continuations=8"],
     "shift": ["--samples=8"],
 }
+KEPT = ("reflection/reflection_summary.csv", "shift/shift.parquet")
 SAMPLES, TAUGHT = 64, 64
 EPOCH_TAGS = (
     "rollout/reward",
@@ -73,6 +75,10 @@ EVALUATION_TAGS = (
     "teacher/accuracy",
     "teacher/student_accuracy",
     "teacher/with_context",
+    "teacher/tokens_digits",
+    "teacher/share_digits",
+    "teacher/tokens_words",
+    "teacher/share_words",
 )
 
 
@@ -82,8 +88,12 @@ class Run(NamedTuple):
     method: str
     seed: int
 
+    @property
+    def slug(self) -> str:
+        return self.method.replace(" ", "-").lower()
+
     def folder(self, out: Path) -> Path:
-        return out / self.method.replace(" ", "-").lower() / f"seed-{self.seed}"
+        return out / self.slug / f"seed-{self.seed}"
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -159,6 +169,10 @@ def collect(runs: list[Run], out: Path, results: Path) -> None:
         evaluations += [{**run._asdict(), **row} for row in of_evaluations(curves)]
         problems = read_table(run.folder(out) / "evaluation" / "heldout.parquet", columns=["problem", *COUNTS])
         solved += [{**run._asdict(), **row} for row in problems.to_pylist()]
+        for path in (run.folder(out) / file for file in KEPT):
+            if path.exists():
+                (results / run.slug).mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, results / run.slug / path.name)
     if not solved:
         raise SystemExit(f"no run in {out} is finished")
     for name, rows in (("epochs", epochs), ("evaluations", evaluations), ("solved", solved)):
@@ -190,9 +204,7 @@ def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct (docs/engines.md)")
     parser.add_argument("--out", type=Path, help="folder for the runs; without it nothing is trained")
     parser.add_argument("--results", type=Path, help="folder for the three files (default: OUT)")
-    parser.add_argument(
-        "--figures", type=Path, help="folder for language_model.png and .svg; without it no plot is made"
-    )
+    parser.add_argument("--figures", type=Path, help="folder for the plots; without it none is made")
     parser.add_argument("--seeds", type=seed_range, default=seed_range("300-303"), help="a range, or a count from 0")
     parser.add_argument("--methods", nargs="+", default=list(METHODS)[:5], choices=METHODS, help="methods")
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
@@ -222,7 +234,7 @@ def main() -> None:
     found = Results.read(results)
     print(f"\n{tables(found)}")
     if args.figures:
-        print("\nwrote", *plot(found, args.figures))
+        print("\nwrote", *plot(found, args.figures), *plot_instruments(results, args.figures))
 
 
 if __name__ == "__main__":

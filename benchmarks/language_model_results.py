@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from math import isnan
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,26 @@ from paired_runs import gain, markdown, read_csv, spread
 
 WORDS = ("method", "problem")
 COUNTS = ("samples", "correct")
+TEACHER = {
+    "with_context": "problems with a context",
+    "student_accuracy": "student there",
+    "accuracy": "teacher there",
+    "tokens_digits": "digits among the tokens",
+    "share_digits": "in |D|",
+    "tokens_words": "words among the tokens",
+    "share_words": "in |D|",
+}
+"""Columns of the table of teachers."""
+SIGNAL = {
+    "reward": "reward",
+    "mixed": "mixed groups",
+    "context_of_correct": "correct rollouts with a context",
+    "effective_advantage": "effective advantage",
+    "asymmetry_correct": "D of correct rollouts",
+    "length": "length",
+    "entropy": "entropy",
+}
+"""Columns of the table of the signal."""
 SMOOTHED = 5
 """Epochs of the running means in the plot."""
 NAN = float("nan")
@@ -67,8 +88,9 @@ def mean(values: Iterable[float]) -> float:
 
 
 def tables(results: Results) -> str:
-    """Scores and differences to GRPO, the teachers, and pass@k, as Markdown."""
-    return "\n\n".join([scores_table(results), teachers_table(results), curves_of_k(results)])
+    """Scores and differences to GRPO, the signal, the teachers, and pass@k, as Markdown."""
+    parts = scores_table(results), signal_table(results), teachers_table(results), curves_of_k(results)
+    return "\n\n".join(parts)
 
 
 def scores_table(results: Results) -> str:
@@ -107,27 +129,33 @@ def differences(scores: dict[tuple[str, float], dict[str, float]], method: str, 
     ]
 
 
-def teachers_table(results: Results) -> str:
-    """What the teachers know, and what their signal is: means over seeds."""
-    evaluations, lines, names = by_run(results.evaluations), [], []
+def signal_table(results: Results) -> str:
+    """The metrics of training in its first, second and last third: means over epochs and seeds."""
+    count = len({row["epoch"] for row in results.epochs})
+    cuts = [round(count * third / 3) for third in range(4)]
+    lines = []
     for method in results.methods:
-        own = [run for (name, _), run in evaluations.items() if name == method]
-        if isnan(mean(row["teacher_accuracy"] for run in own for row in run)):
+        rows = [row for row in results.epochs if row["method"] == method]
+        for first, end in pairwise(cuts):
+            third = [row for row in rows if first <= row["epoch"] < end]
+            values = {name: mean(row[name] for row in third) for name in SIGNAL}
+            cells = ["-" if isnan(value) else f"{value:.2f}" for value in values.values()]
+            lines.append([method, f"{first + 1} to {end}", *cells])
+    return markdown(["method", "epochs", *SIGNAL.values()], lines)
+
+
+def teachers_table(results: Results) -> str:
+    """What the teachers know and where D_t is: means over seeds, at each evaluation that all runs have."""
+    lines = []
+    for method in results.methods:
+        rows = [row for row in results.evaluations if row["method"] == method]
+        if isnan(mean(row["teacher_accuracy"] for row in rows)):
             continue
-        cells = {}
-        for when, at in {"start": 0, "middle": len(own[0]) // 2, "end": -1}.items():
-            points = [run[at] for run in own]
-            student, teacher, share = (
-                mean(row[name] for row in points)
-                for name in ("teacher_student_accuracy", "teacher_accuracy", "teacher_with_context")
-            )
-            cells[f"student, teacher (problems with a context) {when}"] = f"{student:.2f}, {teacher:.2f} ({share:.2f})"
-        for name in ("context_of_correct", "effective_advantage", "asymmetry_correct"):
-            values = [row[name] for row in results.epochs if row["method"] == method]
-            cells[name] = f"{mean(values):.2f}"
-        lines.append([method, *cells.values()])
-        names = list(cells)
-    return markdown(["method", *names], lines)
+        of = {name: over_seeds(rows, "epoch", name) for name in rows[0] if name.startswith("teacher_")}
+        for epoch in of["teacher_accuracy"]:
+            teacher = {name.removeprefix("teacher_"): f"{values[epoch]:.2f}" for name, values in of.items()}
+            lines.append([method, f"{epoch:g}", *(teacher[name] for name in TEACHER)])
+    return markdown(["method", "epoch", *TEACHER.values()], lines)
 
 
 def curves_of_k(results: Results) -> str:
@@ -193,6 +221,30 @@ def plot(results: Results, folder: Path) -> list[Path]:
     legend(figure, axes[0])
     folder.mkdir(parents=True, exist_ok=True)
     return save(figure, folder, "language_model")
+
+
+def plot_instruments(results: Path, folder: Path) -> list[Path]:
+    """Plots what reflection injection and distribution shift measured, in a folder for each method.
+
+    Returns:
+        The written files.
+    """
+    import pyarrow.parquet as pq
+    import torch
+
+    from rlrt_lightning.analysis import reflection, shift
+
+    written = []
+    for kept in sorted(results.glob("*/reflection_summary.csv")):
+        (folder / kept.parent.name).mkdir(parents=True, exist_ok=True)
+        rates = read_csv(kept, ("kind", "text", "where"))
+        rates = [{**rate, "problems": int(rate["problems"])} for rate in rates]
+        written += reflection.plot(rates, folder / kept.parent.name)
+    for kept in sorted(results.glob("*/shift.parquet")):
+        (folder / kept.parent.name).mkdir(parents=True, exist_ok=True)
+        columns = pq.read_table(kept, columns=["js", "base_probability", "overlap"]).to_pydict()
+        written += shift.plot(*map(torch.tensor, columns.values()), folder / kept.parent.name)
+    return written
 
 
 def over_seeds(rows: Rows, key: str, name: str) -> dict[float, float]:

@@ -224,30 +224,39 @@ class Reflection:
                 writer = csv.DictWriter(file, list(table[0]))
                 writer.writeheader()
                 writer.writerows(table)
+        return [*paths, *plot(rates, out)]
 
-        figure, axes = panels(["hard problems: wrong to correct", "easy problems: correct to wrong"])
-        texts = list(dict.fromkeys(row["text"] for row in rates))
-        for axis, kind in zip(axes, ("hard", "easy"), strict=True):
-            width = 0.8 / len(texts)
-            for i, text in enumerate(texts):
-                found = {rate["where"]: rate for rate in rates if (rate["kind"], rate["text"]) == (kind, text)}
-                shown = [where for where in WHERE if where in found]
-                axis.bar(
-                    [WHERE.index(where) + (i - (len(texts) - 1) / 2) * width for where in shown],
-                    [100 * found[where]["flipped"] for where in shown],
-                    width * 0.92,
-                    yerr=[[100 * abs(found[w][bound] - found[w]["flipped"]) for w in shown] for bound in BOUNDS],
-                    color=style(i).color,
-                    hatch=style(i).hatch,
-                    edgecolor="white",
-                    error_kw={"elinewidth": 0.8, "capsize": 2},
-                    label=f"“{text}”" if text else "nothing (control)",
-                )
-            counts = [rate["problems"] for rate in rates if rate["kind"] == kind]
-            axis.set_xticks(range(len(WHERE)), WHERE)
-            axis.set_xlabel(f"KL(student ‖ teacher) at the cut   ({max(counts, default=0)} problems)")
-            axis.set_ylim(bottom=0)
-        axes[0].set_ylabel("flipped (%)")
-        handles = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[0]))
-        figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-        return [*paths, *save(figure, out, "reflection")]
+
+def plot(rates: Sequence[dict[str, Any]], out: Path) -> list[Path]:
+    """Plots flip rates, also those of a kept reflection_summary.csv; returns the written files.
+
+    Args:
+        rates: Dicts as of `flip_rates`.
+        out: The folder for reflection.png and reflection.svg.
+    """
+    figure, axes = panels(["hard problems: wrong to correct", "easy problems: correct to wrong"])
+    texts = list(dict.fromkeys(row["text"] for row in rates))
+    for axis, kind in zip(axes, ("hard", "easy"), strict=True):
+        width = 0.8 / len(texts)
+        for i, text in enumerate(texts):
+            found = {rate["where"]: rate for rate in rates if (rate["kind"], rate["text"]) == (kind, text)}
+            shown = [where for where in WHERE if where in found]
+            axis.bar(
+                [WHERE.index(where) + (i - (len(texts) - 1) / 2) * width for where in shown],
+                [100 * found[where]["flipped"] for where in shown],
+                width * 0.92,
+                yerr=[[100 * abs(found[w][bound] - found[w]["flipped"]) for w in shown] for bound in BOUNDS],
+                color=style(i).color,
+                hatch=style(i).hatch,
+                edgecolor="white",
+                error_kw={"elinewidth": 0.8, "capsize": 2},
+                label=f"“{text}”" if text else "nothing (control)",
+            )
+        counts = [rate["problems"] for rate in rates if rate["kind"] == kind]
+        axis.set_xticks(range(len(WHERE)), WHERE)
+        axis.set_xlabel(f"KL(student ‖ teacher) at the cut   ({max(counts, default=0)} problems)")
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("flipped (%)")
+    handles = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[0]))
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return save(figure, out, "reflection")

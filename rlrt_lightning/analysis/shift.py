@@ -122,28 +122,40 @@ class Shift:
         metrics = summarize(js, probability, overlap)
         with (out / "shift_summary.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("figure", "value"), *metrics.items()])
+        return [out / "shift.parquet", out / "shift_summary.csv", *plot(js, probability, overlap, out)]
 
-        titles = ["shift by position", "top-k overlap of shifted positions", "base probability of the new top-1"]
-        figure, (first, second, third) = panels(titles)
-        look = style(0)
-        ranked = js.sort().values.clamp(min=1e-6)
-        remaining = 1 - torch.arange(len(ranked)) / len(ranked)
-        first.step(ranked, remaining, color=look.color, where="post", linewidth=1.3)
-        first.axvline(SHIFTED, color="0.4", linewidth=0.8, linestyle=":")
-        first.set_xscale("log")
-        first.set_yscale("log")
-        first.set_xlabel("JS(trained, base) (nats)")
-        first.set_ylabel("fraction of positions above")
-        if "overlap@1" in metrics:
-            ks = range(1, overlap.shape[1] + 1)
-            second.plot(ks, [metrics[f"overlap@{k}"] for k in ks], color=look.color, marker=look.marker, ms=3, lw=1.2)
-            shares = [100 * metrics[f"base_below_{t:g}"] for t in THRESHOLDS]
-            third.bar(range(len(THRESHOLDS)), shares, color=look.color)
-        second.set_xlabel(f"k   ({int((js > SHIFTED).sum())} positions with JS > {SHIFTED})")
-        second.set_ylabel("shared tokens / k")
-        second.set_ylim(0, 1.02)
-        second.set_xticks([1, 5, 10, 15, 20])
-        third.set_xticks(range(len(THRESHOLDS)), [f"{t:g}" for t in THRESHOLDS])
-        third.set_xlabel("base probability below")
-        third.set_ylabel("shifted positions (%)")
-        return [out / "shift.parquet", out / "shift_summary.csv", *save(figure, out, "shift")]
+
+def plot(js: Tensor, probability: Tensor, overlap: Tensor, out: Path) -> list[Path]:
+    """Plots the three panels, also from the columns of a kept shift.parquet; returns the written files.
+
+    Args:
+        js: JS divergence in nats, [R].
+        probability: Probability of the trained policy's top-1 token under the base, [R].
+        overlap: Fraction of shared tokens among the top k, [R, K].
+        out: The folder for shift.png and shift.svg.
+    """
+    metrics = summarize(js, probability, overlap)
+    titles = ["shift by position", "top-k overlap of shifted positions", "base probability of the new top-1"]
+    figure, (first, second, third) = panels(titles)
+    look = style(0)
+    ranked = js.sort().values.clamp(min=1e-6)
+    remaining = 1 - torch.arange(len(ranked)) / len(ranked)
+    first.step(ranked, remaining, color=look.color, where="post", linewidth=1.3)
+    first.axvline(SHIFTED, color="0.4", linewidth=0.8, linestyle=":")
+    first.set_xscale("log")
+    first.set_yscale("log")
+    first.set_xlabel("JS(trained, base) (nats)")
+    first.set_ylabel("fraction of positions above")
+    if "overlap@1" in metrics:
+        ks = range(1, overlap.shape[1] + 1)
+        second.plot(ks, [metrics[f"overlap@{k}"] for k in ks], color=look.color, marker=look.marker, ms=3, lw=1.2)
+        shares = [100 * metrics[f"base_below_{t:g}"] for t in THRESHOLDS]
+        third.bar(range(len(THRESHOLDS)), shares, color=look.color)
+    second.set_xlabel(f"k   ({int((js > SHIFTED).sum())} positions with JS > {SHIFTED})")
+    second.set_ylabel("shared tokens / k")
+    second.set_ylim(0, 1.02)
+    second.set_xticks([1, 5, 10, 15, 20])
+    third.set_xticks(range(len(THRESHOLDS)), [f"{t:g}" for t in THRESHOLDS])
+    third.set_xlabel("base probability below")
+    third.set_ylabel("shifted positions (%)")
+    return save(figure, out, "shift")

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import language_model as lm
-from benchmarks.language_model_results import Results, common, plot, tables
-from rlrt_lightning.analysis import events
+from benchmarks.language_model_results import Results, common, plot, plot_instruments, tables
+from rlrt_lightning.analysis import events, reflection
 from tests.helpers.command_line import ParsingCli
 from tests.helpers.marks import slow_except
 from tests.helpers.processes import ROOT
@@ -21,6 +21,8 @@ TEACHER = {
     "teacher/accuracy": [(0, 0.4), (4, 0.6), (8, 0.8)],
     "teacher/student_accuracy": [(0, 0.2), (4, 0.2), (8, 0.2)],
     "teacher/with_context": [(0, 0.5), (4, 0.5), (8, 0.5)],
+    "teacher/tokens_words": [(0, 0.4), (4, 0.4), (8, 0.4)],
+    "teacher/share_words": [(0, 0.3), (4, 0.3), (8, 0.3)],
 }
 
 
@@ -46,6 +48,19 @@ def finish(arguments: list[str], name: str, threads: int, started: list[list[str
         folder.mkdir()
         table = pa.table({"problem": ["sum-0", "sum-1"], "samples": [64, 64], "correct": correct})
         pq.write_table(table, folder / "heldout.parquet")
+    elif "reflection" in arguments:
+        Path(flags["--out"]).mkdir()
+        rates = [
+            {"kind": kind, "text": text, "where": where, "problems": 3, "flipped": 0.5, "low": 0.4, "high": 0.7}
+            for kind in ("hard", "easy")
+            for text in ("Wait", "")
+            for where in reflection.WHERE
+        ]
+        lm.write_csv(Path(flags["--out"]) / "reflection_summary.csv", rates)
+    else:
+        Path(flags["--out"]).mkdir()
+        rows = [{"js": 0.05 * n, "base_probability": 0.1 * n, "overlap": [1.0, 0.5]} for n in range(8)]
+        pq.write_table(pa.Table.from_pylist(rows), Path(flags["--out"]) / "shift.parquet")
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -79,7 +94,7 @@ def test_the_tables_pair_runs_with_the_same_seed(tmp_path: Path, model: Path, mo
     assert "| RLRT | 2 | 0.100 ± 0.000 | 0.550 ± 0.071 | 0.750 ± 0.071 |" in found
     assert "| GRPO | 1, 2 | 0.062 (" in found.split("pass@k at the end")[1], "k = 1: a share of 8 / 64 and one of 0"
     assert "| RLRT | 1, 2 | 0.125 (" in found.split("pass@k at the end")[1]
-    assert "| RLRT | 0.20, 0.40 (0.50) | 0.20, 0.60 (0.50) | 0.20, 0.80 (0.50) | nan | nan | nan |" in found
+    assert "| RLRT | 2 | 0.50 | 0.20 | 0.60 | nan | nan | 0.40 | 0.30 |" in found
     png, svg = plot(Results.read(tmp_path / "results"), tmp_path / "figures")
     assert png.stat().st_size > 10_000
     assert all(title in svg.read_text() for title in ("training reward", "pass@k at the end"))
@@ -118,6 +133,12 @@ def test_what_finished_is_kept_if_another_run_fails(
     }
     analysed = [name for name in names if name.startswith(tuple(lm.INSTRUMENTS))]
     assert analysed == ["reflection of GRPO, seed 1", "shift of GRPO, seed 1"]
+    plots = plot_instruments(tmp_path / "results", tmp_path / "plots")
+    assert [path.relative_to(tmp_path / "plots") for path in plots if path.suffix == ".svg"] == [
+        Path("grpo/reflection.svg"),
+        Path("grpo/shift.svg"),
+    ]
+    assert "“Wait”" in plots[1].read_text()
 
 
 def test_the_runs_of_two_methods_differ_in_their_settings() -> None:
