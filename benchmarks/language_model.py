@@ -17,7 +17,7 @@ and prints the tables. Without --out nothing is trained: tables and plot are mad
 evaluations that not all runs have are left out of the comparison.
 
 Intervals are over seeds (Student's t of the differences between runs with the same seed, corrected for the number of
-comparisons), and for pass@k over problems too.
+comparisons), and for pass@k over problems only.
 """
 
 from __future__ import annotations
@@ -152,23 +152,24 @@ def train(run: Run, model: Path, out: Path, extra: list[str], threads: int, anal
 
 
 def collect(runs: list[Run], out: Path, results: Path) -> None:
-    """Writes the tables of the finished runs."""
+    """Writes the tables of all runs that have metrics, and of the final evaluations that exist."""
     from pyarrow.parquet import read_table
 
     from rlrt_lightning.analysis.events import scalars
 
     epochs, evaluations, solved = [], [], []
     for run in runs:
-        if not (run.folder(out) / "evaluation" / "heldout.parquet").exists():
-            continue
         curves: dict[str, dict[int, float]] = {}
         for folder in sorted(run.folder(out).glob("run/*")):
             for tag, curve in scalars(folder).items():
                 curves.setdefault(tag, {}).update(curve)
+        if "eval/heldout/avg@8" not in curves or "rollout/reward" not in curves:
+            continue
         epochs += [{**run._asdict(), **row} for row in of_epochs(curves)]
         evaluations += [{**run._asdict(), **row} for row in of_evaluations(curves)]
-        problems = read_table(run.folder(out) / "evaluation" / "heldout.parquet", columns=["problem", *COUNTS])
-        solved += [{**run._asdict(), **row} for row in problems.to_pylist()]
+        if (problems := run.folder(out) / "evaluation" / "heldout.parquet").exists():
+            rows = read_table(problems, columns=["problem", *COUNTS]).to_pylist()
+            solved += [{**run._asdict(), **row} for row in rows]
         for path in (run.folder(out) / file for file in KEPT):
             if path.exists():
                 (results / run.slug).mkdir(parents=True, exist_ok=True)

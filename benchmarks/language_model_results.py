@@ -19,9 +19,9 @@ TEACHER = {
     "student_accuracy": "student there",
     "accuracy": "teacher there",
     "tokens_digits": "digits among the tokens",
-    "share_digits": "in |D|",
+    "share_digits": "digits in abs D",
     "tokens_words": "words among the tokens",
-    "share_words": "in |D|",
+    "share_words": "words in abs D",
 }
 """Columns of the table of teachers."""
 SIGNAL = {
@@ -43,7 +43,7 @@ Rows = list[dict[str, Any]]
 
 class Results(NamedTuple):
     """The rows of the three files, without the epochs and evaluations that not all runs have: runs are compared at the
-    same age. So are the seeds of which not all methods were evaluated at their end, unless a method was not at all."""
+    same age. pass@k uses only the seeds evaluated at the end for every method that has any such run."""
 
     epochs: Rows
     evaluations: Rows
