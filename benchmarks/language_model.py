@@ -135,12 +135,12 @@ def train(run: Run, model: Path, out: Path, extra: list[str], threads: int, anal
     fit = ["-m", "rlrt_lightning", "fit", *flags, *place, *resume, "--trainer.enable_progress_bar=false"]
     execute(fit, name, threads, folder / "log")
     (last,) = folder.glob("run/*/checkpoints/last.ckpt")
-    place = [f"--ckpt_path={last}", "--trainer.logger=false"]
-    evaluate = ["-m", "rlrt_lightning", "validate", *flags, *place, "--teacher_evaluation.problems=0"]
+    trained = [f"--ckpt_path={last}", "--trainer.logger=false"]
+    evaluate = ["-m", "rlrt_lightning", "validate", *flags, *trained, "--teacher_evaluation.problems=0"]
     evaluate += [f"--data.benchmarks.heldout.samples={SAMPLES}", f"--evaluation.results={folder / 'evaluation'}"]
     execute(evaluate, f"evaluation of {name}", threads, folder / "log")
     for instrument, own in INSTRUMENTS.items() if analysed else ():
-        analyse = ["-m", "rlrt_lightning", instrument, *flags, *place, *own, f"--out={folder / instrument}"]
+        analyse = ["-m", "rlrt_lightning", instrument, *flags, *trained, *own, f"--out={folder / instrument}"]
         execute(analyse, f"{instrument} of {name}", threads, folder / "log")
     for part in ("checkpoints", "export"):
         shutil.rmtree(last.parents[1] / part, ignore_errors=True)

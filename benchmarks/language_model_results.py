@@ -15,13 +15,13 @@ from paired_runs import gain, markdown, read_csv, spread
 WORDS = ("method", "problem")
 COUNTS = ("samples", "correct")
 TEACHER = {
-    "with_context": "problems with a context",
-    "student_accuracy": "student there",
-    "accuracy": "teacher there",
-    "tokens_digits": "digits among the tokens",
-    "share_digits": "digits in abs D",
-    "tokens_words": "words among the tokens",
-    "share_words": "words in abs D",
+    "teacher_with_context": "problems with a context",
+    "teacher_student_accuracy": "student there",
+    "teacher_accuracy": "teacher there",
+    "teacher_tokens_digits": "digits among the tokens",
+    "teacher_share_digits": "digits in abs D",
+    "teacher_tokens_words": "words among the tokens",
+    "teacher_share_words": "words in abs D",
 }
 """Columns of the table of teachers."""
 SIGNAL = {
@@ -151,10 +151,8 @@ def teachers_table(results: Results) -> str:
         rows = [row for row in results.evaluations if row["method"] == method]
         if isnan(mean(row["teacher_accuracy"] for row in rows)):
             continue
-        of = {name: over_seeds(rows, "epoch", name) for name in rows[0] if name.startswith("teacher_")}
-        for epoch in of["teacher_accuracy"]:
-            teacher = {name.removeprefix("teacher_"): f"{values[epoch]:.2f}" for name, values in of.items()}
-            lines.append([method, f"{epoch:g}", *(teacher[name] for name in TEACHER)])
+        columns = [over_seeds(rows, "epoch", name) for name in TEACHER]
+        lines += [[method, f"{epoch:g}", *(f"{column[epoch]:.2f}" for column in columns)] for epoch in columns[0]]
     return markdown(["method", "epoch", *TEACHER.values()], lines)
 
 
@@ -204,10 +202,10 @@ def plot(results: Results, folder: Path) -> list[Path]:
             smooth = [mean(values[e] for e in epochs[max(0, n - SMOOTHED + 1) : n + 1]) for n in range(len(epochs))]
             axis.plot([epoch + 1 for epoch in epochs], smooth, **line)
         runs = [run for (name, _), run in by_run(results.evaluations).items() if name == method]
-        beside = (i - (len(results.methods) - 1) / 2) * 0.8  # so that the dots of methods do not cover each other
+        offset = (i - (len(results.methods) - 1) / 2) * 0.8  # keeps the markers of different methods from overlapping
         for run in runs:
-            places = [point["epoch"] + beside for point in run]
-            axes[1].plot(places, [point["avg@8"] for point in run], look.marker, ms=2.5, color=look.color)
+            evaluated = [point["epoch"] + offset for point in run]
+            axes[1].plot(evaluated, [point["avg@8"] for point in run], look.marker, ms=2.5, color=look.color)
         scores = over_seeds([point for run in runs for point in run], "epoch", "avg@8")
         axes[1].plot(list(scores), list(scores.values()), **line)
         if curve := of_k(results, method):
@@ -219,7 +217,6 @@ def plot(results: Results, folder: Path) -> list[Path]:
     axes[5].set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
     axes[5].set_xlabel("k")
     legend(figure, axes[0])
-    folder.mkdir(parents=True, exist_ok=True)
     return save(figure, folder, "language_model")
 
 
@@ -236,14 +233,13 @@ def plot_instruments(results: Path, folder: Path) -> list[Path]:
 
     written = []
     for kept in sorted(results.glob("*/reflection_summary.csv")):
-        (folder / kept.parent.name).mkdir(parents=True, exist_ok=True)
         rates = read_csv(kept, ("kind", "text", "where"))
         rates = [{**rate, "problems": int(rate["problems"])} for rate in rates]
         written += reflection.plot(rates, folder / kept.parent.name)
     for kept in sorted(results.glob("*/shift.parquet")):
-        (folder / kept.parent.name).mkdir(parents=True, exist_ok=True)
         columns = pq.read_table(kept, columns=["js", "base_probability", "overlap"]).to_pydict()
-        written += shift.plot(*map(torch.tensor, columns.values()), folder / kept.parent.name)
+        js, probability, overlap = map(torch.tensor, columns.values())
+        written += shift.plot(shift.summarize(js, probability, overlap), js, overlap, folder / kept.parent.name)
     return written
 
 

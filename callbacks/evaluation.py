@@ -209,5 +209,5 @@ def _sample(row: Row) -> list[str]:
 
 
 def evaluated_steps(trainer: Trainer) -> int:
-    """Optimizer steps of the evaluated weights, for callbacks that log beside `Evaluation`."""
+    """Optimizer steps of the evaluated weights, for other callbacks that log with an evaluation."""
     return next((evaluation.steps(trainer) for evaluation in callbacks_of(trainer, Evaluation)), trainer.global_step)

@@ -92,7 +92,8 @@ def prepare_folder(out: Path, name: str, new: bool = False) -> Path:
 
 
 def save(figure: Any, out: Path, name: str) -> list[Path]:
-    """Writes `<out>/<name>.png` and `.svg`."""
+    """Writes `<out>/<name>.png` and `.svg`, and creates the folder if needed."""
+    out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.{ending}" for ending in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=200)

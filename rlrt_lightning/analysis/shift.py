@@ -122,19 +122,18 @@ class Shift:
         metrics = summarize(js, probability, overlap)
         with (out / "shift_summary.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("figure", "value"), *metrics.items()])
-        return [out / "shift.parquet", out / "shift_summary.csv", *plot(js, probability, overlap, out)]
+        return [out / "shift.parquet", out / "shift_summary.csv", *plot(metrics, js, overlap, out)]
 
 
-def plot(js: Tensor, probability: Tensor, overlap: Tensor, out: Path) -> list[Path]:
+def plot(metrics: dict[str, float], js: Tensor, overlap: Tensor, out: Path) -> list[Path]:
     """Plots the three panels, also from the columns of a kept shift.parquet; returns the written files.
 
     Args:
+        metrics: As of `summarize`.
         js: JS divergence in nats, [R].
-        probability: Probability of the trained policy's top-1 token under the base, [R].
         overlap: Fraction of shared tokens among the top k, [R, K].
         out: The folder for shift.png and shift.svg.
     """
-    metrics = summarize(js, probability, overlap)
     titles = ["shift by position", "top-k overlap of shifted positions", "base probability of the new top-1"]
     figure, (first, second, third) = panels(titles)
     look = style(0)
