@@ -26,7 +26,7 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +48,10 @@ METHODS = {  # flags of each method
     "GRPO repeated": ["--config=configs/methods/grpo.yaml"],  # how much differs between two runs of the same settings
 }
 LAYERS = ("configs/rlrt.yaml", "configs/models/smollm2.yaml")
-EXPERIMENT = "benchmarks/language_model.yaml"
+EXPERIMENTS = {
+    "two-numbers": ("benchmarks/language_model.yaml",),
+    "confirmation": ("benchmarks/language_model.yaml", "benchmarks/language_model_confirmation.yaml"),
+}
 ANALYSED = ("GRPO", "RLRT")
 INSTRUMENTS = {  # with their flags
     "reflection": ["--samples=16", "--per_problem=4", "--continuations=8"],
@@ -96,31 +99,39 @@ class Run(NamedTuple):
         return out / self.slug / f"seed-{self.seed}"
 
 
+class Plan(NamedTuple):
+    """What all runs have in common."""
+
+    model: Path
+    experiment: str
+    extra: list[str]
+
+
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-def settings(run: Run, model: Path, extra: list[str]) -> list[str]:
+def settings(run: Run, plan: Plan) -> list[str]:
     """The flags that decide a run's results."""
-    layers = [f"--config={ROOT / path}" for path in (*LAYERS, EXPERIMENT)]
+    layers = [f"--config={ROOT / path}" for path in (*LAYERS, *EXPERIMENTS[plan.experiment])]
     method = [flag.replace("=configs/", f"={ROOT}/configs/") for flag in METHODS[run.method]]
     if not run.method.startswith("GRPO"):
         method.append(f"--teacher_evaluation.problems={TAUGHT}")
-    return [*layers, *method, f"--seed_everything={run.seed}", f"--model.policy.path={model}", *extra]
+    return [*layers, *method, f"--seed_everything={run.seed}", f"--model.policy.path={plan.model}", *plan.extra]
 
 
-def fingerprint(run: Run, model: Path, extra: list[str]) -> str:
+def fingerprint(run: Run, plan: Plan) -> str:
     """Changes with the settings and the weights of a run."""
-    flags = [flag.replace(str(ROOT), "").replace(str(model), "MODEL") for flag in settings(run, model, extra)]
+    flags = [flag.replace(str(ROOT), "").replace(str(plan.model), "MODEL") for flag in settings(run, plan)]
     digest = hashlib.sha256(json.dumps([flags, SAMPLES]).encode())
-    for path in (*LAYERS, EXPERIMENT, METHODS[run.method][0].removeprefix("--config=")):
+    for path in (*LAYERS, *EXPERIMENTS[plan.experiment], METHODS[run.method][0].removeprefix("--config=")):
         digest.update((ROOT / path).read_bytes())
-    digest.update((model / "model.safetensors").read_bytes())
+    digest.update((plan.model / "model.safetensors").read_bytes())
     return digest.hexdigest()
 
 
-def train(run: Run, model: Path, out: Path, extra: list[str], threads: int, analysed: bool = False) -> None:
-    """Trains and evaluates one run, or resumes it, unless it is finished."""
-    folder, made = run.folder(out), fingerprint(run, model, extra)
+def train(run: Run, out: Path, plan: Plan, threads: int, instruments: Sequence[str] = ()) -> None:
+    """Trains, evaluates and analyses one run, or resumes it, unless it is finished."""
+    folder, made = run.folder(out), fingerprint(run, plan)
     name = f"{run.method}, seed {run.seed}"
     if (folder / "settings").exists() and (folder / "settings").read_text() != made:
         raise SystemExit(f"{folder} was trained with other settings or weights; set --out to another folder")
@@ -128,7 +139,7 @@ def train(run: Run, model: Path, out: Path, extra: list[str], threads: int, anal
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings").write_text(made)
-    flags = settings(run, model, extra)
+    flags = settings(run, plan)
     place = [f"--trainer.logger.save_dir={folder}", "--trainer.logger.name=run"]
     last = min(folder.glob("run/*/checkpoints/last.ckpt"), default=None)
     resume = [f"--ckpt_path={last}"] if last else []
@@ -139,8 +150,9 @@ def train(run: Run, model: Path, out: Path, extra: list[str], threads: int, anal
     evaluate = ["-m", "rlrt_lightning", "validate", *flags, *trained, "--teacher_evaluation.problems=0"]
     evaluate += [f"--data.benchmarks.heldout.samples={SAMPLES}", f"--evaluation.results={folder / 'evaluation'}"]
     execute(evaluate, f"evaluation of {name}", threads, folder / "log")
-    for instrument, own in INSTRUMENTS.items() if analysed else ():
-        analyse = ["-m", "rlrt_lightning", instrument, *flags, *trained, *own, f"--out={folder / instrument}"]
+    for instrument in instruments:
+        own = [*INSTRUMENTS[instrument], f"--out={folder / instrument}"]
+        analyse = ["-m", "rlrt_lightning", instrument, *flags, *trained, *own]
         execute(analyse, f"{instrument} of {name}", threads, folder / "log")
     for part in ("checkpoints", "export"):
         shutil.rmtree(last.parents[1] / part, ignore_errors=True)
@@ -206,8 +218,16 @@ def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the runs; without it nothing is trained")
     parser.add_argument("--results", type=Path, help="folder for the three files (default: OUT)")
     parser.add_argument("--figures", type=Path, help="folder for the plots; without it none is made")
+    parser.add_argument("--experiment", default="two-numbers", choices=EXPERIMENTS, help="task and settings of all runs")
     parser.add_argument("--seeds", type=seed_range, default=seed_range("300-303"), help="a range, or a count from 0")
     parser.add_argument("--methods", nargs="+", default=list(METHODS)[:5], choices=METHODS, help="methods")
+    parser.add_argument(
+        "--instruments",
+        nargs="*",
+        default=list(INSTRUMENTS),
+        choices=INSTRUMENTS,
+        help="analyses of GRPO and RLRT with the first seed",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads of a run")
     parser.add_argument("extra", nargs="*", help="further flags for every run, after --")
@@ -224,11 +244,12 @@ def main() -> None:
     results = args.results or args.out
     if args.out:
         runs = [Run(method, seed) for seed in args.seeds for method in args.methods]
-        places = args.model.absolute(), args.out.absolute(), args.extra, args.threads
+        plan = Plan(args.model.absolute(), args.experiment, args.extra)
         with ThreadPoolExecutor(args.jobs) as pool:
-            started = [
-                pool.submit(train, run, *places, run.method in ANALYSED and run.seed == args.seeds[0]) for run in runs
-            ]
+            started = []
+            for run in runs:
+                instruments = args.instruments if run.method in ANALYSED and run.seed == args.seeds[0] else ()
+                started.append(pool.submit(train, run, args.out.absolute(), plan, args.threads, instruments))
         collect(sorted(runs, key=lambda run: [*METHODS].index(run.method)), args.out, results)
         for done in started:
             done.result()  # a failure counts after the others are kept
