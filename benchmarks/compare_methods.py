@@ -43,6 +43,7 @@ from paired_runs import ROOT, execute, gain, markdown, read_csv, read_texts, rou
 
 METHODS = {
     "GRPO": "grpo",
+    "GRPO with std": "grpo_std",
     "RLRT": "rlrt",
     "RLRT-all": "rlrt_all",
     "RLRT contrast": "rlrt_contrast",

@@ -39,7 +39,7 @@ METHODS = {  # flags of each method
     "RLRT": ["--config=configs/methods/rlrt.yaml"],
     "RLSD": ["--config=configs/methods/rlsd.yaml"],
     "AntiSD": ["--config=configs/methods/antisd.yaml"],
-    "GRPO with std": ["--config=configs/methods/grpo.yaml", "--model.method.normalize_std=true"],
+    "GRPO with std": ["--config=configs/methods/grpo_std.yaml"],
     "RLRT-all": ["--config=configs/methods/rlrt_all.yaml"],
     "RLRT contrast": ["--config=configs/methods/rlrt_contrast.yaml"],
     "SDPO": ["--config=configs/methods/sdpo.yaml"],

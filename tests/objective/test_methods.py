@@ -24,6 +24,7 @@ from tests.helpers.tiny import tiny_policy
 
 SETTINGS = {
     "grpo": "GRPO(normalize_std=False)",
+    "grpo_std": "GRPO(normalize_std=True)",
     "grpo_entropy": "EntropyBonus(normalize_std=False, coef=0.001)",
     "rlrt": "RLRT(lam=0.5, eps_w=1.0, gated=True",
     "rlrt_all": "RLRT(lam=0.5, eps_w=1.0, gated=False",
@@ -70,7 +71,7 @@ def test_each_method_trains_from_the_command_line(name: str, tmp_path: Path, cap
         assert torch.isfinite(values).all()
         assert values.abs().max() > 0
     assert ("train/divergence" in curves) == (name in ("sdpo", "srpo"))
-    assert ("signal/context" in curves) == (name not in ("grpo", "grpo_entropy", "diver"))
+    assert ("signal/context" in curves) == (name not in ("grpo", "grpo_std", "grpo_entropy", "diver"))
     assert ("signal/gate_open" in curves) == (name == "antisd")
     assert ("signal/selected" in curves) == (name == "rlcsd")
     assert ("signal/contrasted" in curves) == (name in ("rlcsd", "rlrt_contrast"))
