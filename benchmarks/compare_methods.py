@@ -10,14 +10,13 @@ run that was interrupted starts anew.
 Writes to RESULTS, which is OUT unless it is given:
     runs.csv     metrics of every run
     labels.csv   reward and share of each way in every epoch of every run
-    labels.png   the shares over the epochs
-The files keep what they have of other runs.
-and prints the table below. Without --out nothing is trained: the table and the plot are made from the two files.
+The files keep what they have of other runs. Prints the table below. Without --out nothing is trained: the table and the
+plot of the shares (labels.png in FIGURES) are made from the two files.
 
 The table has means ± standard deviations over seeds. A run is caught in the trap if it answers most of the longer
-problems by `skip` at its end. "reward minus GRPO's" is the mean difference between runs with the same seed, with the
-paired interval of Student's t that, by Bonferroni's correction, contains the true difference in 95 % of the cases for
-all methods of the table together; the exact tests below it are corrected alike. The interval assumes that the
+problems by `skip` at its end. "reward minus that of GRPO" is the mean difference between runs with the same seed, with
+the paired interval of Student's t that, by Bonferroni's correction, contains the true difference in 95 % of the cases
+for all methods of the table together; the exact tests below it are corrected alike. The interval assumes that the
 differences are about normally distributed, which they are not if a few runs are caught.
 
 Questions, sampling and the choice of siblings have separate random streams, so runs with the same seed see the same
@@ -39,7 +38,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
-from paired_runs import ROOT, execute, gain, markdown, read_csv, read_texts, rounded, seed_range, spread, write_csv
+from paired_runs import ROOT, execute, gains, markdown, read_csv, read_texts, rounded, seed_range, spread, write_csv
 
 METHODS = {
     "GRPO": "grpo",
@@ -219,7 +218,7 @@ def order(run: Run) -> tuple[int, ...]:
 # -- table ---------------------------------------------------------------------------------------------------------
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
+def tables(rows: list[dict[str, Any]], baseline: str = "GRPO") -> str:
     """The results as Markdown, one table per condition: the trap first, the control below."""
     parts = []
     for condition in CONDITIONS:
@@ -227,24 +226,19 @@ def tables(rows: list[dict[str, Any]]) -> str:
         if chosen:
             seeds = sorted({int(row["seed"]) for row in chosen})
             name = {"trap": "With the trap", "control": "Control without the trap"}[condition]
-            parts.append(f"{name}, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):\n\n{table(chosen)}")
-            parts += filter(None, [caught_in_pairs(chosen)])
+            parts.append(f"{name}, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):\n\n{table(chosen, baseline)}")
+            parts += filter(None, [caught_in_pairs(chosen, baseline)])
     return "\n\n".join(parts)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], baseline: str) -> str:
     """One row of Markdown per method."""
-    rewards = {(row["method"], row["seed"]): row["reward"] for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = []
-    for method in methods:
+    for method, gained in gains({(row["method"], row["seed"]): row["reward"] for row in rows}, baseline).items():
         own = [row for row in rows if row["method"] == method]
-        pairs = [row for row in own if method != "GRPO" and ("GRPO", row["seed"]) in rewards]
-        gains = [row["reward"] - rewards["GRPO", row["seed"]] for row in pairs]
         cells = [spread([row[name] for row in own]) for name in COLUMNS]
-        cells += [f"{sum(map(is_caught, own))} of {len(own)}", gain(gains, len(methods) - 1)]
-        lines.append([method, *cells])
-    return markdown(["method", *COLUMNS, "caught", "reward minus GRPO's (95 % interval)"], lines)
+        lines.append([method, *cells, f"{sum(map(is_caught, own))} of {len(own)}", gained])
+    return markdown(["method", *COLUMNS, "caught", f"reward minus that of {baseline} (95 % interval)"], lines)
 
 
 def is_caught(row: dict[str, Any]) -> bool:
@@ -252,21 +246,21 @@ def is_caught(row: dict[str, Any]) -> bool:
     return float(row["skip, longer end"]) > 0.5
 
 
-def caught_in_pairs(rows: list[dict[str, Any]]) -> str:
-    """How often each method and GRPO are caught with the same seed, as Markdown; empty if none of them ever is."""
+def caught_in_pairs(rows: list[dict[str, Any]], baseline: str) -> str:
+    """How often each method and the baseline are caught with the same seed, as Markdown; empty if none of them is."""
     caught = {(row["method"], row["seed"]): is_caught(row) for row in rows}
     lines = []
-    methods = [name for name in dict.fromkeys(name for name, _ in caught) if name != "GRPO"]
+    methods = [name for name in dict.fromkeys(name for name, _ in caught) if name != baseline]
     for method in methods:
-        seeds = [seed for name, seed in caught if name == method and ("GRPO", seed) in caught]
-        both = sum(caught["GRPO", seed] and caught[method, seed] for seed in seeds)
-        only = [sum(caught[name, seed] for seed in seeds) - both for name in ("GRPO", method)]
+        seeds = [seed for name, seed in caught if name == method and (baseline, seed) in caught]
+        both = sum(caught[baseline, seed] and caught[method, seed] for seed in seeds)
+        only = [sum(caught[name, seed] for seed in seeds) - both for name in (baseline, method)]
         p = min(1.0, len(methods) * exact_test(*only))
         lines.append([method, *map(str, (len(seeds), both, *only)), f"{p:.2f}"])
     if not any(caught.values()) or not lines:
         return ""
     what = "exact McNemar test" + (f", corrected for {len(methods)} comparisons" if len(methods) > 1 else "")
-    head = ["caught with the same seed", "pairs", "both", "only GRPO", "only the method", "p"]
+    head = ["caught with the same seed", "pairs", "both", f"only {baseline}", "only the method", "p"]
     return f"{markdown(head, lines)}\n\np: {what}."
 
 
@@ -282,10 +276,11 @@ def exact_test(only_first: int, only_second: int) -> float:
 def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for the runs; without it nothing is trained")
-    parser.add_argument("--results", type=Path, help="folder for runs.csv, labels.csv and labels.png (default: OUT)")
-    parser.add_argument("--figures", type=Path, help="folder for labels.png (default: RESULTS)")
+    parser.add_argument("--results", type=Path, help="folder for runs.csv and labels.csv (default: OUT)")
+    parser.add_argument("--figures", type=Path, help="folder for labels.png; without it none is made")
     parser.add_argument("--seeds", type=seed_range, default=range(8), help="a range such as 200-215, or a count from 0")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods (default: all)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="methods to train and to show (default: all)")
+    parser.add_argument("--baseline", default="GRPO", choices=METHODS, help="method to which the others are compared")
     parser.add_argument("--plotted", nargs="+", choices=METHODS, help="methods in labels.png (default: up to four)")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs")
     parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True, help="also run the control")
@@ -303,14 +298,15 @@ def main() -> None:
     results = args.results or args.out
     if args.out:
         conditions = CONDITIONS if args.control else CONDITIONS[:1]
-        runs = [Run(c, m, s) for s in args.seeds for c in conditions for m in args.methods]
+        runs = [Run(c, m, s) for s in args.seeds for c in conditions for m in args.methods or METHODS]
         out = args.out.absolute()
         train_all(runs, out, args.extra, args.jobs)
         collect(runs, out, results)
-    print(f"\n{tables(read_csv(results / 'runs.csv', WORDS))}\n")
-    path = (args.figures or results) / "labels.png"
-    plot(read_csv(results / "labels.csv", WORDS), path, args.plotted)
-    print(f"wrote {path}")
+    rows = [row for row in read_csv(results / "runs.csv", WORDS) if row["method"] in (args.methods or METHODS)]
+    print(f"\n{tables(rows, args.baseline)}")
+    if args.figures:
+        plot(read_csv(results / "labels.csv", WORDS), args.figures / "labels.png", args.plotted)
+        print("\nwrote", args.figures / "labels.png")
 
 
 if __name__ == "__main__":

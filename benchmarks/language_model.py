@@ -52,6 +52,8 @@ EXPERIMENTS = {
     "two-numbers": ("benchmarks/language_model.yaml",),
     "confirmation": ("benchmarks/language_model.yaml", "benchmarks/language_model_confirmation.yaml"),
 }
+PLANNED = ("GRPO", "GRPO with std", "RLRT", "RLSD", "AntiSD")
+"""Trained unless --methods is given."""
 ANALYSED = ("GRPO", "RLRT")
 INSTRUMENTS = {  # with their flags
     "reflection": ["--samples=16", "--per_problem=4", "--continuations=8"],
@@ -163,8 +165,12 @@ def train(run: Run, out: Path, plan: Plan, threads: int, instruments: Sequence[s
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-def collect(runs: list[Run], out: Path, results: Path) -> None:
-    """Writes the tables of all runs that have metrics, and of the final evaluations that exist."""
+def collect(runs: list[Run], out: Path, results: Path) -> bool:
+    """Writes the tables of all runs that have metrics, and of the final evaluations that exist.
+
+    Returns:
+        Whether there is any such evaluation. Without one nothing is written.
+    """
     from pyarrow.parquet import read_table
 
     from rlrt_lightning.analysis.events import scalars
@@ -186,10 +192,9 @@ def collect(runs: list[Run], out: Path, results: Path) -> None:
             if path.exists():
                 (results / run.slug).mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, results / run.slug / path.name)
-    if not solved:
-        raise SystemExit(f"no run in {out} is finished")
-    for name, rows in (("epochs", epochs), ("evaluations", evaluations), ("solved", solved)):
+    for name, rows in (("epochs", epochs), ("evaluations", evaluations), ("solved", solved)) if solved else ():
         write_csv(results / f"{name}.csv", rows)
+    return bool(solved)
 
 
 def of_epochs(curves: dict[str, dict[int, float]]) -> Iterator[dict[str, Any]]:
@@ -218,9 +223,12 @@ def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the runs; without it nothing is trained")
     parser.add_argument("--results", type=Path, help="folder for the three files (default: OUT)")
     parser.add_argument("--figures", type=Path, help="folder for the plots; without it none is made")
-    parser.add_argument("--experiment", default="two-numbers", choices=EXPERIMENTS, help="task and settings of all runs")
+    parser.add_argument(
+        "--experiment", default="two-numbers", choices=EXPERIMENTS, help="task and settings of all runs"
+    )
     parser.add_argument("--seeds", type=seed_range, default=seed_range("300-303"), help="a range, or a count from 0")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:5], choices=METHODS, help="methods")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="methods to train and to show")
+    parser.add_argument("--baseline", default="GRPO", choices=METHODS, help="method to which the others are compared")
     parser.add_argument(
         "--instruments",
         nargs="*",
@@ -243,18 +251,20 @@ def main() -> None:
     args = arguments()
     results = args.results or args.out
     if args.out:
-        runs = [Run(method, seed) for seed in args.seeds for method in args.methods]
+        runs = [Run(method, seed) for seed in args.seeds for method in args.methods or PLANNED]
         plan = Plan(args.model.absolute(), args.experiment, args.extra)
         with ThreadPoolExecutor(args.jobs) as pool:
             started = []
             for run in runs:
                 instruments = args.instruments if run.method in ANALYSED and run.seed == args.seeds[0] else ()
                 started.append(pool.submit(train, run, args.out.absolute(), plan, args.threads, instruments))
-        collect(sorted(runs, key=lambda run: [*METHODS].index(run.method)), args.out, results)
+        kept = collect(sorted(runs, key=lambda run: [*METHODS].index(run.method)), args.out, results)
         for done in started:
             done.result()  # a failure counts after the others are kept
-    found = Results.read(results)
-    print(f"\n{tables(found)}")
+        if not kept:
+            raise SystemExit(f"no run in {args.out} was evaluated at its end")
+    found = Results.read(results, args.methods)
+    print(f"\n{tables(found, args.baseline)}")
     if args.figures:
         print("\nwrote", *plot(found, args.figures), *plot_instruments(results, args.figures))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from paired_runs import gain, markdown, read_csv, spread
+from paired_runs import gains, markdown, read_csv, spread
 
 WORDS = ("method", "problem")
 COUNTS = ("samples", "correct")
@@ -34,6 +34,8 @@ SIGNAL = {
     "entropy": "entropy",
 }
 """Columns of the table of the signal."""
+COMPARED = ("avg@8 end", "reward")
+"""Scores whose differences to the baseline are shown."""
 SMOOTHED = 5
 """Epochs of the running means in the plot."""
 NAN = float("nan")
@@ -50,9 +52,11 @@ class Results(NamedTuple):
     solved: Rows
 
     @classmethod
-    def read(cls, folder: Path) -> Results:
+    def read(cls, folder: Path, methods: Sequence[str] | None = None) -> Results:
+        """Of these methods; None for all."""
         epochs, evaluations, solved = (
-            read_csv(folder / f"{name}.csv", WORDS) for name in ("epochs", "evaluations", "solved")
+            [row for row in read_csv(folder / f"{name}.csv", WORDS) if not methods or row["method"] in methods]
+            for name in ("epochs", "evaluations", "solved")
         )
         solved = [{**row, **{name: int(row[name]) for name in COUNTS}} for row in solved]
         seeds = [{row["seed"] for row in solved if row["method"] == method} for method in {r["method"] for r in solved}]
@@ -87,22 +91,27 @@ def mean(values: Iterable[float]) -> float:
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Results) -> str:
-    """Scores and differences to GRPO, the signal, the teachers, and pass@k, as Markdown."""
-    parts = scores_table(results), signal_table(results), teachers_table(results), curves_of_k(results)
-    return "\n\n".join(parts)
+def tables(results: Results, baseline: str = "GRPO") -> str:
+    """Scores and differences to a baseline, the signal, the teachers, and pass@k, as Markdown."""
+    parts = scores_table(results, baseline), signal_table(results), teachers_table(results)
+    return "\n\n".join([*parts, curves_of_k(results, baseline)])
 
 
-def scores_table(results: Results) -> str:
+def scores_table(results: Results, baseline: str) -> str:
     evaluations, epochs = by_run(results.evaluations), by_run(results.epochs)
     scores = {run: score(epochs[run], evaluations[run]) for run in epochs}
+    compared = {name: gains({run: values[name] for run, values in scores.items()}, baseline) for name in COMPARED}
     lines = []
     for method in results.methods:
         own = [values for (name, _), values in scores.items() if name == method]
         cells = [method, str(len(own)), *(spread([values[name] for values in own]) for name in own[0])]
-        gains = (gain(differences(scores, method, name), len(results.methods) - 1) for name in ("avg@8 end", "reward"))
-        lines.append([*cells, *gains])
-    names = ["method", "seeds", *next(iter(scores.values())), "avg@8 end minus GRPO's", "reward minus GRPO's"]
+        lines.append([*cells, *(compared[name][method] for name in COMPARED)])
+    names = [
+        "method",
+        "seeds",
+        *next(iter(scores.values())),
+        *(f"{name} minus that of {baseline}" for name in COMPARED),
+    ]
     return markdown(names, lines)
 
 
@@ -118,15 +127,6 @@ def score(epochs: Rows, evaluations: Rows) -> dict[str, float]:
         "length end": mean(row["length"] for row in last),
         "entropy end": mean(row["entropy"] for row in last),
     }
-
-
-def differences(scores: dict[tuple[str, float], dict[str, float]], method: str, name: str) -> list[float]:
-    """The differences to GRPO's runs with the same seeds."""
-    return [
-        values[name] - scores["GRPO", seed][name]
-        for (other, seed), values in scores.items()
-        if other == method != "GRPO" and ("GRPO", seed) in scores
-    ]
 
 
 def signal_table(results: Results) -> str:
@@ -156,15 +156,28 @@ def teachers_table(results: Results) -> str:
     return markdown(["method", "epoch", *TEACHER.values()], lines)
 
 
-def curves_of_k(results: Results) -> str:
-    """pass@k at the end: the mean over seeds, with its 95 % interval over problems."""
+def curves_of_k(results: Results, baseline: str) -> str:
+    """pass@k at the end: the mean over seeds, with its 95 % interval over problems; and the difference to the baseline
+    at the largest k, with its interval over seeds. Empty if no run was evaluated at its end."""
     curves = {method: of_k(results, method) for method in results.methods}
     curves = {method: curve for method, curve in curves.items() if curve}
-    head = ["pass@k at the end", "seeds", *(f"k = {point['k']}" for point in next(iter(curves.values())))]
+    if baseline not in curves:
+        return ""
+    ks = [point["k"] for point in curves[baseline]]
+    runs = by_run(results.solved)
+    compared = gains({run: fmean(row["correct"] > 0 for row in rows) for run, rows in runs.items()}, baseline)
+    head = ["pass@k at the end", "seeds", *(f"k = {k}" for k in ks), f"k = {ks[-1]} minus that of {baseline}"]
     cell, lines = "{pass:.3f} ({low:.3f} to {high:.3f})", []
     for method, curve in curves.items():
         seeds = sorted({row["seed"] for row in results.solved if row["method"] == method})
-        lines.append([method, ", ".join(f"{seed:g}" for seed in seeds), *(cell.format(**point) for point in curve)])
+        lines.append(
+            [
+                method,
+                ", ".join(f"{seed:g}" for seed in seeds),
+                *(cell.format(**point) for point in curve),
+                compared[method],
+            ]
+        )
     return markdown(head, lines)
 
 

@@ -7,7 +7,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -117,6 +117,24 @@ def gain(differences: Sequence[float], comparisons: int) -> str:
     if len(differences) < 2:
         return "-"
     return "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(differences, comparisons))
+
+
+def gains(scores: Mapping[tuple[str, float], float], baseline: str) -> dict[str, str]:
+    """The difference of each method to another one over runs with the same seed, as text: `gain`, corrected for the
+    number of methods.
+
+    Args:
+        scores: One for each method and seed.
+        baseline: The method to which the others are compared; its own text is a dash.
+    """
+    methods = list(dict.fromkeys(method for method, _ in scores))
+    if baseline not in methods:
+        raise SystemExit(f"--baseline has to be a method with runs, one of {', '.join(methods)}")
+    differences: dict[str, list[float]] = {method: [] for method in methods}
+    for (method, seed), score in scores.items():
+        if method != baseline and (baseline, seed) in scores:
+            differences[method].append(score - scores[baseline, seed])
+    return {method: gain(found, len(methods) - 1) for method, found in differences.items()}
 
 
 @cache

@@ -104,8 +104,10 @@ def test_the_exact_test_of_paired_runs(grpo: str, rlrt: str, p: str) -> None:
         for name, run in (("GRPO", grpo), ("RLRT", rlrt))
         for seed, caught in enumerate(run)
     ]
-    assert f" | {p} |\n\np: exact McNemar test." in compare.caught_in_pairs(rows)
-    twice = compare.caught_in_pairs([*rows, *({**row, "method": "SDPO"} for row in rows if row["method"] == "RLRT")])
+    assert f" | {p} |\n\np: exact McNemar test." in compare.caught_in_pairs(rows, "GRPO")
+    twice = compare.caught_in_pairs(
+        [*rows, *({**row, "method": "SDPO"} for row in rows if row["method"] == "RLRT")], "GRPO"
+    )
     assert f" | {min(1, 2 * float(p)):.1f}" in twice.split("| SDPO")[1]
     assert "corrected for 2 comparisons" in twice
 
@@ -118,6 +120,18 @@ def test_the_paired_interval_covers_the_mean_in_95_percent_of_the_cases() -> Non
         assert covered == pytest.approx(0.95, abs=3 * math.sqrt(0.05 * 0.95 / trials)), n
     mean, low, high = paired_runs.paired([0.0, 1.0, 2.0], comparisons=4)
     assert (mean, low, high) == pytest.approx((1, 1 - 8.8602 / 3**0.5, 1 + 8.8602 / 3**0.5), abs=1e-4)
+
+
+def test_methods_are_compared_to_the_baseline_with_the_same_seed() -> None:
+    scores = {("RLRT", 1.0): 0.3, ("RLRT", 2.0): 0.5, ("GRPO", 1.0): 0.1, ("GRPO", 2.0): 0.2, ("GRPO", 3.0): 9.0}
+    found = paired_runs.gains(scores, "GRPO")
+    assert found == {"RLRT": "+0.250 (-0.385 to +0.885)", "GRPO": "-"}
+    assert paired_runs.gains(scores, "RLRT")["GRPO"] == "-0.250 (-0.885 to +0.385)"
+    wider = paired_runs.gains({**scores, ("SDPO", 1.0): 0.1}, "GRPO")
+    assert wider["RLRT"] != found["RLRT"], "corrected for two methods"
+    assert wider["SDPO"] == "-", "one difference has no spread"
+    with pytest.raises(SystemExit, match="--baseline has to be a method with runs, one of RLRT, GRPO"):
+        paired_runs.gains(scores, "RLSD")
 
 
 def test_quantiles_of_students_t() -> None:

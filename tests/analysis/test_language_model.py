@@ -14,7 +14,6 @@ from benchmarks.language_model_results import Results, common, plot, plot_instru
 from rlrt_lightning.analysis import events, reflection
 from tests.helpers.command_line import ParsingCli
 from tests.helpers.marks import slow_except
-from tests.helpers.processes import ROOT
 
 STEPS = [2, 4, 6, 8]
 TEACHER = {
@@ -31,6 +30,11 @@ def model(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def plan(model: Path) -> lm.Plan:
+    return lm.Plan(model, "two-numbers", [])
 
 
 def finish(arguments: list[str], name: str, threads: int, started: list[list[str]]) -> None:
@@ -80,20 +84,27 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_the_tables_pair_runs_with_the_same_seed(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_pair_runs_with_the_same_seed(
+    tmp_path: Path, plan: lm.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(lm, "execute", lambda arguments, name, threads, log: finish(arguments, name, threads, started))
     monkeypatch.setattr(events, "scalars", curves)
     runs = [lm.Run(method, seed) for seed in (1, 2) for method in ("GRPO", "RLRT")]
     for run in runs:
-        lm.train(run, model, tmp_path / "out", [], 1)
-    lm.collect([*runs, lm.Run("RLSD", 1)], tmp_path / "out", tmp_path / "results")
+        lm.train(run, tmp_path / "out", plan, 1)
+    assert lm.collect([*runs, lm.Run("RLSD", 1)], tmp_path / "out", tmp_path / "results")
     found = tables(Results.read(tmp_path / "results"))
     # The differences are 0.2 and 0.3: 0.25 ± 12.706 * 0.0707 / sqrt(2).
     assert found.count("+0.250 (-0.385 to +0.885)") == 2
     assert "| RLRT | 2 | 0.100 ± 0.000 | 0.550 ± 0.071 | 0.750 ± 0.071 |" in found
     assert "| GRPO | 1, 2 | 0.062 (" in found.split("pass@k at the end")[1], "k = 1: a share of 8 / 64 and one of 0"
     assert "| RLRT | 1, 2 | 0.125 (" in found.split("pass@k at the end")[1]
+    assert found.endswith("| +0.000 (+0.000 to +0.000) |"), "one of two problems is solved by every run"
+    reversed_sign = tables(Results.read(tmp_path / "results"), "RLRT")
+    assert reversed_sign.count("-0.250 (-0.885 to +0.385)") == 2
+    assert "avg@8 end minus that of RLRT" in reversed_sign
+    assert Results.read(tmp_path / "results", ["RLRT"]).methods == ["RLRT"]
     assert "| RLRT | 2 | 0.50 | 0.20 | 0.60 | nan | nan | 0.40 | 0.30 |" in found
     png, svg = plot(Results.read(tmp_path / "results"), tmp_path / "figures")
     assert png.stat().st_size > 10_000
@@ -143,8 +154,9 @@ def test_what_finished_is_kept_if_another_run_fails(
 
 def test_the_runs_of_two_methods_differ_in_their_settings() -> None:
     """But for the one that measures how much two runs of the same settings differ."""
+    plan = lm.Plan(Path("model"), "two-numbers", ["--model.policy.path=embedded"])
     cli = {
-        method: ParsingCli(["fit", *lm.settings(lm.Run(method, 3), Path("model"), ["--model.policy.path=embedded"])])
+        method: ParsingCli(["fit", *lm.settings(lm.Run(method, 3), plan)])
         for method in ("GRPO", "GRPO with std", "GRPO repeated")
     }
     found = {method: str(each.config.fit.model.method) for method, each in cli.items()}
@@ -152,7 +164,7 @@ def test_the_runs_of_two_methods_differ_in_their_settings() -> None:
 
 
 def test_a_run_resumes_from_its_last_checkpoint_and_is_not_repeated(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, plan: lm.Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
     run = lm.Run("GRPO with std", 1)
@@ -164,27 +176,48 @@ def test_a_run_resumes_from_its_last_checkpoint_and_is_not_repeated(
 
     monkeypatch.setattr(lm, "execute", interrupt)
     with pytest.raises(SystemExit, match="interrupted"):
-        lm.train(run, model, tmp_path, [], 1)
-    lm.train(run, model, tmp_path, [], 1)
-    lm.train(run, model, tmp_path, [], 1)
+        lm.train(run, tmp_path, plan, 1)
+    lm.train(run, tmp_path, plan, 1)
+    lm.train(run, tmp_path, plan, 1)
     first, resumed, evaluation = started
     checkpoint = f"--ckpt_path={run.folder(tmp_path)}/run/rlrt-0/checkpoints/last.ckpt"
     assert not any(flag.startswith("--ckpt_path") for flag in first)
     assert set(resumed) - set(first) == {checkpoint}
     assert {"validate", checkpoint, "--data.benchmarks.heldout.samples=64"} <= set(evaluation)
     with pytest.raises(SystemExit, match="was trained with other settings or weights; set --out to another folder"):
-        lm.train(run, model, tmp_path, ["--trainer.max_epochs=2"], 1)
-    (model / "model.safetensors").write_bytes(b"other weights")
+        lm.train(run, tmp_path, plan._replace(extra=["--trainer.max_epochs=2"]), 1)
     with pytest.raises(SystemExit, match="was trained with other settings or weights"):
-        lm.train(run, model, tmp_path, [], 1)
+        lm.train(run, tmp_path, plan._replace(experiment="confirmation"), 1)
+    (plan.model / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(SystemExit, match="was trained with other settings or weights"):
+        lm.train(run, tmp_path, plan, 1)
+
+
+def test_the_confirmation_differs_in_its_task_and_in_what_two_cores_need(plan: lm.Plan) -> None:
+    flags = lm.settings(lm.Run("RLRT", 3), plan._replace(experiment="confirmation"))
+    settings: Any = ParsingCli(["fit", *flags]).config.fit
+    assert settings.data.task.init_args.config == {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    assert settings.data.engine.init_args.dtype is None
+    assert (settings.trainer.precision, settings.trainer.max_epochs, settings.data.rescore) == ("32-true", 40, False)
+    assert (settings.data.prompts_per_epoch, settings.data.minibatches) == (8, 2)
+
+
+def test_a_failure_is_told_even_if_no_run_is_finished(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(arguments: list[str], name: str, threads: int, log: Path) -> None:
+        raise SystemExit(f"{name}: out of memory")
+
+    monkeypatch.setattr(lm, "execute", fail)
+    monkeypatch.setattr("sys.argv", ["language_model.py", f"--model={model}", f"--out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit, match="GRPO, seed 300: out of memory"):
+        lm.main()
 
 
 @pytest.mark.parametrize("method", slow_except(lm.METHODS, "GRPO with std", "RLCSD"))
-def test_the_settings_of_each_run_are_valid(method: str, model: Path) -> None:
-    flags = [flag for flag in lm.settings(lm.Run(method, 3), model, []) if "vllm" not in flag]
-    settings: Any = ParsingCli(["fit", *flags]).config.fit
+def test_the_settings_of_each_run_are_valid(method: str, plan: lm.Plan) -> None:
+    settings: Any = ParsingCli(["fit", *lm.settings(lm.Run(method, 3), plan)]).config.fit
     assert settings.seed_everything == 3
     assert settings.trainer.max_epochs == 100
     assert settings.data.task.init_args.config["min_terms"] == 2
-    assert (ROOT / lm.EXPERIMENT).exists()
     assert settings.model.method.class_path.rsplit(".", 1)[-1] == {"RLRT-all": "RLRT"}.get(method, method.split()[0])
