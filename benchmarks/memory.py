@@ -82,6 +82,7 @@ def held(model: Model, strategy: str, ranks: int, teacher: str, lora: bool, base
     teacher's own weights. With adapters each frozen weight takes `base` bytes."""
     trained = FP32 * (model.adapters if lora else model.weights)
     parts = memory.held(trained, base * model.weights if lora else 0, buckets=strategy == "ddp")
+    parts["gradients"] = trained
     parts["teacher"] = trained if teacher == "own" else 0  # a copy of the trained weights; the rest is shared
     return sum(parts.values()) / (ranks if strategy == "fsdp2" else 1)
 
@@ -141,8 +142,8 @@ class RecipeMemory(NamedTuple):
     Args:
         gpu: The GPU's memory, from the first line of the recipe.
         tokens: Padded tokens of the largest training pass.
-        held: Weights, gradients and the optimizer's state.
-        training: What the largest training pass needs besides.
+        held: Weights and the optimizer's state.
+        training: What the gradients and the largest training pass need besides.
         rollouts: What vLLM needs besides during rollouts.
     """
 
@@ -179,13 +180,14 @@ class RecipeMemory(NamedTuple):
             computed=BF16,
             checkpointing=policy.get("gradient_checkpointing", False),
         )
+        gradients = FP32 * model.weights / (trainer["devices"] if sharded else 1)
         copies = fetched(model, strategy, FP32) if sharded else memory.cast_weights(loaded, BF16)
         gpu = GB * float(re.findall(r"of (\d+) GB", path.read_text(encoding="utf-8"))[0])
         return cls(
             gpu,
             tokens,
-            held(model, strategy, trainer["devices"], "policy", lora=False),
-            sum(parts.values()) + copies,
+            held(model, strategy, trainer["devices"], "policy", lora=False) - gradients,
+            gradients + sum(parts.values()) + copies,
             gpu * data["engine"]["init_args"]["memory"],
         )
 

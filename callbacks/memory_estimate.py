@@ -110,18 +110,24 @@ def estimate(trainer: Any, module: RLRTModule, data: RolloutDataModule, availabl
     """
     policy, teacher = module.policy, module.teacher
     trained = [local(p) for p in policy.parameters() if p.requires_grad]
+    views = getattr(trainer.model, "gradient_as_bucket_view", None)  # an attribute of DDP
     held = memory.held(
         _bytes(trained),
         _bytes(p for p in policy.parameters() if not p.requires_grad),
         state_bytes(module.optimizer_factory, trained),
-        buckets=getattr(trainer.model, "gradient_as_bucket_view", True) is False,  # an attribute of DDP
+        buckets=views is not None,
     )
+    gradients = 0.0 if views else _bytes(trained)  # views of the buckets take no memory of their own
     generating, training = data.engine.device_bytes(policy, available)
     copies = {"teacher": teacher, **({} if module.reference is None else {"reference": module.reference})}
     held["averaged weights"] = _bytes(_averages(trainer, policy.device))
     tokens, length = largest_pass(trainer, policy, data)
     phases = {
-        "training pass": {**_training_pass(trainer, policy, tokens, length), "engine": training},
+        "training pass": {
+            "gradients": gradients,
+            **_training_pass(trainer, policy, tokens, length),
+            "engine": training,
+        },
         "rollouts": {"engine": generating},
     }
     for name, copy in copies.items():
@@ -188,7 +194,7 @@ def advice(found: Estimate, trainer: Any, module: RLRTModule) -> list[str]:
         (passes, {"activations", memory.LOGITS_OR_LAYER}, True),
         ("model.policy.gradient_checkpointing=true", {"activations"}, not policy.gradient_checkpointing),
         ("a smaller model.policy.logits_chunk", {"logits"}, policy.logits_chunk > 1),
-        ("trainer.strategy=fsdp", set(memory.held(0)), not isinstance(trainer.strategy, FSDP2Strategy)),
+        ("trainer.strategy=fsdp", {*memory.held(0), "gradients"}, not isinstance(trainer.strategy, FSDP2Strategy)),
         ("model.policy.lora.rank=16", {"gradients", "optimizer state"}, policy.lora is None),
         ("model.teacher.rest_on_cpu=true", {"teacher's weights", "reference's weights"}, not teacher.rest_on_cpu),
         ("a smaller data.engine.memory or dtype", {"engine"}, True),

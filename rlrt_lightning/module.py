@@ -265,10 +265,14 @@ class RLRTModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
         """Runs after the callbacks. Postpones a stop requested by a callback to the end of the epoch, and stops a run
         that received a signal (`SafeStop`) between two optimizer steps. After the last step, the epoch is finished
-        first; its validation and the next rollouts can be interrupted."""
+        first; its validation and the next rollouts can be interrupted. They do not need the gradients, which are freed
+        here rather than before the next epoch's first step."""
         trainer = cast(Any, self.trainer)
         self._whole_epochs.hold(trainer, batch_idx)
         done = batch_idx + 1
+        if done == trainer.num_training_batches:
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad()
         if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
             trainer.datamodule.stop_signal.check(trainer)
 

@@ -27,17 +27,17 @@ LOGITS_OR_LAYER = "logits, or one layer"
 def held(
     trained: float, frozen: float = 0.0, optimizer: float | None = None, buckets: bool = False
 ) -> dict[str, float]:
-    """Bytes that a rank holds for the policy throughout training.
+    """Bytes that a rank holds for the policy throughout training. The gradients, as large as the trained weights, exist
+    during the update only.
 
     Args:
         trained: Bytes of the trained weights on the rank.
         frozen: Bytes of the other weights on the rank.
         optimizer: Bytes of the optimizer's state; None is twice those of the trained weights, as for Adam.
-        buckets: Whether DDP copies gradients to buckets.
+        buckets: Whether DDP has buckets for the gradients.
     """
     return {
         "weights": trained + frozen,
-        "gradients": trained,
         "gradient buckets": trained if buckets else 0.0,
         "optimizer state": 2 * trained if optimizer is None else optimizer,
     }

@@ -71,9 +71,33 @@ def test_what_training_holds_is_estimated_exactly(lora: LoRA | None, tmp_path: P
         minibatches=2,
     )
     held = measure.found.held
-    assert {name: held[name] for name in measure.real} == measure.real
+    assert "gradients" not in held
+    estimated = {**held, "gradients": measure.found.phases["training pass"]["gradients"]}
+    assert {name: estimated[name] for name in measure.real} == measure.real
     assert min(measure.real.values()) > 0
     assert held["gradient buckets"] == 0, "a single process has no DDP"
+
+
+def test_gradients_exist_during_the_update_only(tmp_path: Path) -> None:
+    class Rollouts(TransformersEngine):
+        def sync(self, policy: Policy) -> None:
+            note("rollouts", policy)
+            super().sync(policy)
+
+    class Update(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            note("end of the epoch", pl_module.policy)
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            note("update", pl_module.policy)
+
+    def note(phase: str, policy: Policy) -> None:
+        seen.append((phase, any(p.grad is not None for p in policy.parameters())))
+
+    seen: list[tuple[str, bool]] = []
+    fit_and_record(tmp_path, LastDigit(), callbacks=[Update()], engine=Rollouts(), epochs=2, minibatches=2)
+    epoch = [("rollouts", False), ("update", True), ("update", True), ("end of the epoch", False)]
+    assert seen == 2 * epoch
 
 
 @pytest.mark.parametrize("rest_on_cpu", [False, True])
@@ -206,7 +230,7 @@ def test_an_architecture_without_an_estimate_trains(
     measure = Measure()
     with caplog.at_level(logging.INFO):
         fit_and_record(tmp_path, LastDigit(), callbacks=[measure])
-    assert measure.found.phases["training pass"] == {"engine": 0}
+    assert measure.found.phases["training pass"] == {"gradients": measure.found.held["weights"], "engine": 0}
     assert "the training pass of Qwen3ForCausalLM is not estimated" in caplog.text
 
 
