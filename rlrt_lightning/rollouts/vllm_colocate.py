@@ -159,6 +159,7 @@ class VllmColocateEngine(VllmEngine):
             self._in_flight.clear()
         asleep = not self._awake
         if asleep:
+            torch.cuda.empty_cache()  # gives freed gradients and activations back to the device, for vLLM's allocator
             llm.wake_up(tags=["weights"])  # the cache only after loading: both at once may not fit
         yield llm
         if asleep:
