@@ -29,6 +29,7 @@ from rlrt_lightning.rollouts.vllm_common import (
 )
 from rlrt_lightning.runtime.errors import ConfigError, first_line
 from rlrt_lightning.runtime.precision import Dtype
+from rlrt_lightning.runtime.private.vllm import mute_rotary_warning
 from rlrt_lightning.runtime.terminal import waiting_for
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class VllmColocateEngine(VllmEngine):
             # Names the ranks' shared memory, so that the leftovers of a killed run are not reused.
             os.environ["VLLM_DIST_IDENT"] = os.environ.get("MASTER_PORT", "")
         self._group = self._engine_group()
+        mute_rotary_warning()
         from vllm import LLM
 
         threads = torch.get_num_threads()

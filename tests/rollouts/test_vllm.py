@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import threading
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from rlrt_lightning import (
     VllmServerEngine,
 )
 from rlrt_lightning.rollouts.vllm_common import EngineError
+from rlrt_lightning.runtime.private.vllm import RELOADING
 from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE, question, solution
 from tests.helpers.command_line import SMALL, cli_exit_code, scalars
@@ -107,6 +109,22 @@ def test_log_probs_equal_the_policys_after_every_sync(
             rollouts = draw(colocated, made, sampling=Sampling(max_new_tokens=30, temperature=temperature))
             assert len(rollouts) == 24
             assert mismatch(made, rollouts, temperature) < 1e-3
+
+
+def test_a_sync_does_not_warn_of_rotary_tables(colocated: VllmColocateEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """No checkpoint contains them, and vLLM keeps them. Weights that it does not get are still warned of."""
+    made = embedded()
+    colocated.sync(made)
+    perturb(made, 1)
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    try:
+        colocated.sync(made)
+        logging.getLogger(RELOADING).warning("Linear: Failed to load weights")
+    finally:
+        logger.removeHandler(caplog.handler)
+    warned = [record.getMessage() for record in caplog.records if "Failed to load" in record.getMessage()]
+    assert warned == ["Linear: Failed to load weights"]
 
 
 def untied(folder: Path) -> Policy:
