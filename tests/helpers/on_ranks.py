@@ -59,7 +59,8 @@ class Recorder(Callback):
         )
         self.seen["shape"] = [str(p.shape) for p in pl_module.policy.parameters() if p.requires_grad]
         self.seen["held"] = gather(sum(local(p).numel() for p in pl_module.parameters()))
-        self.seen["estimated"] = gather(estimate(trainer, pl_module, trainer.datamodule, None).held)
+        estimated = estimate(trainer, pl_module, trainer.datamodule, None)
+        self.seen["estimated"] = gather({**estimated.held, **estimated.phases["training pass"]})
         self.seen["read"] = gather(list(READ))
         self.seen["shards"] = gather([local(p).numel() for p in pl_module.policy.parameters()])
 
