@@ -279,7 +279,7 @@ def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder for runs.csv and labels.csv (default: OUT)")
     parser.add_argument("--figures", type=Path, help="folder for labels.png; without it none is made")
     parser.add_argument("--seeds", type=seed_range, default=range(8), help="a range such as 200-215, or a count from 0")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="methods to train and to show (default: all)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods (default: all)")
     parser.add_argument("--baseline", default="GRPO", choices=METHODS, help="method to which the others are compared")
     parser.add_argument("--plotted", nargs="+", choices=METHODS, help="methods in labels.png (default: up to four)")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs")
@@ -298,11 +298,11 @@ def main() -> None:
     results = args.results or args.out
     if args.out:
         conditions = CONDITIONS if args.control else CONDITIONS[:1]
-        runs = [Run(c, m, s) for s in args.seeds for c in conditions for m in args.methods or METHODS]
+        runs = [Run(c, m, s) for s in args.seeds for c in conditions for m in args.methods]
         out = args.out.absolute()
         train_all(runs, out, args.extra, args.jobs)
         collect(runs, out, results)
-    rows = [row for row in read_csv(results / "runs.csv", WORDS) if row["method"] in (args.methods or METHODS)]
+    rows = [row for row in read_csv(results / "runs.csv", WORDS) if row["method"] in args.methods]
     print(f"\n{tables(rows, args.baseline)}")
     if args.figures:
         plot(read_csv(results / "labels.csv", WORDS), args.figures / "labels.png", args.plotted)

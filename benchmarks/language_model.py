@@ -34,18 +34,18 @@ from typing import Any, NamedTuple
 from language_model_results import COUNTS, NAN, Results, plot, plot_instruments, tables
 from paired_runs import ROOT, execute, rounded, seed_range, write_csv
 
-METHODS = {  # flags of each method
-    "GRPO": ["--config=configs/methods/grpo.yaml"],
-    "RLRT": ["--config=configs/methods/rlrt.yaml"],
-    "RLSD": ["--config=configs/methods/rlsd.yaml"],
-    "AntiSD": ["--config=configs/methods/antisd.yaml"],
-    "GRPO with std": ["--config=configs/methods/grpo_std.yaml"],
-    "RLRT-all": ["--config=configs/methods/rlrt_all.yaml"],
-    "RLRT contrast": ["--config=configs/methods/rlrt_contrast.yaml"],
-    "SDPO": ["--config=configs/methods/sdpo.yaml"],
-    "SRPO": ["--config=configs/methods/srpo.yaml"],
-    "RLCSD": ["--config=configs/methods/rlcsd.yaml"],
-    "GRPO repeated": ["--config=configs/methods/grpo.yaml"],  # how much differs between two runs of the same settings
+METHODS = {  # config of each method
+    "GRPO": "grpo",
+    "RLRT": "rlrt",
+    "RLSD": "rlsd",
+    "AntiSD": "antisd",
+    "GRPO with std": "grpo_std",
+    "RLRT-all": "rlrt_all",
+    "RLRT contrast": "rlrt_contrast",
+    "SDPO": "sdpo",
+    "SRPO": "srpo",
+    "RLCSD": "rlcsd",
+    "GRPO repeated": "grpo",  # how much differs between two runs of the same settings
 }
 LAYERS = ("configs/rlrt.yaml", "configs/models/smollm2.yaml")
 EXPERIMENTS = {
@@ -112,21 +112,24 @@ class Plan(NamedTuple):
 # -- training ------------------------------------------------------------------------------------------------------
 
 
+def config_files(run: Run, plan: Plan) -> list[Path]:
+    method = f"configs/methods/{METHODS[run.method]}.yaml"
+    return [ROOT / path for path in (*LAYERS, *EXPERIMENTS[plan.experiment], method)]
+
+
 def settings(run: Run, plan: Plan) -> list[str]:
     """The flags that decide a run's results."""
-    layers = [f"--config={ROOT / path}" for path in (*LAYERS, *EXPERIMENTS[plan.experiment])]
-    method = [flag.replace("=configs/", f"={ROOT}/configs/") for flag in METHODS[run.method]]
-    if not run.method.startswith("GRPO"):
-        method.append(f"--teacher_evaluation.problems={TAUGHT}")
-    return [*layers, *method, f"--seed_everything={run.seed}", f"--model.policy.path={plan.model}", *plan.extra]
+    layers = [f"--config={path}" for path in config_files(run, plan)]
+    taught = [] if run.method.startswith("GRPO") else [f"--teacher_evaluation.problems={TAUGHT}"]
+    return [*layers, *taught, f"--seed_everything={run.seed}", f"--model.policy.path={plan.model}", *plan.extra]
 
 
 def fingerprint(run: Run, plan: Plan) -> str:
     """Changes with the settings and the weights of a run."""
     flags = [flag.replace(str(ROOT), "").replace(str(plan.model), "MODEL") for flag in settings(run, plan)]
     digest = hashlib.sha256(json.dumps([flags, SAMPLES]).encode())
-    for path in (*LAYERS, *EXPERIMENTS[plan.experiment], METHODS[run.method][0].removeprefix("--config=")):
-        digest.update((ROOT / path).read_bytes())
+    for path in config_files(run, plan):
+        digest.update(path.read_bytes())
     digest.update((plan.model / "model.safetensors").read_bytes())
     return digest.hexdigest()
 
@@ -192,8 +195,9 @@ def collect(runs: list[Run], out: Path, results: Path) -> bool:
             if path.exists():
                 (results / run.slug).mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, results / run.slug / path.name)
-    for name, rows in (("epochs", epochs), ("evaluations", evaluations), ("solved", solved)) if solved else ():
-        write_csv(results / f"{name}.csv", rows)
+    if solved:
+        for name, rows in (("epochs", epochs), ("evaluations", evaluations), ("solved", solved)):
+            write_csv(results / f"{name}.csv", rows)
     return bool(solved)
 
 

@@ -93,26 +93,23 @@ def mean(values: Iterable[float]) -> float:
 
 def tables(results: Results, baseline: str = "GRPO") -> str:
     """Scores and differences to a baseline, the signal, the teachers, and pass@k, as Markdown."""
-    parts = scores_table(results, baseline), signal_table(results), teachers_table(results)
-    return "\n\n".join([*parts, curves_of_k(results, baseline)])
+    scores, curves = scores_table(results, baseline), curves_of_k(results, baseline)
+    return "\n\n".join([scores, signal_table(results), teachers_table(results), curves])
 
 
 def scores_table(results: Results, baseline: str) -> str:
     evaluations, epochs = by_run(results.evaluations), by_run(results.epochs)
     scores = {run: score(epochs[run], evaluations[run]) for run in epochs}
-    compared = {name: gains({run: values[name] for run, values in scores.items()}, baseline) for name in COMPARED}
+    compared = {
+        f"{name} minus that of {baseline}": gains({run: values[name] for run, values in scores.items()}, baseline)
+        for name in COMPARED
+    }
     lines = []
     for method in results.methods:
         own = [values for (name, _), values in scores.items() if name == method]
         cells = [method, str(len(own)), *(spread([values[name] for values in own]) for name in own[0])]
-        lines.append([*cells, *(compared[name][method] for name in COMPARED)])
-    names = [
-        "method",
-        "seeds",
-        *next(iter(scores.values())),
-        *(f"{name} minus that of {baseline}" for name in COMPARED),
-    ]
-    return markdown(names, lines)
+        lines.append([*cells, *(gained[method] for gained in compared.values())])
+    return markdown(["method", "seeds", *next(iter(scores.values())), *compared], lines)
 
 
 def score(epochs: Rows, evaluations: Rows) -> dict[str, float]:
@@ -158,7 +155,7 @@ def teachers_table(results: Results) -> str:
 
 def curves_of_k(results: Results, baseline: str) -> str:
     """pass@k at the end: the mean over seeds, with its 95 % interval over problems; and the difference to the baseline
-    at the largest k, with its interval over seeds. Empty if no run was evaluated at its end."""
+    at the largest k, with its interval over seeds. Empty if no run of the baseline was evaluated at its end."""
     curves = {method: of_k(results, method) for method in results.methods}
     curves = {method: curve for method, curve in curves.items() if curve}
     if baseline not in curves:
@@ -169,15 +166,8 @@ def curves_of_k(results: Results, baseline: str) -> str:
     head = ["pass@k at the end", "seeds", *(f"k = {k}" for k in ks), f"k = {ks[-1]} minus that of {baseline}"]
     cell, lines = "{pass:.3f} ({low:.3f} to {high:.3f})", []
     for method, curve in curves.items():
-        seeds = sorted({row["seed"] for row in results.solved if row["method"] == method})
-        lines.append(
-            [
-                method,
-                ", ".join(f"{seed:g}" for seed in seeds),
-                *(cell.format(**point) for point in curve),
-                compared[method],
-            ]
-        )
+        seeds = ", ".join(f"{seed:g}" for name, seed in sorted(runs) if name == method)
+        lines.append([method, seeds, *(cell.format(**point) for point in curve), compared[method]])
     return markdown(head, lines)
 
 

@@ -169,7 +169,8 @@ class RecipeMemory(NamedTuple):
         with torch.device("meta"):
             loaded = AutoModelForCausalLM.from_config(config)
         model, sharded = Model.of(path.stem, config), trainer.get("strategy") == "fsdp"
-        strategy, residual = ("fsdp2", BF16) if sharded else ("one GPU", FP32)
+        ranks, residual = (trainer["devices"], BF16) if sharded else (1, FP32)
+        weights = FP32 * model.weights / ranks  # as large as the gradients
         tokens = data["tokens_per_pass"]
         parts = memory.training_pass(
             memory.Shape.of(loaded),
@@ -180,14 +181,13 @@ class RecipeMemory(NamedTuple):
             computed=BF16,
             checkpointing=policy.get("gradient_checkpointing", False),
         )
-        gradients = FP32 * model.weights / (trainer["devices"] if sharded else 1)
-        copies = fetched(model, strategy, FP32) if sharded else memory.cast_weights(loaded, BF16)
+        copies = fetched(model, "fsdp2", FP32) if sharded else memory.cast_weights(loaded, BF16)
         gpu = GB * float(re.findall(r"of (\d+) GB", path.read_text(encoding="utf-8"))[0])
         return cls(
             gpu,
             tokens,
-            held(model, strategy, trainer["devices"], "policy", lora=False) - gradients,
-            gradients + sum(parts.values()) + copies,
+            sum(memory.held(weights).values()),
+            weights + sum(parts.values()) + copies,
             gpu * data["engine"]["init_args"]["memory"],
         )
 

@@ -273,7 +273,7 @@ class RLRTModule(LightningModule):
         if done == trainer.num_training_batches:
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad()
-        if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
+        elif done % trainer.accumulate_grad_batches == 0:
             trainer.datamodule.stop_signal.check(trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
