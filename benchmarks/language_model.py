@@ -49,8 +49,9 @@ METHODS = {  # config of each method
 }
 LAYERS = ("configs/rlrt.yaml", "configs/models/smollm2.yaml")
 EXPERIMENTS = {
-    "two-numbers": ("benchmarks/language_model.yaml",),
-    "confirmation": ("benchmarks/language_model.yaml", "benchmarks/language_model_confirmation.yaml"),
+    "two-numbers": ("language_model",),
+    "two-numbers-cpu": ("language_model", "language_model_cpu"),
+    "confirmation": ("language_model", "language_model_cpu", "language_model_confirmation"),
 }
 PLANNED = ("GRPO", "GRPO with std", "RLRT", "RLSD", "AntiSD")
 """Trained unless --methods is given."""
@@ -113,8 +114,8 @@ class Plan(NamedTuple):
 
 
 def config_files(run: Run, plan: Plan) -> list[Path]:
-    method = f"configs/methods/{METHODS[run.method]}.yaml"
-    return [ROOT / path for path in (*LAYERS, *EXPERIMENTS[plan.experiment], method)]
+    experiment = [f"benchmarks/{name}.yaml" for name in EXPERIMENTS[plan.experiment]]
+    return [ROOT / path for path in (*LAYERS, *experiment, f"configs/methods/{METHODS[run.method]}.yaml")]
 
 
 def settings(run: Run, plan: Plan) -> list[str]:
