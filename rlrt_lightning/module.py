@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,11 @@ from rlrt_lightning.policy.padding import at_mask
 from rlrt_lightning.policy.sharding import FSDP2Strategy, check_strategy, whole
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges
 from rlrt_lightning.runtime.optimizers import OptimizerFactory, SharedFactory, WarmUp, keep_settings
+from rlrt_lightning.runtime.precision import rounding
 from rlrt_lightning.runtime.stopping import WholeEpochs
 from rlrt_lightning.teacher import Teacher
+
+log = logging.getLogger(__name__)
 
 GATE = "gate"
 """Key of the state of the method's gate in a checkpoint."""
@@ -247,7 +251,13 @@ class RLRTModule(LightningModule):
         return self._next_gate
 
     def on_fit_start(self) -> None:
-        """Logs the method's settings and the teacher's weights."""
+        """Logs the method's settings and the teacher's weights. Warns if updates will be lost by rounding."""
+        half = {p.dtype for p in self.policy.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        if half and self.trainer.is_global_zero:
+            log.warning(
+                "the trained weights are in half precision, which rounds away steps of a learning rate such as 1e-6; "
+                "set model.policy.dtype=float32 and trainer.precision=bf16-mixed"
+            )
         self._next_gate = None
         teacher = f"; the teacher has {self.teacher.schedule}" if self.method.context != "none" else ""
         rank_zero_info("method: %s%s", self.method, teacher)
@@ -382,7 +392,7 @@ class RLRTModule(LightningModule):
         if strategy is not None:
             check_strategy(strategy)
         sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
-        self.policy.load(sharding)
+        self.policy.load(sharding, rounding(self.trainer) if self._attached else None)
         self._load_copies(sharding)
         if sharding is not None:
             self._shard(sharding)

@@ -41,6 +41,7 @@ FREE = (
     "checkpoint",
     "model.optimizer",
     "model.warmup_steps",
+    "model.policy.dither",
     "model.policy.attention",
     "model.policy.gradient_checkpointing",
     "model.policy.logits_chunk",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from rlrt_lightning.policy.sharding import local
+from rlrt_lightning.policy.sharding import local, shard_rows
 from rlrt_lightning.runtime.private.transformers import kept_in_float32
 
 if TYPE_CHECKING:
@@ -252,12 +251,9 @@ def fill(model: nn.Module, files: Files, device: torch.device) -> None:
 
 
 def _read_shard(weight: DTensor, tensor: Stored, device: torch.device) -> nn.Parameter:
-    """This rank's shard of a parameter; FSDP splits the first dimension as `torch.chunk` does."""
-    mesh, shard = weight.device_mesh, torch.empty_like(local(weight), device=device)
-    rows, sharded = weight.shape[0], mesh.ndim - 1
-    size = math.ceil(rows / mesh.size(sharded))
-    start = min(size * mesh.get_local_rank(sharded), rows)
-    _read(shard, tensor, slice(start, min(start + size, rows)))
+    """This rank's shard of a parameter."""
+    shard = torch.empty_like(local(weight), device=device)
+    _read(shard, tensor, shard_rows(weight))
     return _as_sharded(shard, weight)
 
 

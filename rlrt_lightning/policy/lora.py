@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from rlrt_lightning.policy.dither import dithered
 from rlrt_lightning.policy.sharding import local, whole
 from rlrt_lightning.runtime.errors import ConfigError, check_ranges, first_line
 
@@ -54,7 +55,8 @@ class LoRA:
         return LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings)
 
     def add_to(self, model: PreTrainedModel) -> None:
-        """Injects the adapters and freezes all other weights. Their initial values are the same on every rank.
+        """Injects the adapters and freezes all other weights. Their initial values are the same on every rank. They are
+        float32 even if the model is not: in bfloat16, an optimizer step would be rounded away.
 
         Raises:
             ConfigError: If the model has none of the target layers.
@@ -65,6 +67,8 @@ class LoRA:
             inject_adapter_in_model(self.config, model)
         except ValueError as error:
             raise ConfigError(f"model.policy.lora: {first_line(error)}") from error
+        for adapter in _adapters(model):
+            adapter.data = adapter.data.to(torch.promote_types(adapter.dtype, torch.float32))
 
     def weights(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The adapters' full weights on the CPU, under peft's names. Collective if the weights are sharded.
@@ -97,13 +101,29 @@ class LoRA:
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def merged(model: nn.Module, name: str, weight: Tensor) -> tuple[str, Tensor] | None:
+def merged(
+    model: nn.Module, dtype: torch.dtype | None, dither: bool, name: str, weight: Tensor
+) -> tuple[str, Tensor] | None:
     """A tensor of a model's state dict with its adapter merged into it, and its name in a checkpoint without adapters;
-    None for a tensor of an adapter."""
+    None for a tensor of an adapter.
+
+    Args:
+        model: The model.
+        dtype: Data type of merged weights; None keeps the tensor's.
+        dither: Whether a change by the adapter that is smaller than a rounding step of half precision is kept on
+            average, see `policy.dither`; otherwise rounding removes it.
+        name: The tensor's name in the state dict.
+        weight: The tensor.
+    """
     owner, base, kind = name.rpartition(".base_layer.")
     if base and kind == "weight":
         with torch.no_grad():
-            weight = weight + cast(Any, model.get_submodule(owner)).get_delta_weight("default").to(weight)
+            change = whole(cast(Any, model.get_submodule(owner)).get_delta_weight("default"))
+            weight, rounded = whole(weight), dtype or weight.dtype
+            change = change.to(torch.promote_types(weight.dtype, torch.float32))
+            if dither and rounded in (torch.bfloat16, torch.float16):
+                weight = dithered(weight, rounded)
+            weight = (weight + change).to(rounded)
     return without_adapter(name, weight)
 
 

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from rlrt_lightning.policy.dither import dither
 from rlrt_lightning.policy.forward import ForwardPasses
 from rlrt_lightning.policy.loading import (
     Files,
@@ -52,6 +53,10 @@ class Policy(ForwardPasses):
             `--trainer.precision=bf16-mixed`: bfloat16 weights have 8 significant bits, too few for updates of 1e-6.
         head_dtype: Data type in which the output head computes logits; null uses that of the rest of the model. In
             bfloat16, rounded logits cause much of the mismatch between sampler and trainer.
+        dither: Move each weight of a half-precision checkpoint to a random point of the interval that is rounded to it,
+            if the trainer rounds float32 weights (`--trainer.precision=bf16-mixed` or `16-mixed`). The rounded weights
+            stay the same, but small updates are no longer lost until they add up to half a rounding step; see
+            docs/precision.md. Adapters that an engine gets merged into half-precision weights are rounded likewise.
         attention: Attention implementation of transformers: sdpa, eager, flash_attention_2, ...
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         logits_chunk: Number of tokens whose logits are in memory at once when log-probs are computed; memory grows with
@@ -72,6 +77,7 @@ class Policy(ForwardPasses):
         path: str = "embedded",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         head_dtype: Literal["float32"] | None = "float32",
+        dither: bool = True,
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         logits_chunk: int = 1024,
@@ -96,6 +102,7 @@ class Policy(ForwardPasses):
         self.path = str(EMBEDDED) if path == "embedded" else path
         self.dtype = dtype
         self.head_dtype = head_dtype
+        self.dither = dither
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self.logits_chunk = logits_chunk
@@ -116,12 +123,13 @@ class Policy(ForwardPasses):
         self.counter = TokenCounter()
         """Counts the tokens of forward passes without gradients."""
 
-    def load(self, strategy: FSDP2Strategy | None = None) -> None:
+    def load(self, strategy: FSDP2Strategy | None = None, rounded_to: torch.dtype | None = None) -> None:
         """Loads the weights; does nothing if they are loaded.
 
         Args:
             strategy: Shards the weights. If the files allow it, each rank then reads only its shards; otherwise the
                 whole model is loaded, and the caller has to shard it.
+            rounded_to: The half precision to which forward passes round float32 weights; None if they do not.
 
         Raises:
             ConfigError: If the weights cannot be read, or the attention implementation is not available.
@@ -132,6 +140,8 @@ class Policy(ForwardPasses):
         with waiting_for(f"the weights of {self.path}"), loading_quietly(local=Path(self.path).exists()):
             if strategy is None or not self._load_shards(strategy):
                 self.adopt(self._prepared(self._load_whole()))
+        if self.dither and rounded_to is not None:
+            dither(self.model, rounded_to)
         if self._positions_before_longrope:
             log.warning(
                 "model.policy.path: sequences are limited to %d tokens, because longer ones change the position "
@@ -240,11 +250,15 @@ class Policy(ForwardPasses):
             )
         return model.eval().requires_grad_(False)
 
-    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def merged_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The weights with adapters merged into them, one at a time, by their names in a checkpoint. Includes a head
         that is tied to the embeddings, because a sampler may keep a separate packed copy of it. Collective if the
-        weights are sharded: all ranks have to iterate, and each gets full tensors."""
-        return self._full_weights(partial(merged, self.model))
+        weights are sharded: all ranks have to iterate, and each gets full tensors.
+
+        Args:
+            dtype: Data type of the weights into which an adapter is merged; None keeps the model's.
+        """
+        return self._full_weights(partial(merged, self.model, dtype, self.dither))
 
     def base_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Like `merged_weights`, without the adapters."""

@@ -182,6 +182,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def shard_rows(tensor: DTensor) -> slice:
+    """The rows of the full tensor in this rank's shard; FSDP splits the first dimension as `torch.chunk` does."""
+    mesh, rows, sharded = tensor.device_mesh, tensor.shape[0], tensor.device_mesh.ndim - 1
+    size = math.ceil(rows / mesh.size(sharded))
+    start = min(size * mesh.get_local_rank(sharded), rows)
+    return slice(start, min(start + size, rows))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor; collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -71,10 +71,11 @@ class TransformersEngine(RolloutEngine):
         self._policy = policy
         if self.dtype is None:
             return
+        dtype = getattr(torch, self.dtype)
         if self._copy is None:
-            self._copy = policy.empty_copy(getattr(torch, self.dtype))
+            self._copy = policy.empty_copy(dtype)
         own = self._copy.state_dict()
-        for name, weight in policy.merged_weights():
+        for name, weight in policy.merged_weights(dtype):
             if name in own:
                 own[name].copy_(weight)
 

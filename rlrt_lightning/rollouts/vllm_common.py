@@ -109,8 +109,8 @@ class VllmEngine(RolloutEngine):
         elif self._separate:
             self._send_base_and_adapters(policy)
         if not self._separate:
-            self._sent = {}
-            self._send_weights(policy, self._recorded(policy, policy.merged_weights()))
+            self._sent, dtype = {}, getattr(torch, self.dtype_for(policy))
+            self._send_weights(policy, self._recorded(policy, policy.merged_weights(dtype)))
             self._check_sent(HEAD)
         self._check_sent(*before)
         changed = [not torch.equal(value, before[name]) for name, value in self._sent.items() if name in before]

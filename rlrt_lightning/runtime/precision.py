@@ -21,6 +21,12 @@ def half_precision(trainer: Any) -> Dtype | None:
     return "float16" if precision.startswith("16") else None
 
 
+def rounding(trainer: Any) -> torch.dtype | None:
+    """The half precision to which forward passes round float32 weights, in `bf16-mixed` and `16-mixed`."""
+    half = half_precision(trainer) if isinstance(trainer.precision_plugin, MixedPrecision) else None
+    return getattr(torch, half) if half else None
+
+
 @contextmanager
 def computing(trainer: Any) -> Iterator[None]:
     """Enters the trainer's autocast, which Lightning applies only to its own steps. New tensors are float32, whereas

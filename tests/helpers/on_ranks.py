@@ -214,9 +214,15 @@ def run(strategy: str, folder: Path, name: str, epochs: int = 2, **changes: Any)
         enable_checkpointing=changes.get("save", False),
     )
     lora = LoRA(rank=4, targets=["q_proj", "down_proj"]) if changes.pop("lora", False) else None
+    path = str(folder / "half") if changes.pop("half", False) else "embedded"
     torch.manual_seed(0)
     module = RLRTModule(
-        Policy(lora=lora, gradient_checkpointing=changes.pop("gradient_checkpointing", False)),
+        Policy(
+            path,
+            changes.pop("dtype", "float32"),
+            lora=lora,
+            gradient_checkpointing=changes.pop("gradient_checkpointing", False),
+        ),
         Teacher(TEACHER_TEMPLATE, rest_on_cpu=changes.pop("rest_on_cpu", False)),
         method=changes.pop("method", RLRT()),
         # With a small eps, a weight whose gradient is only rounding error would take as large a step as any other.
@@ -258,8 +264,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "one_sided": {"task": OnlyEvenSolvable(), "data": Unshuffled},
     "one_pass": {"task": LongBesideShort(), "accumulate": 1},
     "passes": {"task": LongBesideShort(), "accumulate": 1, "tokens_per_pass": 150},
-    "bf16": {"precision": "bf16-mixed", "epochs": 1},
+    "bf16": {"precision": "bf16-mixed", "epochs": 1, "half": True},
     "bf16_true": {"precision": "bf16-true", "epochs": 1, "lora": True},
+    "half_base": {"precision": "bf16-mixed", "epochs": 1, "lora": True, "dtype": "bfloat16"},
     "rounds": {
         "model": {"reference_kl": 0.1, "aggregation": "constant-length", "mask_truncated": True},
         "task": Harder(),

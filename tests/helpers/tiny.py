@@ -117,3 +117,12 @@ def save_byte_level_model(folder: Path, special: Sequence[str] = ("<|im_end|>",)
     own = {"vocab_size": rows or len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **{**SMALL, **own})).save_pretrained(folder)
     return str(folder)
+
+
+def half_checkpoint(folder: Path) -> str:
+    """Saves the embedded model in bfloat16; the path."""
+    source = Policy()
+    source.load()
+    source.model.bfloat16().save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -134,6 +134,22 @@ def test_half_precision_does_not_hide_a_missing_soft_cap(
     assert not ours._applies_head
 
 
+@pytest.mark.parametrize("strategy", ["bf16-mixed"], indirect=True)
+def test_shards_are_dithered_as_the_whole_model_is(strategy: FSDP2Strategy, tmp_path: Path) -> None:
+    tiny_policy("qwen3").model.bfloat16().save_pretrained(tmp_path, max_shard_size="20KB")
+    plain, ours, theirs = (Policy(str(tmp_path)) for _ in range(3))
+    plain.load()
+    ours.load(strategy, torch.bfloat16)
+    theirs.load(None, torch.bfloat16)
+    assert_same(ours.model, theirs.model)
+    moved = {
+        name
+        for name, weight in theirs.model.named_parameters()
+        if not torch.equal(weight, plain.model.get_parameter(name))
+    }
+    assert moved == {name for name, weight in theirs.model.named_parameters() if ".layers." in name and weight.ndim > 1}
+
+
 def test_a_teacher_copies_the_shards(strategy: FSDP2Strategy, tmp_path: Path) -> None:
     ours, theirs = both(strategy, folder_of("qwen3", tmp_path))
     teacher = Teacher()

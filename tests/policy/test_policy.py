@@ -149,6 +149,15 @@ def test_only_adapters_are_trained_and_they_merge_into_a_plain_model(tmp_path: P
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
+def test_adapters_of_a_bfloat16_model_are_float32() -> None:
+    """In bfloat16 an optimizer step of 1e-5 would be rounded away."""
+    made = Policy(dtype="bfloat16", lora=LoRA(rank=4))
+    made.load()
+    dtypes = {(".lora_" in name, p.dtype) for name, p in made.model.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    assert all(torch.isfinite(logp).all() for logp in made.score(SEQUENCES))
+
+
 def test_a_teacher_without_adapters_scores_exactly_as_the_initial_model() -> None:
     made, plain = Policy(lora=LoRA(rank=4)), Policy()
     made.load()

@@ -152,7 +152,7 @@ def test_a_sync_that_omits_the_tied_head_is_detected(
     perturb(made, 0)
     weights = Policy.merged_weights
     monkeypatch.setattr(
-        Policy, "merged_weights", lambda policy: (pair for pair in weights(policy) if pair[0] != "lm_head.weight")
+        Policy, "merged_weights", lambda *args: (pair for pair in weights(*args) if pair[0] != "lm_head.weight")
     )
     with pytest.raises(EngineError, match=r"data\.engine: a sync did not send lm_head\.weight"):
         colocated.sync(made)
