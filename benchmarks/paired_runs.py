@@ -30,7 +30,7 @@ def seed_range(text: str) -> list[int]:
 
 
 def execute(arguments: list[str], name: str, threads: int = 1, log: Path | None = None) -> None:
-    """Runs Python; exits with the end of its messages if it fails.
+    """Runs Python, which can import the package and these scripts; exits with the end of its messages if it fails.
 
     Args:
         arguments: Arguments of the interpreter.
@@ -38,7 +38,7 @@ def execute(arguments: list[str], name: str, threads: int = 1, log: Path | None 
         threads: Number of CPU threads.
         log: File to which its output is appended.
     """
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
     with log.open("a+", encoding="utf-8") if log else TemporaryFile("w+", encoding="utf-8") as output:
         command = [sys.executable, *arguments]

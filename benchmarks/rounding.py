@@ -14,6 +14,7 @@ each as the mean over the seeds, and held-out avg@8 before and after training.
 from __future__ import annotations
 
 import argparse
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
@@ -68,7 +69,8 @@ def train(setting: str, seed: int, folder: Path, model: Path, epochs: int, threa
     """Trains one run, unless it is finished."""
     if (folder / "done").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted run
+    folder.mkdir(parents=True)
     flags = [f"--config={ROOT / layer}.yaml" for layer in LAYERS] + SETTINGS[setting]
     flags += [f"--seed_everything={seed}", f"--model.policy.path={model}", f"--trainer.max_epochs={epochs}"]
     flags += [f"--trainer.logger.save_dir={folder}", "--trainer.logger.name=run", "--trainer.enable_progress_bar=false"]
