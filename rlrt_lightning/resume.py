@@ -274,13 +274,11 @@ def parts_of(path: Path, given: set[str]) -> dict[str, Any]:
         if missing := {"policy", "teacher"} - given:
             raise ConfigError(f"{path} does not contain the settings of its run; pass {' and '.join(sorted(missing))}")
         return {}
-    whole = {name: rebuilt(found, f"model.{name}") for name in ("policy", "teacher", "method") if name not in given}
-    plain = {
-        name.removeprefix("model."): value
-        for name, value in found.items()
-        if re.fullmatch(r"model\.\w+", name) and name not in ("model.policy", "model.teacher", "model.method")
-    }
-    return {**{name: value for name, value in plain.items() if name != "optimizer"}, **whole}
+    parts = ("policy", "teacher", "method")
+    whole = {name: rebuilt(found, f"model.{name}") for name in parts if name not in given}
+    names = {name: name.removeprefix("model.") for name in found if re.fullmatch(r"model\.\w+", name)}
+    plain = {names[name]: found[name] for name in names if names[name] not in (*parts, "optimizer")}
+    return {**plain, **whole}
 
 
 def teacher_weights(checkpoint: Mapping[str, Any]) -> TeacherWeights | None:

@@ -135,6 +135,14 @@ def test_a_run_in_float32_starts_from_the_checkpoint(half_model: str, tmp_path: 
     assert torch.equal(kept.before, Weights().now(type("Module", (), {"policy": plain})))
 
 
+@pytest.mark.parametrize(("precision", "warns"), [("bf16-true", True), ("bf16-mixed", False)])
+def test_training_of_half_precision_weights_is_warned_of(
+    half_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str, warns: bool
+) -> None:
+    trained(half_model, tmp_path, precision)
+    assert ("rounds away steps" in caplog.text) == warns
+
+
 def test_forward_passes_in_half_precision_are_those_of_the_checkpoint(half_model: str) -> None:
     plain, dithered = Policy(half_model), Policy(half_model)
     plain.load()
