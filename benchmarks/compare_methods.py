@@ -38,23 +38,20 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
-from paired_runs import ROOT, execute, gains, markdown, read_csv, read_texts, rounded, seed_range, spread, write_csv
+from paired_runs import (
+    METHODS,
+    ROOT,
+    execute,
+    gains,
+    markdown,
+    read_csv,
+    read_texts,
+    rounded,
+    seed_range,
+    spread,
+    write_csv,
+)
 
-METHODS = {
-    "GRPO": "grpo",
-    "GRPO with std": "grpo_std",
-    "RLRT": "rlrt",
-    "RLRT-all": "rlrt_all",
-    "RLRT contrast": "rlrt_contrast",
-    "RLSD": "rlsd",
-    "teacher-predicted": "teacher_predicted",
-    "SDPO": "sdpo",
-    "SRPO": "srpo",
-    "AntiSD": "antisd",
-    "RLCSD": "rlcsd",
-    "GRPO + entropy": "grpo_entropy",
-    "DIVER": "diver",
-}
 SOURCES = ("tools/warm_start.py", "rlrt_lightning/tasks/last_digit/task.py")
 """What the control's model depends on."""
 

@@ -32,21 +32,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from language_model_results import COUNTS, NAN, Results, plot, plot_instruments, tables
+from paired_runs import METHODS as CONFIGS
 from paired_runs import ROOT, execute, rounded, seed_range, write_csv
 
-METHODS = {  # config of each method
-    "GRPO": "grpo",
-    "RLRT": "rlrt",
-    "RLSD": "rlsd",
-    "AntiSD": "antisd",
-    "GRPO with std": "grpo_std",
-    "RLRT-all": "rlrt_all",
-    "RLRT contrast": "rlrt_contrast",
-    "SDPO": "sdpo",
-    "SRPO": "srpo",
-    "RLCSD": "rlcsd",
-    "GRPO repeated": "grpo",  # how much differs between two runs of the same settings
-}
+METHODS = {**CONFIGS, "GRPO repeated": "grpo"}  # how much differs between two runs of the same settings
 LAYERS = ("configs/rlrt.yaml", "configs/models/smollm2.yaml")
 EXPERIMENTS = {
     "two-numbers": ("language_model",),

@@ -16,6 +16,23 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
+METHODS = {
+    "GRPO": "grpo",
+    "GRPO with std": "grpo_std",
+    "RLRT": "rlrt",
+    "RLRT-all": "rlrt_all",
+    "RLRT contrast": "rlrt_contrast",
+    "RLSD": "rlsd",
+    "teacher-predicted": "teacher_predicted",
+    "SDPO": "sdpo",
+    "SRPO": "srpo",
+    "AntiSD": "antisd",
+    "RLCSD": "rlcsd",
+    "GRPO + entropy": "grpo_entropy",
+    "DIVER": "diver",
+}
+"""The config of each method, in configs/methods."""
+
 
 def seed_range(text: str) -> list[int]:
     """`200-215` is these seeds, both ends included; `8` is the seeds 0 to 7."""
