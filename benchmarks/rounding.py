@@ -73,6 +73,7 @@ def train(setting: str, seed: int, folder: Path, model: Path, epochs: int, threa
     folder.mkdir(parents=True)
     flags = [f"--config={ROOT / layer}.yaml" for layer in LAYERS] + SETTINGS[setting]
     flags += [f"--seed_everything={seed}", f"--model.policy.path={model}", f"--trainer.max_epochs={epochs}"]
+    flags += [f"--trainer.check_val_every_n_epoch={epochs}"]
     flags += [f"--trainer.logger.save_dir={folder}", "--trainer.logger.name=run", "--trainer.enable_progress_bar=false"]
     flags += ["--trainer.callbacks+=rounding.Arrived", f"--trainer.callbacks.path={folder / 'arrived.csv'}"]
     execute(["-m", "rlrt_lightning", "fit", *flags], f"{setting}, seed {seed}", threads, folder / "log")
@@ -84,7 +85,7 @@ def table(runs: list[tuple[str, int, Path]], epochs: int) -> str:
     from rlrt_lightning.analysis.events import scalars
 
     lines = []
-    ends = [epoch for epoch in (1, 5, 10, 15, 20, 30, 40, 60, 80, 100) if epoch < epochs] + [epochs]
+    ends = [epoch for epoch in (1, 4, 8, 12, 16, 20, 40, 60, 80, 100) if epoch < epochs] + [epochs]
     for setting in SETTINGS:
         folders = [folder for name, _, folder in runs if name == setting]
         arrived = [read_csv(folder / "arrived.csv", []) for folder in folders]
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct (docs/engines.md)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--seeds", type=seed_range, default=seed_range("304-305"), help="a range, or a count from 0")
-    parser.add_argument("--epochs", type=int, default=20, help="number of epochs")
+    parser.add_argument("--epochs", type=int, default=12, help="number of epochs")
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads of a run")
     args = parser.parse_args()
