@@ -3,8 +3,10 @@
     python benchmarks/rounding.py --model models/smollm2-135m-instruct --out runs/rounding --seeds 304-305
 
 GRPO on the task of benchmarks/language_model.yaml in bf16-mixed with and without dither (`model.policy.dither`) and in
-float32, with the same seeds; a finished run is skipped. The model's files contain bfloat16 weights. Prints:
-    changed   share of the rounded weights (matrices of the decoder layers) that differ from the initial ones
+float32, with the same seeds. A finished run is skipped; one with another model or length is replaced. The model's files
+contain bfloat16 weights. Prints:
+    changed   share of the rounded weights (matrices of the decoder layers) that differ from the initial ones; in
+              float32, of the weights themselves
     arrived   <rounded change, change> / <change, change> of the float32 weights: 1 if rounding loses nothing on average
     reward    mean reward of the epochs since the row before
     entropy   mean entropy of the policy in these epochs, nats
@@ -67,7 +69,8 @@ class Arrived(Callback):
 
 def train(setting: str, seed: int, folder: Path, model: Path, epochs: int, threads: int) -> None:
     """Trains one run, unless it is finished."""
-    if (folder / "done").exists():
+    done = folder / "done"
+    if done.exists() and done.read_text() == f"{epochs} epochs of {model}":
         return
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted run
     folder.mkdir(parents=True)
@@ -77,7 +80,7 @@ def train(setting: str, seed: int, folder: Path, model: Path, epochs: int, threa
     flags += [f"--trainer.logger.save_dir={folder}", "--trainer.logger.name=run", "--trainer.enable_progress_bar=false"]
     flags += ["--trainer.callbacks+=rounding.Arrived", f"--trainer.callbacks.path={folder / 'arrived.csv'}"]
     execute(["-m", "rlrt_lightning", "fit", *flags], f"{setting}, seed {seed}", threads, folder / "log")
-    (folder / "done").touch()
+    done.write_text(f"{epochs} epochs of {model}")
 
 
 def table(runs: list[tuple[str, int, Path]], epochs: int) -> str:

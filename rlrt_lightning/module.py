@@ -392,7 +392,9 @@ class RLRTModule(LightningModule):
         if strategy is not None:
             check_strategy(strategy)
         sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
-        self.policy.load(sharding, rounding(self.trainer) if self._attached else None)
+        self.policy.load(sharding)
+        if strategy is not None and (half := rounding(self.trainer)) is not None:
+            self.policy.dither_once(half, sharding)
         self._load_copies(sharding)
         if sharding is not None:
             self._shard(sharding)

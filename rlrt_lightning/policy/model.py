@@ -55,8 +55,8 @@ class Policy(ForwardPasses):
             bfloat16, rounded logits cause much of the mismatch between sampler and trainer.
         dither: Move each weight of a half-precision checkpoint to a random point of the interval that is rounded to it,
             if the trainer rounds float32 weights (`--trainer.precision=bf16-mixed` or `16-mixed`). The rounded weights
-            stay the same, but small updates are no longer lost until they add up to half a rounding step; see
-            docs/precision.md. Adapters that an engine gets merged into half-precision weights are rounded likewise.
+            stay the same, but small updates are no longer without effect until they add up to half a rounding step; see
+            docs/precision.md. Adapters that are merged into half-precision weights are rounded likewise.
         attention: Attention implementation of transformers: sdpa, eager, flash_attention_2, ...
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         logits_chunk: Number of tokens whose logits are in memory at once when log-probs are computed; memory grows with
@@ -117,19 +117,18 @@ class Policy(ForwardPasses):
                 "model.policy.lora needs peft, which is not installed: pip install 'rlrt-lightning[lora]'"
             )
         self._applies_head = True
-        self._caches_prompts = False
+        self._caches_prompts = self._dithered = False
         self.decodes_rows = False
         """Whether padded rows can be decoded token by token with a key-value cache; set by `load`."""
         self.counter = TokenCounter()
         """Counts the tokens of forward passes without gradients."""
 
-    def load(self, strategy: FSDP2Strategy | None = None, rounded_to: torch.dtype | None = None) -> None:
+    def load(self, strategy: FSDP2Strategy | None = None) -> None:
         """Loads the weights; does nothing if they are loaded.
 
         Args:
             strategy: Shards the weights. If the files allow it, each rank then reads only its shards; otherwise the
                 whole model is loaded, and the caller has to shard it.
-            rounded_to: The half precision to which forward passes round float32 weights; None if they do not.
 
         Raises:
             ConfigError: If the weights cannot be read, or the attention implementation is not available.
@@ -140,14 +139,23 @@ class Policy(ForwardPasses):
         with waiting_for(f"the weights of {self.path}"), loading_quietly(local=Path(self.path).exists()):
             if strategy is None or not self._load_shards(strategy):
                 self.adopt(self._prepared(self._load_whole()))
-        if self.dither and rounded_to is not None:
-            dither(self.model, rounded_to)
         if self._positions_before_longrope:
             log.warning(
                 "model.policy.path: sequences are limited to %d tokens, because longer ones change the position "
                 "frequencies (longrope) and so the log-probs of the other rows in a batch",
                 self.max_positions,
             )
+
+    def dither_once(self, dtype: torch.dtype, strategy: FSDP2Strategy | None = None) -> None:
+        """Applies `dither` to the loaded weights, unless that is off or has been done.
+
+        Args:
+            dtype: The half precision to which forward passes round float32 weights.
+            strategy: The strategy that shards the weights, or will.
+        """
+        if self.dither and not self._dithered:
+            dither(self.model, dtype, gathered=strategy is not None and strategy.gathers_in(dtype))
+            self._dithered = True
 
     def _load_whole(self) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM

@@ -67,8 +67,7 @@ class VllmColocateEngine(VllmEngine):
             tokens.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
         lora: How vLLM gets the adapters of `model.policy.lora`: auto sends them separately if vLLM can compute with
-            them, which keeps updates that rounding would lose in merged half-precision weights; merged adds them to the
-            weights at each sync, which samples faster.
+            them; merged adds them to the weights at each sync, which samples faster but rounds them with the weights.
     """
 
     def __init__(

@@ -58,8 +58,8 @@ class VllmServerEngine(VllmEngine):
             tokens.
         check_rollouts: Number of rollouts whose log-probs are compared after each sync.
         lora: How the servers get the adapters of `model.policy.lora`: auto sends them separately if the servers can
-            compute with them, which keeps updates that rounding would lose in merged half-precision weights; merged
-            adds them to the weights at each sync, which samples faster.
+            compute with them; merged adds them to the weights at each sync, which samples faster but rounds them with
+            the weights.
     """
 
     beside_training = True

@@ -193,6 +193,14 @@ def test_a_run_resumes_from_its_last_checkpoint_and_is_not_repeated(
         lm.train(run, tmp_path, plan, 1)
 
 
+def test_the_runs_on_cpu_cores_differ_in_what_two_cores_need(plan: lm.Plan) -> None:
+    flags = lm.settings(lm.Run("RLRT", 3), plan._replace(experiment="two-numbers-cpu"))
+    settings: Any = ParsingCli(["fit", *flags]).config.fit
+    assert settings.data.task.init_args.config["max_terms"] == 2
+    assert settings.data.engine.init_args.dtype is None
+    assert (settings.trainer.precision, settings.trainer.max_epochs, settings.data.rescore) == ("32-true", 40, False)
+
+
 def test_the_confirmation_differs_in_its_task_and_in_what_two_cores_need(plan: lm.Plan) -> None:
     flags = lm.settings(lm.Run("RLRT", 3), plan._replace(experiment="confirmation"))
     settings: Any = ParsingCli(["fit", *flags]).config.fit
@@ -220,4 +228,5 @@ def test_the_settings_of_each_run_are_valid(method: str, plan: lm.Plan) -> None:
     assert settings.seed_everything == 3
     assert settings.trainer.max_epochs == 100
     assert settings.data.task.init_args.config["min_terms"] == 2
-    assert settings.model.method.class_path.rsplit(".", 1)[-1] == {"RLRT-all": "RLRT"}.get(method, method.split()[0])
+    classes = {"RLRT-all": "RLRT", "teacher-predicted": "RLSD", "GRPO + entropy": "EntropyBonus"}
+    assert settings.model.method.class_path.rsplit(".", 1)[-1] == classes.get(method, method.split()[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlrt_lightning import RLRT, LastDigit, Policy, RLRTModule, RolloutDataModule, Teacher
 from rlrt_lightning.policy.dither import PERIOD, dithered
 from rlrt_lightning.policy.lora import LoRA
-from tests.helpers.tiny import half_checkpoint
+from tests.helpers.tiny import half_checkpoint, tiny_policy
 
 HALVES = [torch.bfloat16, torch.float16]
 SEQUENCES = [([3, 5, 7], [9, 11, 4, 8]), ([6], [10, 12])]
@@ -58,7 +58,7 @@ def test_an_update_arrives_in_the_rounded_weights_on_average(dtype: torch.dtype,
 
     assert arrived(dithered(w, dtype)) == pytest.approx(1, abs=0.02)
     if size < 0.5:
-        assert arrived(w) < 0.01  # without dither nothing changes, but weights with a smaller step below them
+        assert arrived(w) < 0.01  # without dither nothing changes except powers of two, towards zero
 
 
 def test_a_shard_gets_the_offsets_of_the_whole_tensor() -> None:
@@ -143,12 +143,31 @@ def test_training_of_half_precision_weights_is_warned_of(
     assert ("rounds away steps" in caplog.text) == warns
 
 
-def test_forward_passes_in_half_precision_are_those_of_the_checkpoint(half_model: str) -> None:
-    plain, dithered = Policy(half_model), Policy(half_model)
-    plain.load()
-    dithered.load(rounded_to=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        for got, expected in zip(dithered.score(SEQUENCES), plain.score(SEQUENCES), strict=True):
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "qwen3_moe", "gpt2"])
+def test_forward_passes_in_half_precision_are_those_of_the_checkpoint(
+    tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
+    """Also with biases, transposed weights, and experts, which autocast does not round."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if "moe" in architecture else {}
+    model = tiny_policy(architecture, experts).model
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(p)
+    model.to(dtype).save_pretrained(tmp_path)
+    plain, moved = Policy(str(tmp_path)), Policy(str(tmp_path))
+    for policy in (plain, moved):
+        policy.load()
+    moved.dither_once(dtype)
+    start = dict(plain.model.named_parameters())
+    changed = {name for name, p in moved.model.named_parameters() if not torch.equal(p, start[name])}
+    assert any("q_proj" in name or "c_attn" in name for name in changed)
+    assert any("bias" in name for name in changed) == any(
+        "q_proj.bias" in name or "c_attn.bias" in name for name in start
+    )
+    assert not any("embed" in name or "norm" in name or "expert" in name for name in changed)
+    with torch.autocast("cpu", dtype):
+        for got, expected in zip(moved.score(SEQUENCES), plain.score(SEQUENCES), strict=True):
             assert torch.equal(got, expected)
 
 

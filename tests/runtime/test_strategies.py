@@ -26,7 +26,7 @@ RANKS = {"ddp": 2, "fsdp2": 2, "hybrid": 4}
 COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "antisd", "rlcsd", "one_sided", "passes"]
 COMPARED += ["rounds", "gspo", "cispo"]
 OTHERS = ["one_pass", "bf16", "bf16_true", "half_base", "saved", "exported_adapter"]
-IN_CI = ["plain", "ema", "saved", "rounds"]
+IN_CI = ["plain", "ema", "saved", "rounds", "bf16"]
 """The runs that the tests compare that are not marked as slow."""
 HYBRID = ["plain", "ema", "lora", "copied", "one_sided", "bf16", "saved", "saved_whole"]
 LOADED = ["ema", "lora", "lora_frozen", "copied", "bf16", "bf16_true", "half_base"]
