@@ -264,6 +264,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "one_sided": {"task": OnlyEvenSolvable(), "data": Unshuffled},
     "one_pass": {"task": LongBesideShort(), "accumulate": 1},
     "passes": {"task": LongBesideShort(), "accumulate": 1, "tokens_per_pass": 150},
+    "gathered": {"sharding": {"reshard_after_forward": False}},
     "bf16": {"precision": "bf16-mixed", "epochs": 1, "half": True},
     "bf16_true": {"precision": "bf16-true", "epochs": 1, "lora": True},
     "half_base": {"precision": "bf16-mixed", "epochs": 1, "lora": True, "dtype": "bfloat16"},

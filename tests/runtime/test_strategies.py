@@ -24,7 +24,7 @@ from tests.helpers.tiny import half_checkpoint
 STRATEGIES = ["ddp", "fsdp2"]
 RANKS = {"ddp": 2, "fsdp2": 2, "hybrid": 4}
 COMPARED = ["plain", "lora", "lora_frozen", "ema", "copied", "srpo", "antisd", "rlcsd", "one_sided", "passes"]
-COMPARED += ["rounds", "gspo", "cispo"]
+COMPARED += ["rounds", "gspo", "cispo", "gathered"]
 OTHERS = ["one_pass", "bf16", "bf16_true", "half_base", "saved", "exported_adapter"]
 IN_CI = ["plain", "ema", "saved", "rounds", "bf16"]
 """The runs that the tests compare that are not marked as slow."""
