@@ -67,20 +67,33 @@ class Arrived(Callback):
         write_csv(self.path, self.rows)
 
 
+def flags(setting: str, seed: int, folder: Path, model: Path, epochs: int) -> list[str]:
+    """The flags of a run."""
+    return [
+        *(f"--config={ROOT / layer}.yaml" for layer in LAYERS),
+        *SETTINGS[setting],
+        f"--seed_everything={seed}",
+        f"--model.policy.path={model}",
+        f"--trainer.max_epochs={epochs}",
+        f"--trainer.check_val_every_n_epoch={epochs}",
+        f"--trainer.logger.save_dir={folder}",
+        "--trainer.logger.name=run",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=rounding.Arrived",
+        f"--trainer.callbacks.path={folder / 'arrived.csv'}",
+    ]
+
+
 def train(setting: str, seed: int, folder: Path, model: Path, epochs: int, threads: int) -> None:
     """Trains one run, unless it is finished."""
-    done = folder / "done"
-    if done.exists() and done.read_text() == f"{epochs} epochs of {model}":
+    done, made = folder / "done", f"{epochs} epochs of {model}"
+    if done.exists() and done.read_text() == made:
         return
-    shutil.rmtree(folder, ignore_errors=True)  # an interrupted run
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    flags = [f"--config={ROOT / layer}.yaml" for layer in LAYERS] + SETTINGS[setting]
-    flags += [f"--seed_everything={seed}", f"--model.policy.path={model}", f"--trainer.max_epochs={epochs}"]
-    flags += [f"--trainer.check_val_every_n_epoch={epochs}"]
-    flags += [f"--trainer.logger.save_dir={folder}", "--trainer.logger.name=run", "--trainer.enable_progress_bar=false"]
-    flags += ["--trainer.callbacks+=rounding.Arrived", f"--trainer.callbacks.path={folder / 'arrived.csv'}"]
-    execute(["-m", "rlrt_lightning", "fit", *flags], f"{setting}, seed {seed}", threads, folder / "log")
-    done.write_text(f"{epochs} epochs of {model}")
+    command = ["-m", "rlrt_lightning", "fit", *flags(setting, seed, folder, model, epochs)]
+    execute(command, f"{setting}, seed {seed}", threads, folder / "log")
+    done.write_text(made)
 
 
 def table(runs: list[tuple[str, int, Path]], epochs: int) -> str:
