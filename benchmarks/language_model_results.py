@@ -94,7 +94,7 @@ def mean(values: Iterable[float]) -> float:
 def tables(results: Results, baseline: str = "GRPO") -> str:
     """Scores and differences to a baseline, the signal, the teachers, and pass@k, as Markdown."""
     scores, curves = scores_table(results, baseline), curves_of_k(results, baseline)
-    return "\n\n".join([scores, signal_table(results), teachers_table(results), curves])
+    return "\n\n".join(filter(None, [scores, signal_table(results), teachers_table(results), curves]))
 
 
 def scores_table(results: Results, baseline: str) -> str:
@@ -142,7 +142,8 @@ def signal_table(results: Results) -> str:
 
 
 def teachers_table(results: Results) -> str:
-    """What the teachers know and where D_t is: means over seeds, at each evaluation that all runs have."""
+    """What the teachers know and where D_t is: means over seeds, at each evaluation that all runs have. Empty if no
+    teacher was evaluated."""
     lines = []
     for method in results.methods:
         rows = [row for row in results.evaluations if row["method"] == method]
@@ -150,7 +151,7 @@ def teachers_table(results: Results) -> str:
             continue
         columns = [over_seeds(rows, "epoch", name) for name in TEACHER]
         lines += [[method, f"{epoch:g}", *(f"{column[epoch]:.2f}" for column in columns)] for epoch in columns[0]]
-    return markdown(["method", "epoch", *TEACHER.values()], lines)
+    return markdown(["method", "epoch", *TEACHER.values()], lines) if lines else ""
 
 
 def curves_of_k(results: Results, baseline: str) -> str:
