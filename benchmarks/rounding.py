@@ -22,17 +22,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import language_model as lm
 import torch
 from lightning import Callback
-from paired_runs import ROOT, execute, markdown, read_csv, rounded, seed_range, spread, write_csv
+from paired_runs import execute, markdown, read_csv, rounded, seed_range, spread, write_csv
 
 SETTINGS = {
     "bf16-mixed, without dither": ["--trainer.precision=bf16-mixed", "--model.policy.dither=false"],
     "bf16-mixed, with dither": ["--trainer.precision=bf16-mixed"],
     "float32": ["--trainer.precision=32-true"],
 }
-LAYERS = ["configs/rlrt", "configs/models/smollm2", "benchmarks/language_model", "benchmarks/language_model_cpu"]
-LAYERS += ["configs/methods/grpo"]
 
 
 class Arrived(Callback):
@@ -70,10 +69,7 @@ class Arrived(Callback):
 def flags(setting: str, seed: int, folder: Path, model: Path, epochs: int) -> list[str]:
     """The flags of a run."""
     return [
-        *(f"--config={ROOT / layer}.yaml" for layer in LAYERS),
-        *SETTINGS[setting],
-        f"--seed_everything={seed}",
-        f"--model.policy.path={model}",
+        *lm.settings(lm.Run("GRPO", seed), lm.Plan(model, "two-numbers-cpu", SETTINGS[setting])),
         f"--trainer.max_epochs={epochs}",
         f"--trainer.check_val_every_n_epoch={epochs}",
         f"--trainer.logger.save_dir={folder}",

@@ -154,7 +154,7 @@ class Policy(ForwardPasses):
             strategy: The strategy that shards the weights, or will.
         """
         if self.dither and not self._dithered:
-            dither(self.model, dtype, gathered=strategy is not None and strategy.gathers_in(dtype))
+            dither(self.model, dtype, gathered=strategy is not None and strategy.gathers_in_bf16)
             self._dithered = True
 
     def _load_whole(self) -> PreTrainedModel:

@@ -71,10 +71,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.save_distributed_checkpoint = save_distributed_checkpoint
         self.dp_shard_size = dp_shard_size
 
-    def gathers_in(self, dtype: torch.dtype) -> bool:
-        """Whether the float32 weights of decoder layers are gathered in a half precision."""
-        mixed = isinstance(self.precision_plugin, MixedPrecision) and self.precision_plugin.precision == "bf16-mixed"
-        return mixed and dtype == torch.bfloat16
+    @property
+    def gathers_in_bf16(self) -> bool:
+        """Whether the float32 weights of decoder layers are gathered in bfloat16."""
+        precision = self.precision_plugin
+        return isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
 
     def setup_environment(self) -> None:
         """See `Strategy.setup_environment`. Creates the mesh of the ranks that share the weights.
@@ -133,7 +134,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 decoder layers are gathered in bfloat16.
         """
         self.precision_plugin.convert_module(model)  # Lightning would do so when FSDP has recorded the dtype
-        half = torch.bfloat16 if self.gathers_in(torch.bfloat16) else None
+        half = torch.bfloat16 if self.gathers_in_bf16 else None
         settings: Any = {
             "mesh": self.mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None),

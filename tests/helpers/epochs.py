@@ -75,6 +75,7 @@ def fit_and_record(
     optimizer: Any = lambda p: torch.optim.SGD(p, lr=0.1),
     policy: Policy | None = None,
     scored_by: Literal["trainer", "engine"] = "trainer",
+    precision: Any = "32-true",
     model: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[Recorder, RLRTModule]:
@@ -95,6 +96,7 @@ def fit_and_record(
         callbacks=[recorder, *callbacks],
         reload_dataloaders_every_n_epochs=1,
         accumulate_grad_batches=accumulate,
+        precision=precision,
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,

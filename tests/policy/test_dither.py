@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
 from torch import Tensor
 
-from rlrt_lightning import RLRT, LastDigit, Policy, RLRTModule, RolloutDataModule, Teacher
+from rlrt_lightning import LastDigit, Policy
 from rlrt_lightning.policy.dither import PERIOD, dithered
 from rlrt_lightning.policy.lora import LoRA
+from tests.helpers.epochs import fit_and_record
 from tests.helpers.tiny import half_checkpoint, tiny_policy
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -96,21 +97,19 @@ def trained(path: str, folder: Path, precision: str, dither: bool = True) -> Wei
     """The weights of a run of two epochs."""
     seed_everything(0)
     kept = Weights()
-    policy = Policy(path, dither=dither)
-    module = RLRTModule(policy, Teacher(), RLRT(), optimizer=lambda p: torch.optim.AdamW(p, lr=3e-6), warmup_steps=0)
-    data = RolloutDataModule(LastDigit(), prompts_per_epoch=8, rollouts_per_prompt=8, minibatches=2)
-    trainer = Trainer(
-        precision=cast(Any, precision),
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    fit_and_record(
+        folder,
+        LastDigit(),
+        epochs=2,
         callbacks=[kept],
+        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-6),
+        policy=Policy(path, dither=dither),
+        precision=precision,
+        model={"warmup_steps": 0},
+        prompts_per_epoch=8,
+        rollouts_per_prompt=8,
+        minibatches=2,
     )
-    trainer.fit(module, data)
     return kept
 
 
