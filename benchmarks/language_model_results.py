@@ -36,6 +36,8 @@ SIGNAL = {
 """Columns of the table of the signal."""
 COMPARED = ("avg@8 end", "reward")
 """Scores whose differences to the baseline are shown."""
+STYLED = ("GRPO", "GRPO with std", "RLRT", "RLSD", "GRPO repeated", "AntiSD", "AntiSD no gate")
+"""Methods in the order of their styles, so that each has the same one in every plot; others come after them."""
 SMOOTHED = 5
 """Epochs of the running means in the plot."""
 NAN = float("nan")
@@ -196,8 +198,9 @@ def plot(results: Results, folder: Path) -> list[Path]:
     titles = [shown["reward"], "held-out avg@8", shown["length"], shown["entropy"]]
     figure, axes = panels([*titles, "D of correct rollouts (nats)", "pass@k at the end"])
     curves = dict(zip((*shown, "asymmetry_correct"), (axes[0], axes[2], axes[3], axes[4]), strict=True))
+    order = [*STYLED, *(method for method in results.methods if method not in STYLED)]
     for i, method in enumerate(results.methods):
-        look = style(i)
+        look = style(order.index(method))
         line: dict[str, Any] = {"color": look.color, "linestyle": look.linestyle, "linewidth": 1.3, "label": method}
         rows = [row for row in results.epochs if row["method"] == method]
         for name, axis in curves.items():

@@ -27,6 +27,7 @@ METHODS = {
     "SDPO": "sdpo",
     "SRPO": "srpo",
     "AntiSD": "antisd",
+    "AntiSD no gate": "antisd_no_gate",
     "RLCSD": "rlcsd",
     "GRPO + entropy": "grpo_entropy",
     "DIVER": "diver",

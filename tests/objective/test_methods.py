@@ -31,6 +31,7 @@ SETTINGS = {
     "rlrt_contrast": "RLRT(lam=0.5, eps_w=1.0, gated=True, success_threshold=0.5, context='sibling', "
     "normalize_std=True, contrast=True",
     "antisd": "AntiSD(lam=0.5, warmup_steps=5, close_at=0.93, success_threshold=0.5, context='sibling_or_solution'",
+    "antisd_no_gate": "AntiSD(lam=0.5, warmup_steps=0,",
     "rlcsd": "RLCSD(beta=0.2, lam=0.5, tau=0.03, delta=0.02, residual_low=-0.5, residual_high=0.5, eta=1.0",
     "rlsd": "RLSD(lam=0.5, eps_w=0.2, gated=False, success_threshold=0.5, context='answer'",
     "teacher_predicted": "RLSD(lam=0.5, eps_w=1.0, gated=True, success_threshold=0.5, context='sibling'",
@@ -44,6 +45,7 @@ TEACHERS = {
     "rlrt_all": "the weights of the policy that generates the rollouts",
     "rlrt_contrast": "the weights of the policy that generates the rollouts",
     "antisd": "the weights of the policy that generates the rollouts",
+    "antisd_no_gate": "the weights of the policy that generates the rollouts",
     "rlcsd": "a copy of the policy's weights, refreshed every 10 epochs",
     "rlsd": "the initial weights",
     "teacher_predicted": "the weights of the policy that generates the rollouts",
