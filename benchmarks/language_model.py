@@ -13,8 +13,8 @@ Writes to RESULTS, which is OUT unless it is given:
                      the problems for which the teacher has a context, shares of digits and words in tokens and in |D|
     solved.csv       how many of the 64 samples of each held-out problem are correct at the end
     grpo, rlrt       what the instruments measured: reflection_summary.csv, shift.parquet
-and prints the tables. Without --out nothing is trained: tables and plot are made from the three files. Epochs and
-evaluations that not all runs have are left out of the comparison.
+and prints the tables. Without --out nothing is trained: tables and plot are made from the three files, of one experiment or
+of several with different seeds. Epochs and evaluations that not all runs have are left out of the comparison.
 
 Intervals are over seeds (Student's t of the differences between runs with the same seed, corrected for the number of
 comparisons), and for pass@k over problems only.
@@ -215,7 +215,7 @@ def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct (docs/engines.md)")
     parser.add_argument("--out", type=Path, help="folder for the runs; without it nothing is trained")
-    parser.add_argument("--results", type=Path, help="folder for the three files (default: OUT)")
+    parser.add_argument("--results", type=Path, nargs="+", help="folder for the three files (default: OUT)")
     parser.add_argument("--figures", type=Path, help="folder for the plots; without it none is made")
     parser.add_argument(
         "--experiment", default="two-numbers", choices=EXPERIMENTS, help="task and settings of all runs"
@@ -238,12 +238,15 @@ def arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
         parser.error("set --out to train, or --results to the folder with the three files")
     if args.out and not args.model:
         parser.error("set --model to the model's folder")
+    args.results = args.results or [args.out]
+    if len(args.results) > 1 and (args.out or args.figures):
+        parser.error("set --results to one folder to train or to plot; with several it only prints tables")
     return args
 
 
 def main() -> None:
     args = arguments()
-    results = args.results or args.out
+    results = args.results[0]
     if args.out:
         runs = [Run(method, seed) for seed in args.seeds for method in args.methods or PLANNED]
         plan = Plan(args.model.absolute(), args.experiment, args.extra)
@@ -257,7 +260,7 @@ def main() -> None:
             done.result()  # a failure counts after the others are kept
         if not kept:
             raise SystemExit(f"no run in {args.out} was evaluated at its end")
-    found = Results.read(results, args.methods)
+    found = Results.read(*args.results, methods=args.methods)
     print(f"\n{tables(found, args.baseline)}")
     if args.figures:
         print("\nwrote", *plot(found, args.figures), *plot_instruments(results, args.figures))

@@ -54,10 +54,15 @@ class Results(NamedTuple):
     solved: Rows
 
     @classmethod
-    def read(cls, folder: Path, methods: Sequence[str] | None = None) -> Results:
+    def read(cls, *folders: Path, methods: Sequence[str] | None = None) -> Results:
         """Of these methods; None for all."""
         epochs, evaluations, solved = (
-            [row for row in read_csv(folder / f"{name}.csv", WORDS) if not methods or row["method"] in methods]
+            [
+                row
+                for folder in folders
+                for row in read_csv(folder / f"{name}.csv", WORDS)
+                if not methods or row["method"] in methods
+            ]
             for name in ("epochs", "evaluations", "solved")
         )
         solved = [{**row, **{name: int(row[name]) for name in COUNTS}} for row in solved]

@@ -104,7 +104,7 @@ def test_the_tables_pair_runs_with_the_same_seed(
     reversed_sign = tables(Results.read(tmp_path / "results"), "RLRT")
     assert reversed_sign.count("-0.250 (-0.885 to +0.385)") == 2
     assert "avg@8 end minus that of RLRT" in reversed_sign
-    assert Results.read(tmp_path / "results", ["RLRT"]).methods == ["RLRT"]
+    assert Results.read(tmp_path / "results", methods=["RLRT"]).methods == ["RLRT"]
     assert "| RLRT | 2 | 0.50 | 0.20 | 0.60 | nan | nan | 0.40 | 0.30 |" in found
     png, svg = plot(Results.read(tmp_path / "results"), tmp_path / "figures")
     assert png.stat().st_size > 10_000
