@@ -58,8 +58,15 @@ def test_a_monitored_score_belongs_to_the_saved_weights_and_last_is_the_last_epo
         assert evaluation_scalars(tmp_path)["eval/heldout/avg@8"][0][1] == pytest.approx(score)
 
 
-def test_last_is_the_last_epoch_even_when_the_best_is_older(tmp_path: Path) -> None:
-    flags = ["--checkpoint.monitor=rollout/length", "--checkpoint.mode=min", "--trainer.max_epochs=4"]
+@pytest.mark.parametrize("save_last", slow_except(["true", "link"], "link"))
+def test_last_is_the_last_epoch_even_when_the_best_is_older(save_last: str, tmp_path: Path) -> None:
+    """A link would point to the best epoch."""
+    flags = [
+        f"--checkpoint.save_last={save_last}",
+        "--checkpoint.monitor=rollout/length",
+        "--checkpoint.mode=min",
+        "--trainer.max_epochs=4",
+    ]
     assert cli_exit_code("fit", tmp_path, *flags, "--model.optimizer.lr=0.0") == 0
     found = saved_checkpoints(tmp_path)
     assert found["last"]["epoch"] == 3
