@@ -78,7 +78,7 @@ class RLRTParser(LightningArgumentParser):
         if not self.class_name:
             RLRTParser.given = given(args or ())
             groups = {action.dest.rpartition(".")[0] for parser in self._parsers() for action in actions(parser)}
-            # `.help` makes a group of a setting such as trainer.callbacks, which may be null, as in a run's config.yaml.
+            # `.help` makes a group of a setting such as trainer.callbacks, which is null in most runs' config.yaml.
             groups -= {name for name in groups if type(None) in get_args(self._type(name))}
             for name, value in self.given:
                 if name in groups and not isinstance(value, (dict, str)):

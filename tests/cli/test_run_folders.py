@@ -70,7 +70,10 @@ def test_evaluations_and_resumed_runs_use_the_folder_of_the_newest_run_of_the_sa
 
 @pytest.mark.parametrize(
     ("command", "flags", "written"),
-    [("validate", ["--trainer.limit_val_batches=1"], "evaluation"), ("fit", ["--trainer.callbacks+=HFExport"], "export")],
+    [
+        ("validate", ["--trainer.limit_val_batches=1"], "evaluation"),
+        ("fit", ["--trainer.callbacks+=HFExport"], "export"),
+    ],
 )
 def test_the_config_of_a_run_evaluates_it_and_exports_it(
     command: str, flags: list[str], written: str, three_runs: Path, tmp_path: Path
