@@ -77,7 +77,7 @@ class CollapseGuard(Callback):
         data = data_of(trainer)
         metrics, longest = data.rollout_metrics, data.sampling.max_new_tokens
         for tag, unit in (("rollout/entropy", 1.0), ("rollout/length", longest), ("rollout/truncated", 1.0)):
-            if tag not in metrics:  # not every engine computes entropies
+            if tag not in metrics:  # no entropy without a finite log-prob
                 continue
             means = self._curves.setdefault(tag, Curve(self.window)).add(metrics[tag] / unit)
             if means is None or tag in self._reported or not self.collapsed(tag, *means):

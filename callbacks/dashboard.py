@@ -78,6 +78,10 @@ QUANTILES = {
 }
 """Charts of a median between two quantiles, by title, in the category of the signal."""
 
+OF_UPDATES = ("train/clip_fraction", "train/entropy", "train/kl")
+OF_RESCORING = ("rollout/mismatch_mean", "rollout/mismatch_max", "rollout/mismatch_kl")
+"""Metrics of the rollouts that are trained on. In the first epoch, no group may have a learning signal yet."""
+
 OF_TEACHER = ("context", "asymmetry_correct_p50", "up_weighted", "effective_advantage")
 """Metrics of every method with a teacher. In the first epoch, the teacher may have scored nothing yet."""
 
@@ -144,8 +148,7 @@ class Dashboard(Callback):
         self._arranged = True
         logged = {tag for metrics in callbacks_of(trainer, EpochMetrics)[:1] for tag in metrics.latest}
         scores = _scores(trainer)
-        if cast("RLRTModule", pl_module).method.context != "none":
-            logged |= {f"signal/{name}" for name in OF_TEACHER}
+        logged |= _of_later_epochs(cast("RLRTModule", pl_module), data_of(trainer).rescore)
         for board in tensorboards(trainer):
             board.add_custom_scalars(layout(logged, scores))
             # `SummaryWriter.add_hparams` would write another run, and `TensorBoardLogger.log_hyperparams` a second
@@ -162,6 +165,18 @@ class Dashboard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self._arranged = state_dict["arranged"]
+
+
+def _of_later_epochs(module: RLRTModule, rescores: bool) -> set[str]:
+    """Tags that the run logs, but maybe not in its first epoch."""
+    tags = {*OF_UPDATES, *(OF_RESCORING if rescores else ())}
+    if module.method.context != "none":
+        tags |= {f"signal/{name}" for name in OF_TEACHER}
+    if module.method.needs.top_k != 0:
+        tags.add("train/divergence")
+    if module.reference is not None:
+        tags.add("train/reference_kl")
+    return tags
 
 
 def layout(logged: Collection[str], scores: Collection[str]) -> Layout:

@@ -21,6 +21,11 @@ class HFExport(Callback):
     """Writes the policy and its tokenizer to a folder that transformers and vLLM can load, at the end of training, with
     a model card (README.md) that states base model, data, method, settings and the scores of the last evaluation.
 
+    The weights have the dtype of `model.policy.dtype`, float32 by default. After training in bf16-mixed load them in
+    bfloat16, in which the forward passes were computed: `from_pretrained(folder, dtype="bfloat16")`, `vllm serve
+    folder --dtype bfloat16`. A finished run is exported by `fit --config <its config.yaml> --ckpt_path last
+    --trainer.callbacks+=HFExport`, which trains nothing.
+
     Args:
         path: The folder, new or empty when training starts; null is `export` in the run's folder.
         adapter: Write only the adapters of `model.policy.lora`, in a format for peft and vLLM. Off merges them into the

@@ -10,9 +10,10 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from lightning import Trainer
 
 from rlrt_lightning.__main__ import main
 from tests.helpers.command_line import ParsingCli
@@ -113,6 +114,51 @@ def test_commands_in_the_docs_parse_and_their_files_exist(
             ParsingCli(words)
         else:
             assert words[0] in ("serve", "curves", "pass_at_k"), call
+
+
+PYTHON = [
+    pytest.param(code, id=f"{page}-{i}")
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), flags=re.M | re.S))
+]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_in_the_docs_compiles_and_imports_what_exists(code: str) -> None:
+    compile(code, "docs", "exec")
+    for line in re.findall(r"^(?:from|import) (?:rlrt_lightning|lightning|torch|transformers)\b.*$", code, flags=re.M):
+        exec(line, {})
+
+
+def test_the_python_of_the_readme_has_the_settings_of_the_recipe_for_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It builds its objects as printed; only the run itself is left out."""
+    (code,) = re.findall(r"^```python\n(from lightning.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    write_modules("README.md", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        Path(name).write_text('{"question": "2 + 2?", "answer": "4"}\n')
+    fitted: list[Any] = []
+    monkeypatch.setattr(Trainer, "fit", lambda *parts: fitted.extend(parts))
+    exec(code, {"__name__": "__main__"})
+    trainer, module, data = fitted
+    recipe = ParsingCli(["fit", "--config=recipes/gsm8k-qwen3-0.6b"]).config.fit
+    for name in ("precision", "gradient_clip_val", "max_epochs", "check_val_every_n_epoch"):
+        assert getattr(trainer, name) == recipe.trainer[name], name
+    for name in "prompts_per_epoch rollouts_per_prompt minibatches tokens_per_pass max_prompt_tokens rescore".split():
+        assert getattr(data, name) == recipe.data[name], name
+    assert vars(data.sampling) == vars(recipe.data.sampling)
+    assert (module.policy.path, module.policy.chat_kwargs) == (
+        recipe.model.policy.path,
+        recipe.model.policy.chat_kwargs,
+    )
+    assert vars(module.method) == vars(recipe.model.method.init_args)
+    (own,), (theirs,) = data.benchmarks.values(), recipe.data.benchmarks.values()
+    assert (own.samples, own.limit) == (theirs.samples, theirs.limit)
+    assert data.engine.dtype == "bfloat16"
+    assert [problem.answer for problem in data.task.problems("train")] == ["4"]
 
 
 @pytest.fixture(scope="module")

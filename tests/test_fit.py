@@ -97,7 +97,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_differs(run4: Path, t
     assert other["rollout/entropy"] != first["rollout/entropy"]
 
 
-def test_rlrt_with_lam_zero_equals_grpo(tmp_path: Path) -> None:
+def test_rlrt_with_lam_zero_equals_grpo_with_std(tmp_path: Path) -> None:
     flags = ("--trainer.max_epochs=2", *TRAIN_ONLY)
     assert cli_exit_code("fit", tmp_path, "--model.method.lam=0", *flags) == 0
     assert cli_exit_code("fit", tmp_path, "--model.method=GRPO", "--model.method.normalize_std=true", *flags) == 0

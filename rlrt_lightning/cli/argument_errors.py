@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import signature
 from itertools import count
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import Namespace
@@ -78,6 +78,8 @@ class RLRTParser(LightningArgumentParser):
         if not self.class_name:
             RLRTParser.given = given(args or ())
             groups = {action.dest.rpartition(".")[0] for parser in self._parsers() for action in actions(parser)}
+            # `.help` makes a group of a setting such as trainer.callbacks, which is null in most runs' config.yaml.
+            groups -= {name for name in groups if type(None) in get_args(self._type(name))}
             for name, value in self.given:
                 if name in groups and not isinstance(value, (dict, str)):
                     raise ConfigError(f"{name}: it has to be a mapping of settings; it is {_yaml(value)}")

@@ -81,7 +81,7 @@ def mismatch(difference: Tensor, capped: Tensor) -> dict[str, float]:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor) -> dict[str, float]:
-    """Metrics of rewards, lengths and groups, by tag."""
+    """Metrics of rewards, lengths, entropy and groups, by tag."""
     verdicts = [r.verdict for r in rollouts if r.verdict is not None]
     correct = torch.tensor([v.correct for v in verdicts]).float()
     size = torch.bincount(groups)
@@ -97,11 +97,12 @@ def rollout_metrics(rollouts: Sequence[Rollout], rewards: Tensor, groups: Tensor
         "groups/all_wrong": (solved == 0).float().mean(),
         "groups/mixed": ((solved > 0) & (solved < 1)).float().mean(),
     }
-    if all(r.entropy is not None for r in rollouts):
-        entropies = torch.cat([r.entropy for r in rollouts if r.entropy is not None])
-        entropies = entropies[entropies.isfinite()]
-        if len(entropies):
-            metrics["rollout/entropy"] = Mean(float(entropies.mean()), len(entropies))
+    # Engines such as vLLM return only log-probs. An entropy is the mean of -log P over tokens sampled from P, so that
+    # those of the sampled tokens estimate it, for all rollouts and before the epoch's first update.
+    entropies = torch.cat([-r.logp_sampler if r.entropy is None else r.entropy for r in rollouts])
+    entropies = entropies[entropies.isfinite()]
+    if len(entropies):
+        metrics["rollout/entropy"] = Mean(float(entropies.mean()), len(entropies))
     for name in dict.fromkeys(name for v in verdicts for name in v.rewards):
         parts = [v.rewards[name] for v in verdicts if name in v.rewards]
         metrics[f"rewards/{name}"] = Mean(sum(parts) / len(parts), len(parts))

@@ -121,7 +121,8 @@ class Rollout:
             its group's rewards and has no gradient.
         logp_sampler: Log-probability (nats) of each response token under the engine, at the sampling temperature,
             float32 [T]. Before truncation by top-p, top-k and min-p, unless the engine sets `cuts_before_logp`.
-        entropy: Entropy (nats) of the same distributions, float32 [T]; None if the engine does not provide it.
+        entropy: Entropy (nats) of the same distributions, float32 [T]; None if the engine does not provide it:
+            `rollout/entropy` is then estimated from `logp_sampler`.
         truncated: True if the response reached `max_new_tokens` or the model's last position. This includes the empty
             response to a prompt that fills all positions.
         text: The response decoded by `Policy.decode`: without end tokens, padding and chat tokens.

@@ -30,6 +30,12 @@ RELOAD = "trainer.reload_dataloaders_every_n_epochs has to be 1, because each ep
 TAG_PREFIXES = ("eval", "faults", "groups", "labels", "rewards", "rollout", "signal", "speed", "time", "train")
 """First parts of the tags that we log."""
 
+RISING = re.compile(r"eval/.+/(avg|pass)@.+|rollout/(reward|shaped_reward|correct)|rewards/.+|groups/all_correct")
+"""Tags of which a higher value is better. Lightning's default, `mode: min`, would keep the worst checkpoint."""
+
+OF_EVALUATION = re.compile(r"(avg|pass)@(\d+)(_low|_high)?|length|truncated|labels/.+")
+"""Tags of an evaluation, without the prefix `eval/<benchmark>/`."""
+
 REFUSED = {
     "GradientAccumulationScheduler": "an epoch is split into micro-batches before it starts; set "
     "trainer.accumulate_grad_batches",
@@ -109,13 +115,16 @@ def check_trainer(trainer: Any, data: Any) -> None:
 
 
 def _check_monitor(callback: Any, trainer: Any, data: Any) -> None:
-    """Refuses a tag that is known not to be logged. `check_logged` checks the others after the first epoch."""
+    """Refuses a tag that is known not to be logged, and a score of which the lowest value would count as the best.
+    `check_logged` checks the other tags after the first epoch."""
     tag = callback.monitor
     saves = isinstance(callback, ModelCheckpoint)
-    where = "checkpoint.monitor" if saves else f"{type(callback).__name__}.monitor"
+    owner = "checkpoint" if saves else type(callback).__name__
+    where = f"{owner}.monitor"
     if tag.startswith("eval/"):
         if not _is_logged(tag, trainer, data):
-            raise _not_logged(where, tag, _scores(data))
+            others = [f"eval/{name}/{kind}" for name in data.benchmarks for kind in ("length", "truncated")]
+            raise _not_logged(where, tag, [*_scores(data), *others])
         if wrong := _never_evaluated(trainer, data, saves):
             raise ConfigError(f"{where} is {tag}, but {wrong}")
     elif tag.startswith("teacher/"):
@@ -123,10 +132,13 @@ def _check_monitor(callback: Any, trainer: Any, data: Any) -> None:
             f"{where} is {tag}, which measures the teacher instead of the policy; set it to "
             f"{(_scores(data) or ['rollout/reward'])[0]}"
         )
-    elif tag.split("/")[0] not in TAG_PREFIXES:
-        if _only_known_classes(trainer):
-            raise _not_logged(where, tag, _scores(data))
-    elif saves:
+    elif tag.split("/")[0] not in TAG_PREFIXES and _only_known_classes(trainer):
+        raise _not_logged(where, tag, _scores(data))
+    if callback.mode == "min" and RISING.fullmatch(tag):
+        effect = "keeps the checkpoints with its lowest values" if saves else "stops the run unless it falls"
+        flag = "--checkpoint.mode=max" if saves else f"{owner}.mode to max"
+        raise ConfigError(f"{where} is {tag}, but {owner}.mode is min, which {effect}; set {flag}")
+    if saves and not tag.startswith("eval/") and tag.split("/")[0] in TAG_PREFIXES:
         log.warning(
             "%s is %s, which is measured before or during the last epoch of the saved weights; %s is measured on the "
             "saved weights themselves",
@@ -145,12 +157,14 @@ def _is_logged(tag: str, trainer: Any, data: Any) -> bool:
     _, name, kind = [*tag.split("/", 2), "", ""][:3]
     if name not in data.benchmarks or not kind:
         return False
-    score = re.match(r"(avg|pass)@(\d+)", kind)
-    if score is None:
+    known = OF_EVALUATION.fullmatch(kind)
+    if known is None:
+        return not _only_known_classes(trainer)
+    if known[1] is None:
         return True
     samples = [data.benchmarks[name].samples]
     ks = next((c.ks for c in trainer.callbacks if type(c).__name__ == "Evaluation"), None)
-    return int(score[2]) in (ks or samples if score[1] == "pass" else samples)
+    return int(known[2]) in (ks or samples if known[1] == "pass" else samples)
 
 
 def _never_evaluated(trainer: Any, data: Any, saves: bool) -> str | None:

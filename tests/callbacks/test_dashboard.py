@@ -11,7 +11,8 @@ import pytest
 from rlrt_lightning.analysis.events import event_log
 from rlrt_lightning.callbacks.dashboard import EVALUATION, SIGNAL, columns, layout
 from rlrt_lightning.callbacks.signal_pages import link_pages, page_path
-from tests.helpers.command_line import cli_exit_code
+from tests.helpers.command_line import TRAIN_ONLY, cli_exit_code, runs_in
+from tests.helpers.epochs import RuleTask
 
 
 def load(path: Path) -> Any:
@@ -133,3 +134,28 @@ def test_columns_are_the_same_for_every_method_and_the_main_ones_are_first() -> 
     assert grpo["settings"] == "normalize_std=False"
     assert rlrt["settings"] == "lam=0.5 gated=True"
     assert rlrt["settings.lam"] == 0.5
+
+
+class Hopeless(RuleTask):
+    """No completion is correct, so that nothing is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda text: False)
+
+
+def test_the_charts_include_metrics_that_begin_with_the_first_learning_signal(tmp_path: Path) -> None:
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    flags = [f"--data.task={__name__}.Hopeless", "--model.method=SDPO", "--data.rescore=true", *TRAIN_ONLY]
+    assert cli_exit_code("fit", tmp_path, "--trainer.max_epochs=1", *flags) == 0
+    (folder,) = runs_in(tmp_path)
+    log, found = event_log(folder, "scalars", "tensors"), Layout()
+    assert {"train/entropy", "train/kl", "train/divergence"}.isdisjoint(log.Tags()["scalars"]), "no learning signal"
+    (event,) = log.Tensors(CONFIG)
+    found.ParseFromString(event.tensor_proto.string_val[0])
+    (train,) = [category for category in found.category if category.title[0] == "5"]
+    charts = {chart.title: list(chart.multiline.tag) for chart in train.chart}
+    assert charts["entropy (nats)"] == ["train/entropy$"]
+    assert charts["KL (nats)"] == ["train/kl$", "train/divergence$"]
+    assert charts["clipped tokens (share)"] == ["train/clip_fraction$"]
+    assert charts["sampler against trainer (nats)"] == ["rollout/mismatch_(mean|max|kl)$"]

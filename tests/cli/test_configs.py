@@ -104,6 +104,15 @@ def test_the_papers_evaluation_sets_can_be_added_to_a_recipe(name: str, resolved
     assert layered == alone
 
 
+@pytest.mark.parametrize("name", ["rlrt", "rlrt_all", "rlrt_contrast"])
+def test_rlrts_configs_keep_the_recipes_clip_range(name: str, resolved: Any) -> None:
+    """It depends on the model; other classes have their own."""
+    for recipe in ("gsm8k-qwen3-0.6b", "paper-qwen3-4b-instruct"):
+        method = resolved(f"recipes/{recipe}", f"methods/{name}")["model"]["method"]
+        assert (class_name(method), method["init_args"]["eps_w"]) == ("RLRT", RECIPES[recipe].eps_w)
+    assert resolved("rlrt", f"methods/{name}")["model"]["method"]["init_args"]["eps_w"] == 1.0
+
+
 def test_smollm2_resolves_to_the_same_settings_with_and_without_the_embedded_tasks_config(resolved: Any) -> None:
     assert resolved("models/smollm2") == resolved("rlrt", "models/smollm2")
 

@@ -69,6 +69,26 @@ def test_evaluations_and_resumed_runs_use_the_folder_of_the_newest_run_of_the_sa
 
 
 @pytest.mark.parametrize(
+    ("command", "flags", "written"),
+    [
+        ("validate", ["--trainer.limit_val_batches=1"], "evaluation"),
+        ("fit", ["--trainer.callbacks+=HFExport"], "export"),
+    ],
+)
+def test_the_config_of_a_run_evaluates_it_and_exports_it(
+    command: str, flags: list[str], written: str, three_runs: Path, tmp_path: Path
+) -> None:
+    """As printed at the end of the run. It has all settings, null where they are not set."""
+    folder = tmp_path / "last-digit"
+    shutil.copytree(three_runs, folder)
+    config = folder / "grpo-3" / "config.yaml"
+    assert "callbacks: null" in config.read_text()
+    where = f"--trainer.logger.save_dir={tmp_path}"
+    assert main([command, f"--config={config}", "--ckpt_path=last", where, *flags]) == 0
+    assert (folder / "grpo-3" / written).is_dir()
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         ["--model.policy.path=/nowhere"],

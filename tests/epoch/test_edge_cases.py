@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -338,6 +339,45 @@ def test_a_collapse_warns_once_or_stops_the_run_after_its_epoch(
         recorder, _ = fit_and_record(tmp_path, LastDigit(), epochs=4, callbacks=[guard], **small)
         assert len(recorder.epochs) == epochs
         assert caplog.text.count("may be collapsing: rollout/entropy has gone from") == (action is not None)
+
+
+class WithoutEntropies(TransformersEngine):
+    """Returns log-probs only, as vLLM does, and keeps the entropies for the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entropies: list[torch.Tensor] = []
+        self.logp: list[torch.Tensor] = []
+
+    def generate(self, *args: Any) -> Iterator[Rollout]:
+        for rollout in super().generate(*args):
+            assert rollout.entropy is not None
+            self.entropies.append(rollout.entropy)
+            self.logp.append(rollout.logp_sampler)
+            rollout.entropy = None
+            yield rollout
+
+
+def test_an_engine_without_entropies_has_them_estimated_for_the_guard_and_the_epochs_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, guard = WithoutEntropies(), CollapseGuard("stop", window=1, entropy_floor=100.0)
+    # Without learning, also where nothing is trained on: all rollouts count, not only those of mixed groups.
+    wrong = RuleTask(lambda text: False)
+    recorder, _ = fit_and_record(
+        tmp_path, wrong, epochs=4, callbacks=[guard], engine=engine, prompts_per_epoch=6, rollouts_per_prompt=64
+    )
+    assert len(recorder.epochs) == 2, "stopped by the guard"
+    assert "may be collapsing: rollout/entropy has gone from" in caplog.text
+    half = len(engine.logp) // 2
+    for epoch, line in enumerate(re.findall(r"^epoch .*entropy (\S+)", capsys.readouterr().out, flags=re.M)):
+        rows = slice(epoch * half, (epoch + 1) * half)
+        logged, tokens = recorder.metrics[epoch]["rollout/entropy"], torch.cat(engine.logp[rows])
+        assert logged == pytest.approx(-float(tokens.mean()))
+        assert float(line) == pytest.approx(logged, abs=0.006)
+        difference = torch.cat(engine.entropies[rows]) + tokens
+        assert abs(float(difference.mean())) < 4 * float(difference.std()) / len(tokens) ** 0.5, "an unbiased estimate"
+    assert epoch == 1
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def tensors(credit: Any) -> dict[str, Tensor]:
 
 @given(seeds)
 @batches
-def test_lam_zero_is_grpo(seed: int) -> None:
+def test_lam_zero_is_grpo_with_std(seed: int) -> None:
     batch = Batch(seed)
     grpo = batch.credit(GRPO(normalize_std=True))
     weighted = RLRT(lam=0.0), RLRT(lam=0.0, gated=False), RLRT(lam=0.0, contrast=True), RLSD(lam=0.0)

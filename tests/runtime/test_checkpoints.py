@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 
-from rlrt_lightning import ConfigError
+from rlrt_lightning import Benchmark, ConfigError
 from rlrt_lightning.callbacks.run_checkpoint import RunCheckpoint, adopt
 from rlrt_lightning.runtime.trainer_checks import REFUSED, check_trainer
 from tests.helpers.command_line import assert_continued, cli_exit_code, evaluation_scalars, scalars
@@ -57,8 +58,15 @@ def test_a_monitored_score_belongs_to_the_saved_weights_and_last_is_the_last_epo
         assert evaluation_scalars(tmp_path)["eval/heldout/avg@8"][0][1] == pytest.approx(score)
 
 
-def test_last_is_the_last_epoch_even_when_the_best_is_older(tmp_path: Path) -> None:
-    flags = ["--checkpoint.monitor=rollout/length", "--checkpoint.mode=min", "--trainer.max_epochs=4"]
+@pytest.mark.parametrize("save_last", slow_except(["true", "link"], "link"))
+def test_last_is_the_last_epoch_even_when_the_best_is_older(save_last: str, tmp_path: Path) -> None:
+    """A link would point to the best epoch."""
+    flags = [
+        f"--checkpoint.save_last={save_last}",
+        "--checkpoint.monitor=rollout/length",
+        "--checkpoint.mode=min",
+        "--trainer.max_epochs=4",
+    ]
     assert cli_exit_code("fit", tmp_path, *flags, "--model.optimizer.lr=0.0") == 0
     found = saved_checkpoints(tmp_path)
     assert found["last"]["epoch"] == 3
@@ -100,6 +108,7 @@ def test_adopt_converts_plain_model_checkpoints_and_keeps_subclasses() -> None:
             ["eval/heldout/avg@8", "--trainer.val_check_interval=0.75", "--trainer.accumulate_grad_batches=2"],
             "val_check_interval evaluates within epochs",
         ),
+        (["eval/heldout/lenght"], "is eval/heldout/lenght, which is not logged (did you mean eval/heldout/length?)"),
         (["rollout/rewrad"], "is rollout/rewrad, which is not logged (did you mean rollout/reward?)"),
     ],
     ids=str,
@@ -110,6 +119,45 @@ def test_monitoring_a_tag_that_is_never_logged_is_refused(
     args = [f"--checkpoint.monitor={flags[0]}", *flags[1:], "--trainer.max_epochs=2"]
     assert cli_exit_code("fit", tmp_path, *args) == 2
     assert message in error_line(capfd)
+
+
+SCORES = "avg@8 pass@8 avg@8_low pass@8_high".split()
+RISING = [*(f"eval/heldout/{score}" for score in SCORES), "rollout/reward", "rollout/shaped_reward", "rollout/correct"]
+
+
+def checked(callback: Any) -> None:
+    """Checks the trainer of a run with one callback that monitors a tag."""
+    kept = {"overfit_batches": 0, "limit_train_batches": 1.0, "fast_dev_run": False, "max_steps": -1}
+    every = {"check_val_every_n_epoch": 1, "max_epochs": 2, "limit_val_batches": 1.0, "val_check_interval": 1.0}
+    trainer = SimpleNamespace(callbacks=[callback], lightning_module=None, accumulate_grad_batches=1, **kept, **every)
+    check_trainer(trainer, SimpleNamespace(benchmarks={"heldout": Benchmark(samples=8)}, minibatches=2))
+
+
+@pytest.mark.parametrize("tag", [*RISING, "rewards/format", "groups/all_correct"])
+def test_a_score_whose_lowest_value_would_count_as_the_best_is_refused(tag: str) -> None:
+    """`mode: min` is Lightning's default."""
+    with pytest.raises(ConfigError, match=r"checkpoint\.mode is min, which keeps .* lowest .* --checkpoint\.mode=max$"):
+        checked(ModelCheckpoint(monitor=tag))
+    with pytest.raises(ConfigError, match=r"EarlyStopping\.mode is min, .* set EarlyStopping\.mode to max$"):
+        checked(EarlyStopping(tag))
+    checked(ModelCheckpoint(monitor=tag, mode="max"))
+    checked(EarlyStopping(tag, mode="max"))
+
+
+@pytest.mark.parametrize("tag", ["eval/heldout/truncated", "eval/heldout/length", "rollout/length", "train/kl"])
+def test_other_metrics_can_be_minimized(tag: str) -> None:
+    checked(ModelCheckpoint(monitor=tag))
+
+
+def test_a_monitored_score_without_its_mode_ends_the_command_line_before_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli_exit_code("fit", tmp_path, "--checkpoint.monitor=eval/heldout/avg@8") == 2
+    assert error_line(capfd) == (
+        "error: checkpoint.monitor is eval/heldout/avg@8, but checkpoint.mode is min, which keeps the checkpoints with "
+        "its lowest values; set --checkpoint.mode=max"
+    )
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_fast_dev_run_writes_no_checkpoint_and_no_export(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

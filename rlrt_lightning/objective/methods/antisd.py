@@ -23,7 +23,7 @@ class AntiSD(Scheduled):
     rollout itself.
 
     Args:
-        lam: Strength of the reward; 0 is GRPO.
+        lam: Strength of the reward; 0 is GRPO with std (`GRPO(normalize_std=True)`).
         warmup_steps: Number of epochs with scored rollouts from whose entropies the gate computes its reference; the
             gate is closed during them. 0 for no gate.
         close_at: The gate closes at an entropy below this fraction of the reference.

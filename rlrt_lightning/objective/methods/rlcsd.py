@@ -29,7 +29,7 @@ class RLCSD(Scheduled):
 
     Args:
         beta: Factor of the residual r_t.
-        lam: Strength of the residual, a second factor; 0 is GRPO.
+        lam: Strength of the residual, a second factor; 0 is GRPO with std (`GRPO(normalize_std=True)`).
         tau: Scale of e_t in the tanh, nats.
         delta: Tokens whose residual is larger than this in absolute value are selected.
         residual_low: Lower bound of the residual.

@@ -19,7 +19,7 @@ class RLSD(RLRT):
     initial weights, as in the authors' code.
 
     Args:
-        lam: Strength of the token weight, from 0 to 1; 0 is GRPO.
+        lam: Strength of the token weight, from 0 to 1; 0 is GRPO with std (`GRPO(normalize_std=True)`).
         eps_w: The token weight is clipped to [1 - eps_w, 1 + eps_w]; arXiv:2605.10781 uses 0.2 for RLSD.
         gated: Apply the token weight to successful rollouts only. True with the context "sibling" is
             "teacher-predicted" in Fig. 1a of arXiv:2605.10781, which differs from RLRT in the token weight only;

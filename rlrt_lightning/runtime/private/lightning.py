@@ -26,10 +26,15 @@ def save_last(callback: ModelCheckpoint, trainer: Trainer) -> None:
     """Writes last.ckpt unless the callback has saved since the last optimizer step.
 
     Lightning's public hooks write it only if the epoch is among the best; a monitored run would then resume from an
-    earlier epoch than its last. The private method names the file, links or copies it, and removes the previous one.
+    earlier epoch than its last. The private method names the file, writes it, and removes the previous one. With
+    `save_last: link` it would link an older epoch, because this one has no other file; so it is written.
     """
     if callback._last_global_step_saved != trainer.global_step:
-        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+        setting, callback.save_last = callback.save_last, True
+        try:
+            callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+        finally:
+            callback.save_last = setting
 
 
 def shard_over_all_ranks(strategy: ModelParallelStrategy) -> None:
