@@ -17,9 +17,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rlrt_lightning.cli import class_help
 from rlrt_lightning.cli.given import Given, did_you_mean, given
 from rlrt_lightning.cli.types import is_component, parts, subclasses, words
+from rlrt_lightning.cli.values import MODE
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, first_line
-from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, value_type
+from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, texts_as_given, value_type
 
 COMMANDS = "fit, validate, test, predict, reflection, shift, serve, curves or pass_at_k"
 DATA_FILES = (".parquet", ".jsonl", ".json", ".csv")
@@ -64,6 +65,7 @@ class RLRTParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A new setting with the same prefix would break an abbreviation or change its meaning.
         kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("parser_mode", MODE)
         super().__init__(*args, **kwargs)
         self.class_name, self._class = "", type(None)
 
@@ -77,13 +79,16 @@ class RLRTParser(LightningArgumentParser):
         """See `jsonargparse.ArgumentParser.parse_args`. Checks config files first."""
         if not self.class_name:
             RLRTParser.given = given(args or ())
-            groups = {action.dest.rpartition(".")[0] for parser in self._parsers() for action in actions(parser)}
+            names = {action.dest for parser in self._parsers() for action in actions(parser)}
+            # Their settings may be null, a list or the name of a class.
+            classes = {name.removesuffix(".help") for name in names if name.endswith(".help")}
+            groups = {name.rpartition(".")[0] for name in names} - classes
             for name, value in self.given:
                 if name in groups and not isinstance(value, (dict, str)):
                     raise ConfigError(f"{name}: it has to be a mapping of settings; it is {_yaml(value)}")
             if asked := class_help.setting_of(args or ()):
                 self._list_classes(asked)
-        with own_defaults():
+        with own_defaults(), texts_as_given():
             return super().parse_args(args, *more, **kwargs)
 
     def _list_classes(self, setting: str) -> None:
