@@ -80,8 +80,7 @@ class DatasetTask(Task):
         prompt_pattern: str | None = None,
         answer_pattern: str | None = None,
         prompt_template: str = "{prompt}",
-        # jsonargparse would write a dict of rewards as a callable if that came first.
-        reward: Reward | dict[str, Reward | RewardFunction] | RewardFunction | None = None,
+        reward: Reward | RewardFunction | dict[str, Reward | RewardFunction] | None = None,
         bad_rows: Literal["error", "skip"] = "error",
         reward_weights: dict[str, float] | None = None,
         correct_by: str | None = None,

@@ -132,6 +132,8 @@ def test_several_rewards_survive_a_printed_config(
     ]
     config.write_text(printed(parser, words, capsys))
     first, second = (parser.parse_args(["fit", *some]).fit for some in (words, [f"--config={config}"]))
+    saved = load(parser.dump(parser.parse_args(["fit", *words])))["fit"]["data"]["task"]["init_args"]["reward"]
+    assert saved["a"]["init_args"]["pattern"] == "[a]"
     assert first.data.task.init_args.reward == second.data.task.init_args.reward
     assert first.data.task.init_args.reward["a"].init_args.pattern == "[a]"
     assert first.data.task.init_args.reward["b"] is len

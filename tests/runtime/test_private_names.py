@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from rlrt_lightning.cli.argument_errors import RLRTParser
 from rlrt_lightning.runtime.checkpoints import Index
 from rlrt_lightning.runtime.errors import ConfigError
-from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, texts_as_given, value_type
+from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, exact_values, value_type
 from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
 from rlrt_lightning.runtime.private.transformers import kept_in_float32
 from tests.helpers.processes import ROOT
@@ -183,7 +183,7 @@ def test_other_parsers_keep_the_way_in_which_jsonargparse_reads_texts() -> None:
     assert parsed(ArgumentParser(), "--base.limit=#5")["limit"] is None
     with pytest.raises(ConfigError, match=r"base\.limit: it has to be int or null; it is #5"):
         parsed(RLRTParser(), "--base.limit=#5")
-    with pytest.raises(KeyError), texts_as_given():
+    with pytest.raises(KeyError), exact_values():
         raise KeyError
     assert theirs == (typehints.basic_json_or_yaml_load, typehints.adapt_typehints)
 

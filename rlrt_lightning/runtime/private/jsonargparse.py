@@ -47,15 +47,17 @@ def _same_class(path: str, other: str) -> bool:
 
 
 @contextmanager
-def texts_as_given() -> Iterator[None]:
-    """Keeps the text of a flag or of a string in a config file where jsonargparse reads it as YAML without need.
+def exact_values() -> Iterator[None]:
+    """Reads and writes values unchanged where jsonargparse would change them.
 
-    Two of its functions are replaced while our parser runs; there is no public option for either:
+    Two of its functions are replaced while our parser parses or writes a config; there is no public option for these:
 
     - A setting that may be null accepts any text that YAML reads as null, also a comment: `--trainer.max_epochs=#5`
       would silently mean no limit. Here only `null`, `~` and nothing are null.
     - `--data.task.answer_pattern=[0-9]` is read before the class of `data.task` is known, as a list. Here the class's
       own parser gets the text and reads it by the type of its setting.
+    - A dict of several rewards is written as a text that says it cannot be written, because a callable, the type that
+      is tried before, accepts anything. Here a callable does not accept a dict without a class.
     """
     read, adapt = typehints.basic_json_or_yaml_load, typehints.adapt_typehints
 
@@ -64,8 +66,10 @@ def texts_as_given() -> Iterator[None]:
         return text if value is None and text.strip().lower() not in ("", "null", "~") else value
 
     def adapt_texts(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
-        text = kwargs.get("orig_val")
-        of_class = isinstance(typehint, type) or get_origin(typehint) is Callable
+        text, is_callable = kwargs.get("orig_val"), get_origin(typehint) is Callable
+        if kwargs.get("serialize") and is_callable and isinstance(val, dict) and "class_path" not in val:
+            raise ValueError("not a callable")
+        of_class = isinstance(typehint, type) or is_callable
         if of_class and isinstance(val, NestedArg) and isinstance(text, NestedArg) and val.key == text.key:
             val = val if val.key in ("init_args", "dict_kwargs") else text
         return adapt(val, typehint, *args, **kwargs)
