@@ -20,7 +20,7 @@ from rlrt_lightning.cli.types import is_component, parts, subclasses, words
 from rlrt_lightning.cli.values import MODE
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, first_line
-from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, exact_values, value_type
+from rlrt_lightning.runtime.private.jsonargparse import actions, exact_values, own_defaults, value_type
 
 COMMANDS = "fit, validate, test, predict, reflection, shift, serve, curves or pass_at_k"
 DATA_FILES = (".parquet", ".jsonl", ".json", ".csv")

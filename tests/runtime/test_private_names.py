@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from rlrt_lightning.cli.argument_errors import RLRTParser
 from rlrt_lightning.runtime.checkpoints import Index
 from rlrt_lightning.runtime.errors import ConfigError
-from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, exact_values, value_type
+from rlrt_lightning.runtime.private.jsonargparse import actions, exact_values, own_defaults, value_type
 from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
 from rlrt_lightning.runtime.private.transformers import kept_in_float32
 from tests.helpers.processes import ROOT
