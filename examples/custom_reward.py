@@ -2,10 +2,11 @@
 
 python examples/custom_reward.py
 
-The same from the command line, with a data file that exists:
+The same from the command line, with files of your own such as `write_totals` writes:
 
 python -m rlrt_lightning fit --config configs/rlrt.yaml --data.task=DatasetTask --data.task.train=totals.jsonl \
-  --data.task.prompt=question --data.task.answer=answer --data.task.reward=examples.custom_reward.short_and_right
+  --data.task.heldout=heldout.jsonl --data.task.prompt=question --data.task.answer=answer \
+  --data.task.reward=examples.custom_reward.short_and_right
 """
 
 import json

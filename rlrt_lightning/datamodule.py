@@ -84,7 +84,7 @@ class RolloutDataModule(LightningDataModule):
             Checkpoints contain these rollouts.
         verifier_workers: Number of processes that verify completions, for tasks whose verifier is not trusted code.
         verifier_timeout_s: Time limit of one verdict, in seconds.
-        verifier_memory_gb: Memory limit of a verifier process, in GiB; Linux only.
+        verifier_memory_gb: Memory limit of a verifier process in GB, on top of its memory after start-up; Linux only.
         max_fault_share: Stop if the verifier itself fails on more than this fraction of an epoch's rollouts; otherwise
             these rollouts count as wrong.
         seed: Seed of all random streams; set by `--seed_everything` on the command line.

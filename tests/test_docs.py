@@ -10,12 +10,14 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 from lightning import Trainer
 
 from rlrt_lightning.__main__ import main
+from rlrt_lightning.tasks import DatasetTask
+from rlrt_lightning.tasks.base import Split
 from tests.helpers.command_line import ParsingCli
 from tests.helpers.processes import ROOT
 
@@ -159,6 +161,26 @@ def test_the_python_of_the_readme_has_the_settings_of_the_recipe_for_its_model(
     assert (own.samples, own.limit) == (theirs.samples, theirs.limit)
     assert data.engine.dtype == "bfloat16"
     assert [problem.answer for problem in data.task.problems("train")] == ["4"]
+
+
+@pytest.mark.parametrize("answer", [4, "4"])
+def test_readmes_command_for_own_data_reads_its_rows_and_its_reward_judges_them(
+    answer: int | str, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_modules("README.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    (block,) = [block for block in BLOCKS if block.page == "README.md" and "own_data" in block.text]
+    words = next(filter(None, map(ours, calls(block, programs, tmp_path))))
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "1+3?", "answer": answer}))
+    settings = ParsingCli(words).config.fit.data.task.init_args
+    task = DatasetTask(**vars(settings))
+    for split in get_args(Split):
+        (problem,) = task.problems(split)
+        for completion, reward in ((r"1+3=\boxed{4}.", 1.0), ("4 + 1 = 14", 0.0), ("It is 4. " * 100, 0.0), ("", 0.0)):
+            assert task.verify(problem, completion).reward == reward
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from examples import custom_reward, train
 from examples.custom_method import FirstTokens
 from rlrt_lightning import GRPO, RLRT
+from rlrt_lightning.__main__ import main
 from tests.helpers.command_line import ParsingCli
 from tests.helpers.processes import ROOT
 
@@ -45,12 +46,28 @@ def test_custom_method_is_rlrt_on_the_first_tokens_and_grpo_on_the_others() -> N
     assert not torch.equal(rlrt.advantages[:, 2:], grpo.advantages[:, 2:])
 
 
-@pytest.mark.parametrize("name", ["custom_method.py", "custom_reward.py"])
-def test_the_commands_in_the_scripts_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def command_in(name: str) -> list[str]:
+    """The arguments of the command in a script's docstring."""
     text = (EXAMPLES / name).read_text(encoding="utf-8").split('"""')[1].replace("\\\n", " ")
     (command,) = re.findall(r"^python -m rlrt_lightning (.+)$", text, flags=re.MULTILINE)
+    return command.split()
+
+
+def test_the_command_of_custom_method_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    ParsingCli(command.split())
+    ParsingCli(command_in("custom_method.py"))
+
+
+def test_the_command_of_custom_reward_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for seed, name in enumerate(("totals.jsonl", "heldout.jsonl")):
+        custom_reward.write_totals(tmp_path / name, rows=20, seed=seed)
+    few = ["--data.prompts_per_epoch=4", "--data.benchmarks={heldout: {samples: 1, limit: 4}}"]
+    assert main([*command_in("custom_reward.py"), "--trainer.max_epochs=1", *few]) == 0
+    assert re.search(r"^epoch 1/1 .* reward \d", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 def test_the_notebook_runs_in_a_kernel_with_its_reward_in_a_cell(

@@ -17,9 +17,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rlrt_lightning.cli import class_help
 from rlrt_lightning.cli.given import Given, did_you_mean, given
 from rlrt_lightning.cli.types import is_component, parts, subclasses, words
+from rlrt_lightning.cli.values import MODE
 from rlrt_lightning.runtime.credentials import refuse_credentials
 from rlrt_lightning.runtime.errors import ConfigError, first_line
-from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, value_type
+from rlrt_lightning.runtime.private.jsonargparse import actions, exact_values, own_defaults, value_type
 
 COMMANDS = "fit, validate, test, predict, reflection, shift, serve, curves or pass_at_k"
 DATA_FILES = (".parquet", ".jsonl", ".json", ".csv")
@@ -64,6 +65,7 @@ class RLRTParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A new setting with the same prefix would break an abbreviation or change its meaning.
         kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("parser_mode", MODE)
         super().__init__(*args, **kwargs)
         self.class_name, self._class = "", type(None)
 
@@ -85,7 +87,7 @@ class RLRTParser(LightningArgumentParser):
                     raise ConfigError(f"{name}: it has to be a mapping of settings; it is {_yaml(value)}")
             if asked := class_help.setting_of(args or ()):
                 self._list_classes(asked)
-        with own_defaults():
+        with own_defaults(), exact_values():
             return super().parse_args(args, *more, **kwargs)
 
     def _list_classes(self, setting: str) -> None:
@@ -100,7 +102,8 @@ class RLRTParser(LightningArgumentParser):
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """See `jsonargparse.ArgumentParser.dump`, which also implements `--print_config`. Refuses credentials."""
         refuse_credentials(cfg)
-        return super().dump(cfg, *args, **kwargs)
+        with exact_values():
+            return super().dump(cfg, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """See `argparse.ArgumentParser.error`. jsonargparse passes a nested parser's error to the outer parser."""

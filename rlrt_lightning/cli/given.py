@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def given(words: Sequence[str]) -> Given:
         Names and values. The value of a class setting is its path; the settings of the class follow under that name.
 
     Raises:
-        ConfigError: If a config file cannot be read, has a duplicate key or names another config.
+        ConfigError: If a config file cannot be read, is wrong as YAML or names another config.
     """
     found: Given = []
     for word, after in zip(words, [*words, ""][1:], strict=True):
@@ -62,7 +63,7 @@ def read_config(path: str) -> dict[str, Any]:
         path: Path of the file, or the inline YAML.
 
     Raises:
-        ConfigError: If it is not a YAML mapping or has a duplicate key.
+        ConfigError: If it is not a YAML mapping, has a duplicate key or a value that is a comment.
     """
     inline = path.lstrip().startswith("{") or ": " in path
     name = "--config" if inline else f"--config={path}"
@@ -74,6 +75,7 @@ def read_config(path: str) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{name}: it is a {node.id}; it has to be a mapping of settings, such as `model: ...`")
         _refuse_duplicates(name, node)
+        _refuse_comments_as_values(name, node, text)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
@@ -114,6 +116,19 @@ def _refuse_duplicates(name: str, node: yaml.Node) -> None:
         lines[key.value] = line
     for child in [value for _, value in pairs] if pairs else node.value if isinstance(node, yaml.SequenceNode) else ():
         _refuse_duplicates(name, child)
+
+
+def _refuse_comments_as_values(name: str, node: yaml.Node, text: str) -> None:
+    """Refuses `answer_pattern: ####(.*)`, which YAML reads as null with a comment. A comment after a setting without a
+    value begins with `# `."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        after = text[value.end_mark.index :].partition("\n")[0].strip()
+        if value.tag == "tag:yaml.org,2002:null" and not value.value and re.match(r"#+[^#\s]|##", after):
+            line = key.start_mark.line + 1
+            raise ConfigError(f"{name}: {key.value} in line {line}: {after} is a comment in YAML; put it in quotes")
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for part in child if isinstance(child, tuple) else (child,):
+            _refuse_comments_as_values(name, part, text)
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -197,8 +197,7 @@ class ExactMatch(Reward):
 
     Args:
         pattern: Regular expression that finds the answer in a completion. Its last match is used, or the first group
-            of that match if the pattern has groups. Empty: the whole completion is the answer. The command line parses
-            values as YAML, so put a pattern with # or a colon in a config file, in quotes.
+            of that match if the pattern has groups. Empty: the whole completion is the answer.
         ignore_case: Whether to ignore case.
     """
 

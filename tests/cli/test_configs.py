@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from rlrt_lightning.cli.commands import RLRTCli
+from rlrt_lightning.runtime.errors import ConfigError
 from rlrt_lightning.tasks import DatasetTask
 from tests.helpers.command_line import TRAIN_ONLY, ParsingCli, cli_exit_code, scalars
 from tests.helpers.marks import slow_except
@@ -122,18 +124,20 @@ def test_smollm2_resolves_to_the_same_settings_with_and_without_the_embedded_tas
 QUESTION = "Find $x$.\n\nThe last line of the figure is $AB$. Answer: the shaded region."
 
 
-def task_of(name: str, train: Path, rows: list[dict[str, Any]]) -> DatasetTask:
-    """The task of a data config, with rows of its own."""
+def task_of(settings: dict[str, Any], train: Path, rows: list[dict[str, Any]]) -> DatasetTask:
+    """The task of resolved settings, with rows of its own."""
     train.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    spec = yaml.safe_load((CONFIGS / name / "data.yaml").read_text(encoding="utf-8"))["task"]
-    return DatasetTask(**{**spec["init_args"], "train": str(train), "heldout": None})
+    return DatasetTask(**{**settings["data"]["task"]["init_args"], "train": str(train), "heldout": None})
 
 
 @pytest.mark.parametrize("text", [published(QUESTION), f"{QUESTION}\n{BOX}", QUESTION])
-def test_the_papers_prompts_ask_once_for_a_box_in_every_copy_of_the_data(text: str, tmp_path: Path) -> None:
+def test_the_papers_prompts_ask_once_for_a_box_in_every_copy_of_the_data(
+    text: str, resolved: Any, tmp_path: Path
+) -> None:
     truth = {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}
     prompts = [text, [{"role": "user", "content": text}]]
-    task = task_of("paper", tmp_path / "dapo.jsonl", [{"prompt": p, "reward_model": truth} for p in prompts])
+    rows = [{"prompt": p, "reward_model": truth} for p in prompts]
+    task = task_of(resolved("recipes/paper-qwen3-4b-base"), tmp_path / "dapo.jsonl", rows)
     plain, chat = task.problems("train")
     assert plain.prompt == f"{QUESTION}\n\n{BOX}"
     assert chat.prompt == [{"role": "user", "content": plain.prompt}]
@@ -141,10 +145,13 @@ def test_the_papers_prompts_ask_once_for_a_box_in_every_copy_of_the_data(text: s
     assert not task.verify(plain, "So \\boxed{43}").correct
 
 
-def test_gsm8ks_answers_are_read_from_its_solutions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("gsm8k")])
+def test_gsm8ks_answers_are_read_from_its_solutions(name: str, resolved: Any, tmp_path: Path) -> None:
     steps = "He has 2*620=<<2*620=1240>>1240 eggs."
     rows = [{"question": "How many eggs?", "answer": f"{steps}\n#### {end}"} for end in ("1,240", "-3", "0.5")]
-    task = task_of("gsm8k", tmp_path / "gsm8k.jsonl", rows)
+    settings = resolved(f"recipes/{name}")
+    assert settings["data"]["task"]["init_args"]["answer_pattern"] == "####(.*)"
+    task = task_of(settings, tmp_path / "gsm8k.jsonl", rows)
     for problem, right, wrong in zip(task.problems("train"), ("1240", "-3", "1/2"), ("620", "3", "5"), strict=True):
         assert problem.prompt == f"How many eggs?\n\n{BOX}"
         assert problem.solution is not None
@@ -152,6 +159,25 @@ def test_gsm8ks_answers_are_read_from_its_solutions(tmp_path: Path) -> None:
         assert "####" not in problem.answer_text
         assert task.verify(problem, f"\\boxed{{{right}}}").correct
         assert not task.verify(problem, f"\\boxed{{{wrong}}}").correct
+
+
+@pytest.mark.parametrize("name", slow_except(RECIPES, "paper-qwen3-4b-base", "gsm8k-qwen3-0.6b"))
+def test_own_data_replaces_a_recipes_data_and_keeps_its_other_settings(
+    name: str, resolved: Any, tmp_path: Path
+) -> None:
+    recipe, own = resolved(f"recipes/{name}"), resolved(f"recipes/{name}", "own_data")
+    task = own["data"]["task"]["init_args"]
+    kept = {"prompt_template": recipe["data"]["task"]["init_args"]["prompt_template"]}
+    assert task == {k: p.default for k, p in signature(DatasetTask).parameters.items()} | kept
+    with pytest.raises(ConfigError, match="needs `train`, `heldout` or both"):
+        DatasetTask(**task)
+    assert own["data"]["benchmarks"] == {"heldout": {"task": None, "samples": 4, "limit": 200, "sampling": None}}
+    task |= {"prompt": "text", "answer": "label"}
+    rows = [{"text": "1+3?", "label": "4"}, {"text": "1+4?", "label": 5}]
+    assert [p.answer_text for p in task_of(own, tmp_path / "own.jsonl", rows).problems("train")] == ["4", "5"]
+    for settings in (recipe, own):
+        del settings["data"]["task"], settings["data"]["benchmarks"]
+    assert own == recipe
 
 
 # -- other configs -------------------------------------------------------------------------------------------------

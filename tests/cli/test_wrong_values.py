@@ -276,6 +276,11 @@ def test_an_invalid_seed_in_the_environment_is_refused(
         ("data:\n  sampling:\n    top_p: 1\n    top_p: 0.9", "top_p is set twice, in lines 3 and 4"),
         ("data: {task: [{a: 1, a: 2}]}", "a is set twice"),
         ("data: duplicates.yaml", "duplicates.yaml: seed is set twice, in lines 1 and 2"),
+        (
+            "data:\n  task:\n    init_args:\n      answer_pattern: ####(.*)",
+            "answer_pattern in line 4: ####(.*) is a comment in YAML; put it in quotes",
+        ),
+        ("model: {policy: [{system_prompt: #Be brief.\n}]}", "system_prompt in line 1: #Be brief."),
         ("config: duplicates.yaml", "a config cannot name another one; give each with --config"),
         ("model:", "model: it has to be a mapping of settings; it is null"),
         ("data: [1]", "data: it has to be a mapping of settings; it is [1]"),

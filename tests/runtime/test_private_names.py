@@ -18,6 +18,7 @@ import jsonargparse._typehints as typehints
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from jsonargparse._util import NestedArg
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -28,7 +29,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlrt_lightning.cli.argument_errors import RLRTParser
 from rlrt_lightning.runtime.checkpoints import Index
-from rlrt_lightning.runtime.private.jsonargparse import actions, own_defaults, value_type
+from rlrt_lightning.runtime.errors import ConfigError
+from rlrt_lightning.runtime.private.jsonargparse import actions, exact_values, own_defaults, value_type
 from rlrt_lightning.runtime.private.torch import INDEX_CLASSES
 from rlrt_lightning.runtime.private.transformers import kept_in_float32
 from tests.helpers.processes import ROOT
@@ -45,6 +47,12 @@ SIGNATURES: dict[str, tuple[Callable[[], Callable[..., Any]], list[str]]] = {
         lambda: typehints.discard_init_args_on_class_path_change,
         ["parser_or_action", "prev_val", "value"],
     ),
+    "jsonargparse._typehints.adapt_typehints": (
+        lambda: typehints.adapt_typehints,
+        ["val", "typehint", "serialize", "instantiate_classes", "prev_val", "orig_val"],
+    ),
+    "jsonargparse._typehints.basic_json_or_yaml_load": (lambda: typehints.basic_json_or_yaml_load, ["value"]),
+    "jsonargparse._util.NestedArg": (lambda: NestedArg, ["key", "val"]),
     "ModelCheckpoint._save_last_checkpoint": (
         lambda: ModelCheckpoint._save_last_checkpoint,
         ["self", "trainer", "monitor_candidates"],
@@ -156,6 +164,28 @@ def test_other_parsers_keep_the_behaviour_of_jsonargparse() -> None:
     with pytest.raises(KeyError), own_defaults():
         raise KeyError
     assert typehints.discard_init_args_on_class_path_change is theirs
+
+
+class Texts(Base):
+    def __init__(self, text: str | None = "", limit: int | None = 1) -> None: ...
+
+
+def test_other_parsers_keep_the_way_in_which_jsonargparse_reads_texts() -> None:
+    theirs = typehints.basic_json_or_yaml_load, typehints.adapt_typehints
+
+    def parsed(parser: ArgumentParser, *flags: str) -> Any:
+        parser.add_argument("--base", type=Base)
+        return vars(parser.parse_args([f"--base={__name__}.Texts", *flags]).base.init_args)
+
+    flags = "--base.text=####(.*)", "--base.limit=null"
+    assert parsed(ArgumentParser(), *flags) == {"text": None, "limit": None}
+    assert parsed(RLRTParser(), *flags) == {"text": "####(.*)", "limit": None}
+    assert parsed(ArgumentParser(), "--base.limit=#5")["limit"] is None
+    with pytest.raises(ConfigError, match=r"base\.limit: it has to be int or null; it is #5"):
+        parsed(RLRTParser(), "--base.limit=#5")
+    with pytest.raises(KeyError), exact_values():
+        raise KeyError
+    assert theirs == (typehints.basic_json_or_yaml_load, typehints.adapt_typehints)
 
 
 class Handlers(BoringModel):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pkgutil
 from argparse import Action
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, get_origin
 
 import jsonargparse._typehints as typehints
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse._util import NestedArg
 
 
 @contextmanager
@@ -43,6 +44,41 @@ def _same_class(path: str, other: str) -> bool:
     with suppress(Exception):  # a path that cannot be imported raises its own error elsewhere
         return pkgutil.resolve_name(path) is pkgutil.resolve_name(other)
     return False
+
+
+@contextmanager
+def exact_values() -> Iterator[None]:
+    """Reads and writes values unchanged where jsonargparse would change them.
+
+    Two of its functions are replaced while our parser parses or writes a config; there is no public option for these:
+
+    - A setting that may be null accepts any text that YAML reads as null, also a comment: `--trainer.max_epochs=#5`
+      would silently mean no limit. Here only `null`, `~` and nothing are null.
+    - `--data.task.answer_pattern=[0-9]` is read before the class of `data.task` is known, as a list. Here the class's
+      own parser gets the text and reads it by the type of its setting.
+    - A dict of several rewards is written as a text that says it cannot be written, because a callable, the type that
+      is tried before, accepts anything. Here a callable does not accept a dict without a class.
+    """
+    read, adapt = typehints.basic_json_or_yaml_load, typehints.adapt_typehints
+
+    def read_nulls(text: str) -> Any:
+        value = read(text)
+        return text if value is None and text.strip().lower() not in ("", "null", "~") else value
+
+    def adapt_texts(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
+        text, is_callable = kwargs.get("orig_val"), get_origin(typehint) is Callable
+        if kwargs.get("serialize") and is_callable and isinstance(val, dict) and "class_path" not in val:
+            raise ValueError("not a callable")
+        of_class = isinstance(typehint, type) or is_callable
+        if of_class and isinstance(val, NestedArg) and isinstance(text, NestedArg) and val.key == text.key:
+            val = val if val.key in ("init_args", "dict_kwargs") else text
+        return adapt(val, typehint, *args, **kwargs)
+
+    typehints.basic_json_or_yaml_load, typehints.adapt_typehints = read_nulls, adapt_texts
+    try:
+        yield
+    finally:
+        typehints.basic_json_or_yaml_load, typehints.adapt_typehints = read, adapt
 
 
 def actions(parser: ArgumentParser) -> list[Action]:
