@@ -13,8 +13,8 @@ Writes to RESULTS, which is OUT unless it is given:
                      the problems for which the teacher has a context, shares of digits and words in tokens and in |D|
     solved.csv       how many of the 64 samples of each held-out problem are correct at the end
     grpo, rlrt       what the instruments measured: reflection_summary.csv, shift.parquet
-and prints the tables. Without --out nothing is trained: tables and plot are made from the three files. Several experiments
-with different seeds make one table. Epochs and evaluations that not all runs have are left out of the comparison.
+and prints the tables. Without --out nothing is trained: tables and plot are made from the three files. Several
+experiments with different seeds make one table. Epochs and evaluations that not all runs have are left out.
 
 Intervals are over seeds (Student's t of the differences between runs with the same seed, corrected for the number of
 comparisons), and for pass@k over problems only.
