@@ -82,7 +82,7 @@ OF_UPDATES = ("train/clip_fraction", "train/entropy", "train/kl")
 OF_RESCORING = ("rollout/mismatch_mean", "rollout/mismatch_max", "rollout/mismatch_kl")
 """Metrics of the rollouts that are trained on. In the first epoch, no group may have a learning signal yet."""
 
-OF_TEACHER = ("context", "asymmetry_correct_p50", "up_weighted", "effective_advantage")
+OF_TEACHER = ("signal/context", "signal/asymmetry_correct_p50", "signal/up_weighted", "signal/effective_advantage")
 """Metrics of every method with a teacher. In the first epoch, the teacher may have scored nothing yet."""
 
 HPARAMS = re.compile(
@@ -171,7 +171,7 @@ def _of_later_epochs(module: RLRTModule, rescores: bool) -> set[str]:
     """Tags that the run logs, but maybe not in its first epoch."""
     tags = {*OF_UPDATES, *(OF_RESCORING if rescores else ())}
     if module.method.context != "none":
-        tags |= {f"signal/{name}" for name in OF_TEACHER}
+        tags.update(OF_TEACHER)
     if module.method.needs.top_k != 0:
         tags.add("train/divergence")
     if module.reference is not None:

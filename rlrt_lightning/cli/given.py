@@ -107,28 +107,34 @@ def _text(path: str) -> str:
 
 def _refuse_duplicates(name: str, node: yaml.Node) -> None:
     """Refuses duplicate keys: YAML loaders silently keep only the last one."""
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    lines: dict[str, int] = {}
-    for key, _ in pairs:
-        line = key.start_mark.line + 1
-        if key.value in lines and key.value != "<<":
-            raise ConfigError(f"{name}: {key.value} is set twice, in lines {lines[key.value]} and {line}")
-        lines[key.value] = line
-    for child in [value for _, value in pairs] if pairs else node.value if isinstance(node, yaml.SequenceNode) else ():
-        _refuse_duplicates(name, child)
+    for mapping in _mappings(node):
+        lines: dict[str, int] = {}
+        for key, _ in mapping.value:
+            line = key.start_mark.line + 1
+            if key.value in lines and key.value != "<<":
+                raise ConfigError(f"{name}: {key.value} is set twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
 
 
 def _refuse_comments_as_values(name: str, node: yaml.Node, text: str) -> None:
     """Refuses `answer_pattern: ####(.*)`, which YAML reads as null with a comment. A comment after a setting without a
     value begins with `# `."""
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+    for key, value in (pair for mapping in _mappings(node) for pair in mapping.value):
         after = text[value.end_mark.index :].partition("\n")[0].strip()
         if value.tag == "tag:yaml.org,2002:null" and not value.value and re.match(r"#+[^#\s]|##", after):
             line = key.start_mark.line + 1
             raise ConfigError(f"{name}: {key.value} in line {line}: {after} is a comment in YAML; put it in quotes")
-    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
-        for part in child if isinstance(child, tuple) else (child,):
-            _refuse_comments_as_values(name, part, text)
+
+
+def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    """All mappings in a document, outer ones first."""
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            yield from _mappings(part)
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

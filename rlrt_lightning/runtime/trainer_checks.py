@@ -120,7 +120,7 @@ def _check_monitor(callback: Any, trainer: Any, data: Any) -> None:
     tag = callback.monitor
     saves = isinstance(callback, ModelCheckpoint)
     owner = "checkpoint" if saves else type(callback).__name__
-    where = f"{owner}.monitor"
+    where, ours = f"{owner}.monitor", tag.split("/")[0] in TAG_PREFIXES
     if tag.startswith("eval/"):
         if not _is_logged(tag, trainer, data):
             others = [f"eval/{name}/{kind}" for name in data.benchmarks for kind in ("length", "truncated")]
@@ -132,13 +132,13 @@ def _check_monitor(callback: Any, trainer: Any, data: Any) -> None:
             f"{where} is {tag}, which measures the teacher instead of the policy; set it to "
             f"{(_scores(data) or ['rollout/reward'])[0]}"
         )
-    elif tag.split("/")[0] not in TAG_PREFIXES and _only_known_classes(trainer):
+    elif not ours and _only_known_classes(trainer):
         raise _not_logged(where, tag, _scores(data))
     if callback.mode == "min" and RISING.fullmatch(tag):
         effect = "keeps the checkpoints with its lowest values" if saves else "stops the run unless it falls"
         flag = "--checkpoint.mode=max" if saves else f"{owner}.mode to max"
         raise ConfigError(f"{where} is {tag}, but {owner}.mode is min, which {effect}; set {flag}")
-    if saves and not tag.startswith("eval/") and tag.split("/")[0] in TAG_PREFIXES:
+    if saves and ours and not tag.startswith("eval/"):
         log.warning(
             "%s is %s, which is measured before or during the last epoch of the saved weights; %s is measured on the "
             "saved weights themselves",

@@ -25,8 +25,8 @@ class RLRT(Scheduled):
     sign is that of D_t: tokens that the successful sibling makes less likely get more credit.
 
     Args:
-        lam: Strength of the token weight, from 0 to 1; 0 is GRPO with std
-            (`GRPO(normalize_std=True)`). A token's advantage changes by at most lam * eps_w * |A|.
+        lam: Strength of the token weight, from 0 to 1; 0 is GRPO with std (`GRPO(normalize_std=True)`). A token's
+            advantage changes by at most lam * eps_w * |A|.
         eps_w: The token weight is clipped to [1 - eps_w, 1 + eps_w]. The paper uses 1.0 for base models, 0.5 for
             instruction-tuned and 0.2 for thinking-tuned models.
         gated: Apply the token weight to successful rollouts only. False is the paper's RLRT-all, which collapsed there.
